@@ -1,0 +1,165 @@
+"""Registration with PyTorch: schema, kernel entry, fake, autograd and vmap, forward and backward side by side.
+
+A direction travels as its index in `DIRECTIONS`, and no chunk as 0, because schemas have no list of optional
+names. The backend is chosen inside the operator, at run time, so that a compiled graph holds no choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import DIRECTIONS, Problem, select
+
+_library = torch.library.Library("gspn2", "DEF")
+_library.define(
+    "propagate(Tensor x, Tensor taps, Tensor? lam, Tensor? gate, int[] directions, SymInt chunk,"
+    " bool normalize, str? backend) -> Tensor"
+)
+_library.define(
+    "propagate_backward(Tensor dy, Tensor x, Tensor taps, Tensor? lam, Tensor? gate, int[] directions,"
+    " SymInt chunk, bool normalize, str? backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def propagate(
+    x: Tensor,
+    taps: Tensor,
+    lam: Tensor | None,
+    gate: Tensor | None,
+    directions: Sequence[str],
+    chunk: int | None,
+    normalize: bool,
+    backend: str | None,
+) -> Tensor:
+    """Call the registered operator; arguments as checked by `gspn2.functional`."""
+    indices = [DIRECTIONS.index(name) for name in directions]
+    return torch.ops.gspn2.propagate(x, taps, lam, gate, indices, chunk or 0, normalize, backend)
+
+
+def _problem(x: Tensor, taps: Tensor, directions: Sequence[int], chunk: int, normalize: bool) -> Problem:
+    names = tuple(DIRECTIONS[index] for index in directions)
+    return Problem.of(x, taps, names, chunk or None, normalize)
+
+
+def _forward(
+    x: Tensor,
+    taps: Tensor,
+    lam: Tensor | None,
+    gate: Tensor | None,
+    directions: list[int],
+    chunk: int,
+    normalize: bool,
+    backend: str | None,
+) -> Tensor:
+    problem = _problem(x, taps, directions, chunk, normalize)
+    return select(problem, backend).propagate(x, taps, lam, gate, problem)
+
+
+def _forward_fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    lam: Tensor | None,
+    gate: Tensor | None,
+    directions: list[int],
+    chunk: int,
+    normalize: bool,
+    backend: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    problem = _problem(x, taps, directions, chunk, normalize)
+    implementation = select(problem, backend)
+    gradients = implementation.propagate_backward(dy, x, taps, lam, gate, problem, tuple(needs))
+    return tuple(_absent(x) if gradient is None else gradient for gradient in gradients)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    return tuple(
+        torch.empty_like(tensor) if tensor is not None and needed else _absent(x)
+        for tensor, needed in zip((x, taps, lam, gate), needs, strict=True)
+    )
+
+
+def _absent(x: Tensor) -> Tensor:
+    """Stands for a gradient nobody asked for: an operator cannot return None."""
+    return x.new_empty(0)
+
+
+class _Saved:
+    """Names for what the autograd context carries."""
+
+    directions: list[int]
+    chunk: int
+    normalize: bool
+    backend: str | None
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def _setup_context(ctx: _Saved, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, taps, lam, gate, ctx.directions, ctx.chunk, ctx.normalize, ctx.backend = inputs
+    ctx.save_for_backward(x, taps, lam, gate)
+
+
+def _autograd(ctx: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, taps, lam, gate = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = torch.ops.gspn2.propagate_backward(
+        dy, x, taps, lam, gate, ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs
+    )
+    present = (
+        needed and tensor is not None for needed, tensor in zip(needs, (x, taps, lam, gate), strict=True)
+    )
+    found = (gradient if there else None for gradient, there in zip(gradients, present, strict=True))
+    return (*found, None, None, None, None)
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Fold the mapped dimension of vmap into the batch: (..., V, ...) -> (V * B, ...)."""
+    if tensor is None:
+        return None
+    front = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return front.flatten(0, 1)
+
+
+def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    size = info.batch_size
+    tensors = [_fold(tensor, dim, size) for tensor, dim in zip(args[:4], in_dims[:4], strict=True)]
+    y = torch.ops.gspn2.propagate(*tensors, *args[4:])
+    return y.unflatten(0, (size, -1)), 0
+
+
+def _backward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    size = info.batch_size
+    tensors = [_fold(tensor, dim, size) for tensor, dim in zip(args[:5], in_dims[:5], strict=True)]
+    gradients = torch.ops.gspn2.propagate_backward(*tensors, *args[5:])
+    present = [tensor is not None and needed for tensor, needed in zip(tensors[1:], args[-1], strict=True)]
+    unfolded = tuple(
+        gradient.unflatten(0, (size, -1)) if there else gradient
+        for gradient, there in zip(gradients, present, strict=True)
+    )
+    return unfolded, tuple(0 if there else None for there in present)
+
+
+_library.impl("propagate", _forward, "CompositeExplicitAutograd")
+_library.impl("propagate_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("gspn2::propagate", _forward_fake, lib=_library)
+torch.library.register_fake("gspn2::propagate_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("gspn2::propagate", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_vmap("gspn2::propagate", _forward_vmap, lib=_library)
+torch.library.register_vmap("gspn2::propagate_backward", _backward_vmap, lib=_library)
