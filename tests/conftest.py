@@ -1,0 +1,35 @@
+"""Fixtures of the operator's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import CPU_BACKENDS
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs on the CPU, by name."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory from torch.empty starts as NaN, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all(), "torch.empty is not poisoned"
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of torch's threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
