@@ -1,0 +1,230 @@
+"""The GSPN-2 mixer: compact channel proxy, one projection for all scan parameters, learned merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import DIRECTIONS, propagate
+from .layers import Pointwise, pointwise
+
+OPERANDS_FROM = ("proxy", "input")
+
+# For each direction the tap that a fresh mixer favors, so that the four scans run down-right, up-left,
+# up-right and down-left and every corner reaches the opposite one (see `Mixer.reset_parameters`).
+_FAVORED_TAP = {"down": 0, "up": 2, "right": 2, "left": 0}
+_FAVORED_LOGIT, _OTHER_LOGIT = 0.0, -3.5
+_OPERAND_SPREAD = 0.2
+_OUTPUT_GAIN = 0.2
+
+
+class Operands(NamedTuple):
+    """Arguments of `gspn2.propagate` in order: D directions, C proxy channels, G tap groups."""
+
+    x: Tensor  # (B, C, H, W)
+    logits: Tensor  # (B, D, G, 3, H, W)
+    lam: Tensor | None  # (B, D, C, H, W)
+    gate: Tensor  # (B, D, C, H, W)
+
+
+class Mixer(nn.Module):
+    """Global mixing of an image at linear cost: (B, dim, H, W) -> (B, dim, H, W).
+
+    ::
+
+        p                 = to_proxy(x)                             compact channel proxy, (B, proxy_dim, H, W)
+        lam, gate, logits = to_operands(p)  or  to_operands(x)
+        h_d               = scan of lam_d * p in direction d        the recurrence of `gspn2.propagate`
+        y                 = sum over directions d of  merge_d / L_d * gate_d * h_d
+        output            = from_proxy(y)
+
+    L_d counts the lines that a scan runs over: H for "down" and "up", W for "right" and "left", at most
+    `chunk`. (GSPN-2, arXiv 2512.07884: compact proxy, channel-shared taps, gate; merge_d / L_d is ours.)
+
+    **Why 1 / L.** Taps are row-stochastic, so a state is bounded by the sum of all inputs before it, and that
+    grows with the size of the image. Divided by L the scan is an average: max |h| / L <= max |lam p|, at any
+    size. A model meets the same amplitudes at 224 and at 1024, and a deep stack does not blow up on a large
+    image. It is attention's normalization over tokens, and it costs nothing: it is folded, like `merge`, into
+    the rows of the projection that makes the gate.
+
+    **Memory.** One projection writes one (B, H, W, P) tensor, P = D (proxy_dim [lam] + proxy_dim [gate] + 3
+    groups), and `propagate` reads views of it; with operands_from="input" the proxy is in that tensor, too.
+    With a channels_last input nothing is copied for its layout, forward or backward, and the output is
+    channels_last.
+
+    Args:
+        dim: channels of input and output.
+        proxy_dim: channels that are propagated.
+        groups: tap groups G, a divisor of proxy_dim: 1 shares the taps between all proxy channels (GSPN-2),
+            proxy_dim gives each its own (GSPN-1).
+        directions: scans to run, out of "down", "up", "right", "left".
+        chunk: lines between restarts of the state (the local variant); None scans the whole image.
+        operands_from: make lam, gate and logits from the "proxy" or from the "input".
+        lam: learn an input scale; otherwise it is 1.
+        gate: learn an output gate from the data; otherwise it is the learned weight of the direction alone.
+        bias: biases in the projections to and from the proxy. The operands' projection always has one: it
+            holds the resting values of taps, lam and gate.
+        backend: as for `gspn2.propagate`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range, or the input is no (B, dim, H, W).
+    """
+
+    horizontal: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        proxy_dim: int,
+        *,
+        groups: int = 1,
+        directions: Sequence[str] = DIRECTIONS,
+        chunk: int | None = None,
+        operands_from: str = "proxy",
+        lam: bool = True,
+        gate: bool = True,
+        bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_arguments(dim, proxy_dim, groups, directions, chunk, operands_from)
+        self.dim = dim
+        self.proxy_dim = proxy_dim
+        self.groups = groups
+        self.directions = tuple(directions)
+        self.chunk = chunk
+        self.operands_from = operands_from
+        self.backend = backend
+        scans = len(self.directions)
+        per_channel = scans * proxy_dim
+        # Channels of the packed tensor: (lam, gate, logits).
+        self.sizes = (per_channel * lam, per_channel * gate, scans * groups * 3)
+        self.to_proxy = Pointwise(dim, proxy_dim, bias=bias)
+        self.to_operands = Pointwise(proxy_dim if operands_from == "proxy" else dim, sum(self.sizes))
+        self.merge = nn.Parameter(torch.empty(scans, proxy_dim))
+        self.from_proxy = Pointwise(proxy_dim, dim, bias=bias)
+        horizontal = [[float(direction in ("right", "left"))] for direction in self.directions]
+        self.register_buffer("horizontal", torch.tensor(horizontal), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize: a gentle average over the image along diagonals.
+
+        lam and gate rest at 1 and `merge` at 1 / D; their data-dependent parts, and that of the logits,
+        have a standard deviation of 0.2 for a unit-variance source. The output projection adds 0.2 of the
+        average's amplitude to a residual stream: growth over 100 layers stays below an order of magnitude
+        at any image size, and the gradients of the first and of the last layer are of one size.
+
+        With equal taps a corner reaches the opposite one with weight 3^-L, which is nothing. So each
+        direction favors one diagonal neighbor (weight 0.9), a different diagonal for each of the four; odd
+        tap groups favor the mirrored one.
+        """
+        nn.init.normal_(self.to_proxy.weight, std=self.to_proxy.in_features**-0.5)
+        nn.init.normal_(self.from_proxy.weight, std=_OUTPUT_GAIN * self.from_proxy.in_features**-0.5)
+        for projection in (self.to_proxy, self.from_proxy):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        nn.init.constant_(self.merge, 1.0 / len(self.directions))
+        source = self.to_operands.in_features
+        nn.init.normal_(self.to_operands.weight, std=_OPERAND_SPREAD * source**-0.5)
+        logits = torch.full((len(self.directions), self.groups, 3), _OTHER_LOGIT)
+        for d, direction in enumerate(self.directions):
+            favored = _FAVORED_TAP[direction]
+            logits[d, ::2, favored] = _FAVORED_LOGIT
+            logits[d, 1::2, 2 - favored] = _FAVORED_LOGIT
+        with torch.no_grad():
+            ones = torch.ones(self.sizes[0] + self.sizes[1])
+            self.to_operands.bias.copy_(torch.cat([ones, logits.flatten()]))
+
+    def operands(self, x: Tensor) -> Operands:
+        """What the mixer propagates for the input x (B, dim, H, W): views into one packed tensor.
+
+        Public so that a model's own taps can be looked at; `gspn2.propagate(*mixer.operands(x))`, with the
+        mixer's directions and chunk, is what `forward` projects back.
+        """
+        if x.ndim != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"x: expected (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
+        merge = self._merge(x.shape[2], x.shape[3])
+        weight, bias = self._operand_rows(merge)
+        if self.operands_from == "proxy":
+            proxy = self.to_proxy(x)
+            packed = pointwise(proxy, weight, bias).permute(0, 2, 3, 1)
+            lam, gate, logits = packed.split(self.sizes, dim=-1)
+        else:
+            proxy_bias = (
+                self.to_proxy.bias if self.to_proxy.bias is not None else bias.new_zeros(self.proxy_dim)
+            )
+            weight = torch.cat([self.to_proxy.weight, weight])
+            packed = pointwise(x, weight, torch.cat([proxy_bias, bias])).permute(0, 2, 3, 1)
+            pixels, lam, gate, logits = packed.split((self.proxy_dim, *self.sizes), dim=-1)
+            proxy = pixels.permute(0, 3, 1, 2)
+        return Operands(
+            x=proxy,
+            logits=logits.unflatten(-1, (len(self.directions), self.groups, 3)).permute(0, 3, 4, 5, 1, 2),
+            lam=self._per_channel(lam) if self.sizes[0] else None,
+            gate=self._per_channel(gate) if self.sizes[1] else self._constant_gate(merge, packed),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = propagate(*self.operands(x), directions=self.directions, chunk=self.chunk, backend=self.backend)
+        return self.from_proxy(y)
+
+    def _merge(self, height: int, width: int) -> Tensor:
+        """merge_d / L_d, (D, proxy_dim)."""
+        rows, columns = height, width
+        if self.chunk is not None:
+            rows, columns = min(rows, self.chunk), min(columns, self.chunk)
+        # Arithmetic on a buffer instead of a new tensor of sizes: no copy to the device, no graph per size.
+        return self.merge * (self.horizontal * (1 / columns - 1 / rows) + 1 / rows)
+
+    def _operand_rows(self, merge: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (P, source) and bias (P,) of the operands' projection, the gate's rows scaled by `merge`."""
+        weight, bias = self.to_operands.weight, self.to_operands.bias
+        if not self.sizes[1]:
+            return weight, bias
+        scale = F.pad(merge.flatten(), (self.sizes[0], self.sizes[2]), value=1.0)
+        return weight * scale[:, None], bias * scale
+
+    def _per_channel(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, D C) -> (B, D, C, H, W), a view."""
+        return pixels.unflatten(-1, (len(self.directions), self.proxy_dim)).permute(0, 3, 4, 1, 2)
+
+    def _constant_gate(self, merge: Tensor, packed: Tensor) -> Tensor:
+        """The merge weights (D, C) as a gate (B, D, C, H, W), a view."""
+        batch, height, width, _ = packed.shape
+        return merge.to(packed.dtype)[None, :, :, None, None].expand(batch, -1, -1, height, width)
+
+    def extra_repr(self) -> str:
+        text = f"{self.dim}, proxy_dim={self.proxy_dim}, groups={self.groups}"
+        if self.operands_from != "proxy":
+            text += f", operands_from={self.operands_from!r}"
+        if self.directions != DIRECTIONS:
+            text += f", directions={self.directions}"
+        return text if self.chunk is None else f"{text}, chunk={self.chunk}"
+
+
+def _check_arguments(
+    dim: int,
+    proxy_dim: int,
+    groups: int,
+    directions: Sequence[str],
+    chunk: int | None,
+    operands_from: str,
+) -> None:
+    for name, value in (("dim", dim), ("proxy_dim", proxy_dim), ("groups", groups), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if proxy_dim % groups:
+        raise ValueError(f"groups: expected a divisor of proxy_dim = {proxy_dim}, got {groups}")
+    if isinstance(directions, str):
+        raise TypeError(f"directions: expected a sequence of names, got the string {directions!r}")
+    if not directions or len(set(directions)) != len(directions) or not set(directions) <= set(DIRECTIONS):
+        raise ValueError(
+            f"directions: expected some of {', '.join(DIRECTIONS)}, none twice, got {directions}"
+        )
+    if operands_from not in OPERANDS_FROM:
+        raise ValueError(f"operands_from: expected one of {', '.join(OPERANDS_FROM)}, got {operands_from!r}")
