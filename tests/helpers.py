@@ -114,7 +114,7 @@ def eager_scan(u: Tensor, w: Tensor, direction: str, chunk: int | None) -> Tenso
 
 
 def eager_weights(logits: Tensor, direction: str) -> Tensor:
-    """Taps (B, G, 3, H, W) from logits, as the equation has them: sigmoids over the sum of those that exist."""
+    """Taps (B, G, 3, H, W) from logits, by the equation: sigmoids over the sum of those that exist."""
     exists = torch.ones_like(logits)
     places = exists if direction in ("down", "up") else exists.transpose(-2, -1)
     places[:, :, 0, :, 0] = 0
@@ -176,7 +176,7 @@ def strided(case: Case) -> Case:
 
 
 def in_memory(tensor: Tensor, order: Sequence[int], step: int) -> Tensor:
-    """A view equal to `tensor` whose axes lie in memory in `order`, every `step`-th, inside a field of NaN."""
+    """A view equal to `tensor` with its axes in memory in `order`, every `step`-th, in a field of NaN."""
     turned = tensor.permute(*order)
     field = turned.new_full([step * size + 2 for size in turned.shape], torch.nan)
     window = tuple(slice(1, 1 + step * size, step) for size in turned.shape)
@@ -235,5 +235,3 @@ def reason_against(backend: str, case: Case) -> str | None:
 
 CPU_BACKENDS = tuple(name for name in BACKENDS if reason_against(name, make_case()) is None)
 """Those that run on the CPU; `test_backends` fails if the native one is missing from it."""
-
-

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, Case, assert_close, relative_l2, run, truth
 from torch import Tensor
+
+from helpers import LAYOUTS, Case, assert_close, relative_l2, run, truth
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -1,0 +1,154 @@
+"""What the scan may do to values: it never amplifies, stays finite, and carries NaN to its cone only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gspn2
+from gspn2.backends import DIRECTIONS
+from helpers import (
+    assert_same_bits,
+    eager_weights,
+    make_case,
+    max_error,
+    relative_l2,
+    run,
+    truth,
+)
+from matrix_form import line_number, reach, scan_axis
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_row_stochastic_taps_never_amplify(direction: str, dtype: torch.dtype, backend: str) -> None:
+    """max |h_i| <= |u_0| + ... + |u_i| (maxima of lines); from the first line alone max |h| <= |u_0|."""
+    height = width = 40
+    case = make_case(2, 2, height, width, directions=(direction,), gate=False, dtype=dtype)
+    axis, first = scan_axis(direction)
+    slack = 1 + 64 * torch.finfo(dtype).eps
+    along = -3 - axis
+
+    u = (case.lam[:, 0].double() * case.x.double()).abs().amax(along)  # (B, C, L)
+    total = u.cumsum(-1) if first == 0 else u.flip(-1).cumsum(-1).flip(-1)
+    h = run(case, backend=backend)["y"].double().abs().amax(along)
+    assert (h <= slack * total).all()
+
+    start = torch.zeros_like(case.x)
+    start.select(axis, first).copy_(case.x.select(axis, first))
+    h = run(replace(case, x=start, lam=None), backend=backend)["y"].double()
+    assert h.abs().max() <= slack * start.double().abs().max()
+    assert h.select(axis, -1 - first).any(), "the signal does not reach the last line"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_constants_are_carried_unchanged(dtype: torch.dtype, backend: str) -> None:
+    """Weights sum to 1: ones on the first line stay ones over 300 lines, borders included."""
+    x = torch.zeros(1, 2, 300, 5, dtype=dtype)
+    x[:, :, 0] = 1
+    logits = make_case(1, 2, 300, 5, directions=("down",), dtype=dtype).logits
+    h = gspn2.propagate(x, logits, directions=("down",), backend=backend)
+    assert max_error(h, torch.ones_like(h)) <= 300 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("logit", [-1e4, -200.0, 200.0, 1e4, "mixed"])
+def test_extreme_logits(logit: float | str, dtype: torch.dtype, backend: str) -> None:
+    """No 0 / 0 where every sigmoid underflows, no overflow where it saturates; as accurate as elsewhere."""
+    case = make_case(1, 2, 6, 5, dtype=dtype)
+    if logit == "mixed":
+        choices = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 1e4], dtype=dtype)
+        which = torch.arange(case.logits.numel()).remainder(7).remainder(6)
+        case = replace(case, logits=choices[which].view_as(case.logits))
+    else:
+        case = replace(case, logits=torch.full_like(case.logits, logit))
+    found, expected = run(case, backend=backend), truth(case)
+    for name, tensor in found.items():
+        assert tensor.isfinite().all(), name
+        # Rounded, because a gradient of 1e-87 is 0 in float32.
+        assert relative_l2(tensor, expected[name].to(dtype)) <= 8 * torch.finfo(dtype).eps, name
+
+
+# Reach: NaN goes exactly where the recurrence carries it.
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("directions", [*((name,) for name in DIRECTIONS), DIRECTIONS], ids="-".join)
+@pytest.mark.parametrize("name", ["x", "lam", "gate", "logits"])
+def test_nan_reaches_only_its_cone(
+    name: str, directions: tuple[str, ...], chunk: int | None, backend: str
+) -> None:
+    height, width, row, column = 8, 9, 4, 3
+    case = make_case(2, 4, height, width, 2, directions, chunk, torch.float32)
+    tensor = case.tensors()[name]
+    spot = torch.zeros(height, width, dtype=torch.bool)
+    spot[row, column] = True
+    if name == "x":
+        tensor[1, 1, row, column] = torch.nan
+        sources, channels = directions, [1]
+    elif name == "logits":  # the middle tap of the second group, which makes all three weights NaN
+        tensor[1, 0, 1, 1, row, column] = torch.nan
+        sources, channels = directions[:1], [2, 3]
+    else:
+        tensor[1, 0, 1, row, column] = torch.nan
+        sources, channels = directions[:1], [1]
+
+    expected = torch.zeros(2, 4, height, width, dtype=torch.bool)
+    for direction in sources:
+        line = line_number(row, column, height, width, direction)
+        unread = name == "logits" and chunk is not None and line % chunk == 0
+        touched = torch.zeros_like(spot) if unread else spot
+        cone = touched if name == "gate" else reach(touched, direction, chunk)
+        expected[1, channels] |= cone
+    y = run(case, backend=backend)["y"]
+    assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_nan_in_the_incoming_gradient(direction: str, chunk: int | None, backend: str) -> None:
+    """dx is NaN where the recurrence runs backwards to: the cone of the opposite direction."""
+    height, width = 6, 7
+    case = make_case(1, 2, height, width, directions=(direction,), chunk=chunk, dtype=torch.float32)
+    case.dy[0, 1, 3, 2] = torch.nan
+    pixels = torch.eye(height * width, dtype=torch.bool).view(-1, height, width)
+    reached = torch.stack([reach(pixel, direction, chunk)[3, 2] for pixel in pixels]).view(height, width)
+    results = run(case, backend=backend)
+    assert torch.equal(results["dx"][0, 1].isnan(), reached)
+    assert not results["dx"][0, 0].isnan().any()
+    assert torch.equal(results["dgate"][0, 0, 1].isnan(), case.dy[0, 1].isnan())
+    assert not results["y"].isnan().any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_taps_that_are_never_read_may_be_nan(direction: str, backend: str) -> None:
+    """Logits of missing neighbours change nothing at all, those of the first line nothing but themselves."""
+    case = make_case(2, 4, 5, 6, 2, (direction,), dtype=torch.float32)
+    expected = run(case, backend=backend)
+
+    missing = eager_weights(torch.ones_like(case.logits[:, 0]), direction).unsqueeze(1) == 0
+    bordered = replace(case, logits=case.logits.masked_fill(missing, torch.nan))
+    assert_same_bits(run(bordered, backend=backend), expected)
+
+    axis, first = scan_axis(direction)
+    started = replace(case, logits=case.logits.clone())
+    started.logits.select(axis, first).fill_(torch.nan)
+    found = run(started, backend=backend)
+    for results in (found, expected):
+        results["dlogits"].select(axis, first).zero_()
+    assert_same_bits(found, expected)
+
+
+def test_four_directions_reach_every_pixel_from_every_pixel() -> None:
+    """The claim of dense pairwise connectivity, on square and oblong images: no pixel is out of reach."""
+    for height, width in ((6, 6), (4, 9), (9, 4), (1, 7), (7, 1)):
+        for pixel in torch.eye(height * width, dtype=torch.bool).view(-1, height, width):
+            reached = torch.stack([reach(pixel, direction, None) for direction in DIRECTIONS])
+            assert reached.any(0).all()
