@@ -1,0 +1,190 @@
+"""Everything that decides a training run, as one JSON-serialisable value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_every")
+"""Settings that do not change what is computed, so that a resumed run may change them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train`.
+
+    Args:
+        data: "digits" (scikit-learn's 1797 handwritten digits of 8 x 8) or a folder: class folders of images,
+            or `train/` and `val/` (or `test/`) with class folders each.
+        model: any name registered with timm; ours are `gspn2_tiny`, `_small`, `_base` and `test_gspn2`.
+        model_args: further arguments of `timm.create_model`.
+        pretrained: start from timm's pretrained weights.
+        image_size: (height, width); None for 32 x 32 (digits) or the model's own size (folder).
+        in_chans: 1 (grey) or 3; None for 1 (digits) or 3 (folder).
+        split_fraction: share of each class held out for testing, where the folder has no split of its own.
+        split_seed: seed of that split; apart from `seed`, so that runs of several seeds share a test set.
+        epochs: passes over the training images.
+        batch_size: images a step; the last, incomplete batch of an epoch is left out.
+        lr: peak learning rate. Plain, unless `lr_base_size` is given.
+        lr_base_size: `lr` is meant for this many images a step and scaled to lr * batch_size / lr_base_size.
+        min_lr: learning rate at the end of the cosine, as a fraction of the peak.
+        warmup_epochs: epochs of linear warm-up from 0, whole or not.
+        weight_decay: of AdamW; biases, norms and whatever the model lists in `no_weight_decay` have none.
+        layer_decay: factor of the learning rate from each layer to the one below it, for fine-tuning.
+        betas: of AdamW.
+        clip_grad: largest L2 norm of the whole gradient; None for no clipping.
+        label_smoothing: share of the target given to all classes alike.
+        mixup, cutmix: alpha of the Beta distribution; 0 for off. With both, each batch takes one of them.
+        drop_path: stochastic depth rate, handed to the model as `drop_path_rate`.
+        ema_decay: decay of the moving average of the weights, approached from 0 as the run goes on; None for
+            no average. Where there is one, it is what is tested and kept as best.
+        augment: random changes of the training images: digits are turned, moved and scaled a little; images
+            of a folder are cropped, mirrored and changed in color.
+        crop_scale: smallest and largest share of the area that a random crop keeps (folder).
+        hflip: probability of mirroring (folder).
+        color_jitter: strength of brightness, contrast and saturation changes (folder).
+        auto_augment: timm's policy string, such as "rand-m9-mstd0.5-inc1"; replaces color_jitter (folder).
+        random_erasing: probability of erasing a random rectangle.
+        amp: "auto" (bfloat16 on CUDA, off elsewhere), "bf16" or "off".
+        channels_last: keep images and weights channel-innermost.
+        seed: of weights, order, augmentation and everything else that is random.
+        device: "auto" (CUDA where there is one), or what `torch.device` takes.
+        workers: processes that load images; 0 loads in the training process. Changes no number.
+        checkpoint_every: steps between checkpoints within an epoch; None for the end of epochs only.
+        out: folder of the run; None for `runs/MODEL-DATA`.
+    """
+
+    data: str = "digits"
+    model: str = "test_gspn2"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    image_size: tuple[int, int] | None = None
+    in_chans: int | None = None
+    split_fraction: float = 0.2
+    split_seed: int = 0
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 1e-3
+    lr_base_size: int | None = None
+    min_lr: float = 0.01
+    warmup_epochs: float = 2.0
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float | None = 5.0
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop_path: float = 0.0
+    ema_decay: float | None = 0.9998
+    augment: bool = True
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    hflip: float = 0.5
+    color_jitter: float = 0.3
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    amp: str = "auto"
+    channels_last: bool = False
+    seed: int = 0
+    device: str = "auto"
+    workers: int = 0
+    checkpoint_every: int | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        # JSON knows no tuples; a frozen dataclass is set through object.
+        for name in ("image_size", "betas", "crop_scale"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        _check(self)
+
+    @property
+    def out_dir(self) -> Path:
+        """Folder of the run."""
+        if self.out is not None:
+            return Path(self.out)
+        # A name may hold a tag or a hub's slashes: "resnet18.a1_in1k", "hf-hub:timm/resnet18".
+        model = self.model.replace("/", "_").replace(":", "_")
+        return (
+            Path("runs") / f"{model}-{Path(self.data).resolve().name if self.data != 'digits' else 'digits'}"
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after the warm-up, scaled by the batch size where `lr_base_size` asks for it."""
+        return self.lr if self.lr_base_size is None else self.lr * self.batch_size / self.lr_base_size
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings, as `from_json` takes them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_json`; an unknown name is a UserError."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise UserError(f"config: unknown setting {', '.join(unknown)}")
+        return cls(**settings)
+
+
+# name: (smallest, largest, is the smallest itself legal)
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "split_fraction": (0, 0.9, False),
+    "epochs": (1, math.inf, True),
+    "batch_size": (1, math.inf, True),
+    "lr": (0, math.inf, False),
+    "lr_base_size": (1, math.inf, True),
+    "min_lr": (0, 1, True),
+    "warmup_epochs": (0, math.inf, True),
+    "weight_decay": (0, math.inf, True),
+    "layer_decay": (0, 1, False),
+    "clip_grad": (0, math.inf, False),
+    "label_smoothing": (0, 0.99, True),
+    "mixup": (0, math.inf, True),
+    "cutmix": (0, math.inf, True),
+    "drop_path": (0, 0.99, True),
+    "ema_decay": (0, 1, False),
+    "hflip": (0, 1, True),
+    "color_jitter": (0, math.inf, True),
+    "random_erasing": (0, 1, True),
+    "workers": (0, math.inf, True),
+    "checkpoint_every": (1, math.inf, True),
+    "seed": (0, math.inf, True),
+    "split_seed": (0, math.inf, True),
+}
+
+
+def _check(config: TrainConfig) -> None:
+    for name, (low, high, closed) in _RANGES.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        # `not` also refuses NaN.
+        if not (low <= value <= high) or (value == low and not closed) or value == math.inf:
+            above = f"at least {low}" if closed else f"more than {low}"
+            below = "" if high == math.inf else f" and at most {high}"
+            raise UserError(f"{name}: expected {above}{below}, got {value}")
+    if config.amp not in ("auto", "off", "bf16"):
+        raise UserError(f"amp: expected auto, off or bf16, got {config.amp!r}")
+    if config.in_chans not in (None, 1, 3):
+        raise UserError(f"in_chans: expected 1 (grey) or 3 (color), got {config.in_chans}")
+    if config.image_size is not None and (len(config.image_size) != 2 or min(config.image_size) < 1):
+        raise UserError(f"image_size: expected two sizes of at least 1, got {config.image_size}")
+    if len(config.crop_scale) != 2 or not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+        raise UserError(f"crop_scale: expected 0 < smallest <= largest <= 1, got {config.crop_scale}")
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"betas: expected two numbers of at least 0 and below 1, got {config.betas}")
+    if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
+        raise UserError(
+            f"batch_size: mixup and cutmix pair images, expected an even number, got {config.batch_size}"
+        )
+    taken = {"num_classes", "in_chans", "pretrained", "checkpoint_path"} & set(config.model_args)
+    if taken:
+        raise UserError(f"model_args: {', '.join(sorted(taken))} is set by training itself")
