@@ -147,7 +147,7 @@ def test_output_does_not_share_memory_with_the_input(backend: str) -> None:
 
 
 def test_storage_off_any_vector_alignment(backend: str) -> None:
-    """Memory that starts 4 bytes after an aligned address, as a slice of a file or of a packed buffer does."""
+    """Memory that starts 4 bytes after an aligned address, as a slice of a packed buffer does."""
 
     def shifted(tensor: Tensor) -> Tensor:
         memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
