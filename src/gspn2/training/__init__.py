@@ -20,7 +20,7 @@ with a message of one line.
 Needs the extra `gspn2[train]`.
 """
 
-from .checkpoint import CheckpointInfo, load_checkpoint
+from .checkpoint import BEST, LAST, CheckpointInfo, load_checkpoint
 from .config import TrainConfig
 from .data import Data, ImageSet, eval_loader, load_data, load_test_data
 from .engine import TrainResult, train
@@ -32,6 +32,8 @@ from .model import build_model
 from .transforms import Preprocess, open_image
 
 __all__ = [
+    "BEST",
+    "LAST",
     "CheckpointError",
     "CheckpointInfo",
     "Data",

@@ -1,0 +1,74 @@
+"""What the subcommands share: parsing of values, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..training.errors import TrainingFailed, UserError
+
+
+def guarded(command: str, job: Callable[[], int]) -> int:
+    """The job's exit code; a UserError becomes one line on stderr and 2, a TrainingFailed and 1."""
+    try:
+        return job()
+    except UserError as error:
+        return complain(command, error, 2)
+    except TrainingFailed as error:
+        return complain(command, error, 1)
+
+
+def complain(command: str, error: object, code: int) -> int:
+    """Print an error as one line; returns the exit code."""
+    print(f"gspn2 {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """key=value, with value as Python or JSON writes it, or else as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if value.lower() in words:
+        return key, words[value.lower()]
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """224 or 224x320 (height x width)."""
+    sizes = text.lower().split("x")
+    if len(sizes) not in (1, 2) or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected SIZE or HEIGHTxWIDTH, got {text!r}")
+    return int(sizes[0]), int(sizes[-1])
+
+
+def floats(text: str) -> tuple[float, ...]:
+    """0.9,0.999"""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from None
+
+
+def optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type that also takes the word none."""
+
+    def parse(text: str) -> Any:
+        return None if text.lower() in ("none", "off") else kind(text)
+
+    parse.__name__ = getattr(kind, "__name__", "value")
+    return parse
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

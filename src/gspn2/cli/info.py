@@ -1,0 +1,188 @@
+"""`gspn2 info`: what is installed, and which backend would run. Needs the core dependencies only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from .common import complain, optional, positive
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "timm",
+    "torchvision",
+    "safetensors",
+    "scikit-learn",
+    "rich",
+    "matplotlib",
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+EPILOG = """examples:
+  gspn2 info
+  gspn2 info --problem 1,8,512,512 --dtype bfloat16 --directions down,up
+  gspn2 info --problem 32,64,56,56 --groups 64 --device cuda --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gspn2 info`."""
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--problem",
+        metavar="B,C,H,W",
+        type=_sizes,
+        default=(1, 8, 224, 224),
+        help="shape of x (default: 1,8,224,224)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="storage type (default: float32)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--directions", default="down,up,right,left", help="with commas (default: all four)")
+    parser.add_argument(
+        "--groups",
+        type=positive,
+        default=1,
+        metavar="G",
+        help="tap groups, a divisor of C (default: 1, shared by all channels)",
+    )
+    parser.add_argument(
+        "--chunk", type=optional(positive), metavar="N", help="lines between restarts (default: none)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what there is; returns the exit code."""
+    try:
+        report = {**_system(), "problem": _problem(args)}
+    except ValueError as error:
+        return complain("info", error, 2)
+    print(json.dumps(report, indent=2) if args.json else _text(report))
+    return 0
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected B,C,H,W as four whole numbers of at least 1, got {text!r}"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _system() -> dict[str, Any]:
+    import torch
+
+    import gspn2
+
+    versions: dict[str, str | None] = {"gspn2": gspn2.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "versions": versions,
+        "system": platform.platform(),
+        "cpu": {
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
+            "usable": usable,
+            "threads": torch.get_num_threads(),
+        },
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def _problem(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ..backends import DIRECTIONS, Problem, why_not
+
+    directions = tuple(args.directions.split(","))
+    wrong = [name for name in directions if name not in DIRECTIONS]
+    if wrong or len(set(directions)) != len(directions):
+        raise ValueError(
+            f"--directions: expected some of {','.join(DIRECTIONS)}, none twice, got {args.directions}"
+        )
+    batch, channels, height, width = args.problem
+    if channels % args.groups:
+        raise ValueError(f"--groups: expected a divisor of C = {channels}, got {args.groups}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
+    problem = Problem(
+        directions=directions,
+        chunk=args.chunk,
+        normalize=True,
+        batch=batch,
+        channels=channels,
+        groups=args.groups,
+        height=height,
+        width=width,
+        dtype=getattr(torch, args.dtype),
+        device=device,
+    )
+    declined = why_not(problem)
+    return {
+        "shape": list(args.problem),
+        "dtype": args.dtype,
+        "device": device,
+        "directions": list(directions),
+        "groups": args.groups,
+        "chunk": args.chunk,
+        "runs": next(name for name, reason in declined.items() if reason is None),
+        "why_not": declined,
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    cpu, problem = report["cpu"], report["problem"]
+    lines = ["versions"]
+    lines += [f"  {name:<13}{version or 'not installed'}" for name, version in report["versions"].items()]
+    lines += [
+        "devices",
+        f"  {'cpu':<13}{cpu['name']}; {cpu['usable']} of {cpu['cores']} cores, {cpu['threads']} threads",
+    ]
+    built = f"CUDA {report['cuda']}" if report["cuda"] else "the CPU only"
+    lines += [
+        f"  {f'cuda:{i}':<13}{gpu['name']}; {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"
+        for i, gpu in enumerate(report["gpus"])
+    ] or [f"  {'cuda':<13}no device (torch is built for {built})"]
+    shape = " x ".join(map(str, problem["shape"]))
+    chunk = f"chunk {problem['chunk']}" if problem["chunk"] else "no chunk"
+    lines += [
+        f"backends for x {shape}, {problem['dtype']} on {problem['device']}, G = {problem['groups']}, "
+        f"{'+'.join(problem['directions'])}, {chunk}"
+    ]
+    for name, reason in problem["why_not"].items():
+        state = "runs" if name == problem["runs"] else "can run" if reason is None else f"no: {reason}"
+        lines.append(f"  {name:<13}{state}")
+    return "\n".join(lines)

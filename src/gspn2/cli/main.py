@@ -1,0 +1,96 @@
+"""Entry point of the `gspn2` command.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`. Exit codes: 0 fine, 1 the
+job failed or some inputs did, 2 a usage error, 130 interrupted (143 by SIGTERM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+COMMANDS = {
+    "demo": "train on handwritten digits beside an attention model and write a report",
+    "train": "train a model on images",
+    "eval": "accuracy, speed and confusion matrix of a trained model",
+    "predict": "classes of images",
+    "info": "versions, devices and backends",
+}
+
+EXAMPLES = """examples:
+  gspn2 demo --out report
+  gspn2 train --data digits --model test_gspn2 --out runs/digits
+  gspn2 train --data photos/ --model gspn2_tiny --out runs/photos
+  gspn2 eval runs/digits
+  gspn2 predict runs/photos cat.jpg holiday/
+  gspn2 info --problem 1,8,512,512
+
+`gspn2 COMMAND --help` describes a command and its options."""
+
+# Import name: what an extra brings. Anything else that is missing is a bug, and shows as one.
+OPTIONAL = {"timm", "torchvision", "safetensors", "sklearn", "PIL", "rich", "matplotlib", "huggingface_hub"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name); returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        args = _parser(command).parse_args(argv)
+    except SystemExit as stop:
+        # --help and --version end with 0, errors with 2: argparse has printed what there is to say.
+        return int(stop.code or 0)
+    if args.command is None:
+        _parser(None).print_help()
+        return 2
+    try:
+        return int(_module(args.command).run(args))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep the interpreter from flushing into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in OPTIONAL:
+            raise
+        print(f'gspn2 {args.command}: needs {package}: pip install "gspn2[train]"', file=sys.stderr)
+        return 2
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"gspn2.cli.{command}")
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; of all subcommands only `command` is imported and knows its options."""
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="gspn2",
+        description="GSPN-2: linear-cost 2D propagation for vision.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gspn2 {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == command:
+            _module(name).add_arguments(sub)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
