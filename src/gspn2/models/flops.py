@@ -1,0 +1,46 @@
+"""Counting: parameters, and multiply-accumulates with the propagation operator included."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+# One state element takes three taps and lam * x, and its contribution to the output one gate.
+_PROPAGATE_MACS = 5
+
+
+@register_flop_formula(torch.ops.gspn2.propagate)
+def _propagate_flops(
+    x_shape: Any, taps_shape: Any, lam: Any, gate: Any, directions: Any, *args: Any, **kwargs: Any
+) -> int:
+    batch, channels, height, width = x_shape
+    return 2 * _PROPAGATE_MACS * len(directions) * batch * channels * height * width
+
+
+@register_flop_formula(torch.ops.gspn2.propagate_backward)
+def _propagate_backward_flops(dy_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """The scan again (the state is recomputed), its adjoint, and the gradients of taps, lam, gate and x."""
+    x_shape, taps_shape, lam, gate, directions = args[:5]
+    return 3 * _propagate_flops(x_shape, taps_shape, lam, gate, directions)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Learned numbers of `model`."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, size: tuple[int, int, int] = (3, 224, 224)) -> int:
+    """Multiply-accumulates of one forward pass for one image (C, H, W).
+
+    Counted by `torch.utils.flop_counter` on a copy of the model without memory (meta tensors): convolutions,
+    matrix products and propagation (per direction and proxy channel three taps, lam and gate); no norms or
+    activations, as is the custom of the tables in this field.
+    """
+    meta = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meta(torch.empty(1, *size, device="meta"))
+    return int(counter.get_total_flops()) // 2
