@@ -88,23 +88,24 @@ class GSPN2Block(nn.Module):
         return self.ffn(x)
 
 
-class Stem(nn.Sequential):
+class Stem(nn.Module):
     """Two 3x3 convolutions that divide height and width by `stride` (1, 2 or 4); makes channels_last."""
 
     def __init__(self, in_chans: int, dim: int, stride: int) -> None:
+        super().__init__()
         if stride not in (1, 2, 4):
             raise ValueError(f"stem_stride: expected 1, 2 or 4, got {stride}")
         middle = max(dim // 2, 1)
-        super().__init__(
-            nn.Conv2d(in_chans, middle, 3, stride=2 if stride > 1 else 1, padding=1),
-            LayerNorm2d(middle),
-            nn.GELU(),
-            nn.Conv2d(middle, dim, 3, stride=2 if stride > 2 else 1, padding=1),
-            LayerNorm2d(dim),
-        )
+        self.conv1 = nn.Conv2d(in_chans, middle, 3, stride=2 if stride > 1 else 1, padding=1)
+        self.norm1 = LayerNorm2d(middle)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(middle, dim, 3, stride=2 if stride > 2 else 1, padding=1)
+        self.norm2 = LayerNorm2d(dim)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.contiguous(memory_format=torch.channels_last))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(x))
 
 
 class GSPN2Stage(nn.Module):
@@ -136,7 +137,8 @@ class GSPN2(nn.Module):
         depths, dims: blocks and channels of every stage; there are as many stages as entries.
         stem_stride: by how much the stem shrinks height and width: 4, or 1 or 2 for small images.
         proxy_dim: propagated channels of a mixer, for all stages or each.
-        chunk: lines between restarts of a scan, for all stages or each; None scans the whole map.
+        chunk: lines between restarts of a scan, for all stages or each; 0 scans the whole map (None would
+            not survive `timm.create_model`, which drops it).
         operands_from: taps, lam and gate made from the "input" of the mixer or from its "proxy".
         groups: tap groups of a mixer.
         directions: scan directions of a mixer.
@@ -159,7 +161,7 @@ class GSPN2(nn.Module):
         dims: Sequence[int] = (64, 128, 384, 512),
         stem_stride: int = 4,
         proxy_dim: int | Sequence[int] = 2,
-        chunk: int | Sequence[int | None] | None = (8, 8, None, None),
+        chunk: int | Sequence[int] = (8, 8, 0, 0),
         operands_from: str = "input",
         groups: int = 1,
         directions: Sequence[str] = DIRECTIONS,
@@ -188,7 +190,7 @@ class GSPN2(nn.Module):
         for i, dim in enumerate(dims):
             mixer = {
                 "proxy_dim": proxy_dims[i],
-                "chunk": chunks[i],
+                "chunk": chunks[i] or None,
                 "operands_from": operands_from,
                 "groups": groups,
                 "directions": directions,
@@ -328,7 +330,7 @@ class GSPN2(nn.Module):
 
 
 def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
-    if value is None or isinstance(value, int):
+    if isinstance(value, int):
         return [value] * stages
     if len(value) != stages:
         raise ValueError(f"{name}: expected one value, or one for each of {stages} stages, got {value}")
@@ -346,7 +348,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
+        "first_conv": "stem.conv1",
         "classifier": "head.fc",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2512.07884",
@@ -399,5 +401,5 @@ def gspn2_base(pretrained: bool = False, **kwargs: Any) -> GSPN2:
 @register_model
 def test_gspn2(pretrained: bool = False, **kwargs: Any) -> GSPN2:  # noqa: PT028
     """A very small model for tests."""
-    sizes = {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "chunk": (4, 4, None, None)}
+    sizes = {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "chunk": (4, 4, 0, 0)}
     return _create_gspn2("test_gspn2", pretrained, **{**sizes, **kwargs})
