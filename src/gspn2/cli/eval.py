@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         choices=("test", "train", "all"),
-        help="part of the data (default: test where there is a split, that is for the training's data and for "
-        "folders with val/ or test/; else all)",
+        help="part of the data (default: test for the training's data and for folders with val/ or test/, "
+        "else all)",
     )
     parser.add_argument(
         "--weights", choices=("ema", "model"), help="of a last.safetensors (default: ema where kept)"

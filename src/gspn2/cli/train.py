@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +20,60 @@ EPILOG = """examples:
 
 The output folder gets best.safetensors (the weights that tested best: the moving average, unless it is off),
 last.safetensors (everything needed to resume), log.csv (a row an epoch), log.jsonl (a line a step),
-config.json and summary.json. Ctrl-C and SIGTERM save and stop; --resume goes on with the same numbers to the last bit."""
+config.json and summary.json. Ctrl-C and SIGTERM save and stop; --resume goes on with the same numbers to the
+last bit."""
 
-# flag, fields of add_argument. Defaults are those of TrainConfig: only what was typed reaches it.
-_GROUPS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+_NUMBER, _COUNT = ("X", float), ("N", int)
+
+# name in TrainConfig, (metavar, type), help; a bool is a switch.
+_GROUPS: dict[str, list[tuple[str, tuple[str, Callable[[str], Any]], str]]] = {
     "data": [
-        ("data", {"help": '"digits", or a folder of class folders, or one with train/ and val/ (or test/)'}),
         (
-            "image_size",
-            {
-                "type": image_size,
-                "metavar": "HxW",
-                "help": "SIZE or HEIGHTxWIDTH (default: 32 for digits, else the model's)",
-            },
+            "data",
+            ("DATA", str),
+            '"digits", or a folder: class folders, or train/ and val/ (or test/) of them',
         ),
-        ("in_chans", {"type": int, "help": "1 (grey) or 3 (default: 1 for digits, else 3)"}),
-        (
-            "split_fraction",
-            {"type": float, "help": "share of each class held out where the data has no split"},
-        ),
-        ("split_seed", {"type": int, "help": "seed of that split"}),
-        ("workers", {"type": int, "help": "processes that load images; changes no number"}),
+        ("image_size", ("HxW", image_size), "one size or two (default: 32 for digits, else the model's)"),
+        ("in_chans", _COUNT, "1 (grey) or 3 (default: 1 for digits, else 3)"),
+        ("split_fraction", _NUMBER, "share of each class held out where the data has no split"),
+        ("split_seed", _COUNT, "seed of that split"),
+        ("workers", _COUNT, "processes that load images; changes no number"),
     ],
     "model": [
-        ("model", {"help": "any name registered with timm"}),
-        ("pretrained", {"action": "store_true", "help": "start from timm's pretrained weights"}),
-        ("drop_path", {"type": float, "help": "stochastic depth"}),
-        ("channels_last", {"action": "store_true", "help": "channel-innermost memory layout"}),
+        ("model", ("NAME", str), "any name registered with timm"),
+        ("pretrained", ("", bool), "start from timm's pretrained weights"),
+        ("drop_path", _NUMBER, "stochastic depth"),
+        ("channels_last", ("", bool), "channel-innermost memory layout"),
     ],
     "recipe": [
-        ("epochs", {"type": int, "help": "passes over the training images"}),
-        ("batch_size", {"type": int, "help": "images a step"}),
-        ("lr", {"type": float, "help": "peak learning rate; plain, unless --lr-base-size is given"}),
-        ("lr_base_size", {"type": int, "help": "scale: lr * batch size / this"}),
-        ("min_lr", {"type": float, "help": "last learning rate, as a fraction of the peak"}),
-        ("warmup_epochs", {"type": float, "help": "epochs of linear warm-up"}),
-        ("weight_decay", {"type": float, "help": "of AdamW; not on biases and norms"}),
-        ("layer_decay", {"type": float, "help": "learning rate factor from layer to layer, for fine-tuning"}),
-        ("betas", {"type": floats, "help": "of AdamW, with a comma"}),
-        ("clip_grad", {"type": optional(float), "help": "largest gradient norm, or none"}),
-        ("label_smoothing", {"type": float, "help": "share of the target spread over all classes"}),
-        ("mixup", {"type": float, "help": "alpha, 0 for off"}),
-        ("cutmix", {"type": float, "help": "alpha, 0 for off"}),
-        ("ema_decay", {"type": optional(float), "help": "moving average of the weights, or none"}),
-        ("amp", {"choices": ("auto", "off", "bf16"), "help": "mixed precision; auto: bf16 on CUDA"}),
-        ("seed", {"type": int, "help": "of everything random"}),
-        ("device", {"help": "auto, cpu, cuda, cuda:1 ..."}),
+        ("epochs", _COUNT, "passes over the training images"),
+        ("batch_size", _COUNT, "images a step"),
+        ("lr", _NUMBER, "peak learning rate; plain, unless --lr-base-size is given"),
+        ("lr_base_size", _COUNT, "scale to lr * batch size / N"),
+        ("min_lr", _NUMBER, "last learning rate, as a fraction of the peak"),
+        ("warmup_epochs", _NUMBER, "epochs of linear warm-up"),
+        ("weight_decay", _NUMBER, "of AdamW; not on biases and norms"),
+        ("layer_decay", _NUMBER, "learning rate factor from layer to layer, for fine-tuning"),
+        ("betas", ("X,X", floats), "of AdamW"),
+        ("clip_grad", ("X", optional(float)), "largest gradient norm, or none"),
+        ("label_smoothing", _NUMBER, "share of the target spread over all classes"),
+        ("mixup", _NUMBER, "alpha, 0 for off"),
+        ("cutmix", _NUMBER, "alpha, 0 for off"),
+        ("ema_decay", ("X", optional(float)), "moving average of the weights, or none"),
+        ("amp", ("auto|off|bf16", str), "mixed precision; auto: bf16 on CUDA"),
+        ("seed", _COUNT, "of everything random"),
+        ("device", ("NAME", str), "auto, cpu, cuda, cuda:1 ..."),
     ],
     "augmentation": [
-        (
-            "crop_scale",
-            {"type": floats, "help": "smallest and largest share of the area, with a comma (folders)"},
-        ),
-        ("hflip", {"type": float, "help": "probability of mirroring (folders)"}),
-        ("color_jitter", {"type": float, "help": "strength (folders)"}),
-        (
-            "auto_augment",
-            {"metavar": "POLICY", "help": "timm's policy, such as rand-m9-mstd0.5-inc1 (folders)"},
-        ),
-        ("random_erasing", {"type": float, "help": "probability"}),
+        ("crop_scale", ("X,X", floats), "smallest and largest share of the area (folders)"),
+        ("hflip", _NUMBER, "probability of mirroring (folders)"),
+        ("color_jitter", _NUMBER, "strength (folders)"),
+        ("auto_augment", ("POLICY", str), "timm's policy, such as rand-m9-mstd0.5-inc1 (folders)"),
+        ("random_erasing", _NUMBER, "probability"),
+    ],
+    "run": [
+        ("out", ("DIR", str), "folder of the run (default: runs/MODEL-DATA)"),
+        ("checkpoint_every", _COUNT, "also save every N steps within an epoch"),
     ],
 }
 
@@ -85,56 +81,43 @@ _GROUPS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gspn2 train`."""
     parser.epilog = EPILOG
-    defaults = TrainConfig()
+    groups = {title: parser.add_argument_group(title) for title in _GROUPS}
     for title, options in _GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name, fields in options:
-            _add(group, name, getattr(defaults, name), fields)
-        if title == "model":
-            group.add_argument(
-                "--model-arg",
-                type=key_value,
-                action="append",
-                metavar="KEY=VALUE",
-                default=[],
-                help="argument of timm.create_model; may be repeated",
-            )
-        if title == "augmentation":
-            group.add_argument(
-                "--no-augment",
-                action="store_false",
-                dest="augment",
-                default=argparse.SUPPRESS,
-                help="none at all",
-            )
-    _add_run_options(parser, defaults)
-
-
-def _add(group: argparse._ArgumentGroup, name: str, default: Any, fields: dict[str, Any]) -> None:
-    fields = dict(fields)
-    if default is not None and "action" not in fields:
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        fields["help"] += f" (default: {shown})"
-    if "action" not in fields and "choices" not in fields:
-        fields.setdefault(
-            "metavar", "N" if fields.get("type") is int else "X" if "type" in fields else name.upper()
-        )
-    group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **fields)
-
-
-def _add_run_options(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--out", metavar="DIR", default=argparse.SUPPRESS, help="folder of the run (default: runs/MODEL-DATA)"
+        for name, (metavar, kind), text in options:
+            _add(groups[title], name, metavar, kind, text)
+    groups["model"].add_argument(
+        "--model-arg",
+        type=key_value,
+        action="append",
+        metavar="KEY=VALUE",
+        default=[],
+        help="argument of timm.create_model; may be repeated",
     )
-    _add(group, "checkpoint_every", None, {"type": int, "help": "also save every N steps within an epoch"})
-    how = group.add_mutually_exclusive_group()
+    groups["augmentation"].add_argument(
+        "--no-augment", action="store_false", dest="augment", default=argparse.SUPPRESS, help="none at all"
+    )
+    how = groups["run"].add_mutually_exclusive_group()
     how.add_argument(
         "--resume",
         action="store_true",
-        help="go on from last.safetensors in DIR; starts anew if there is none",
+        help="go on from last.safetensors in DIR; starts anew if there is none and --data is given",
     )
     how.add_argument("--overwrite", action="store_true", help="replace a run that is in DIR")
+
+
+def _add(
+    group: argparse._ArgumentGroup, name: str, metavar: str, kind: Callable[[str], Any], text: str
+) -> None:
+    """An option without a default of its own: only what was typed gets into the settings."""
+    flag = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        return
+    default = getattr(TrainConfig(), name)
+    if default is not None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f" (default: {shown})"
+    group.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -81,9 +81,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     seen: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        # Tied weights: the format refuses tensors that share memory.
-        owned[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        # Tied weights and views: the format refuses tensors that share memory.
+        storage = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
     # save_file would go through a temporary file of its own, which nobody removes after a SIGKILL.
     data = save(owned, metadata)
     with replacing(path) as temporary:

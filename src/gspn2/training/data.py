@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +153,14 @@ def load_test_data(
     """
     if split is None:
         split = "test" if _brings_split(data) or _same_data(data, config.data) else "all"
-    if split == "all":
+    if split == "all" and not _brings_split(data):
         images, names = _everything(data)
     else:
-        train, test, names = _split(data, config.split_fraction, config.split_seed, test_only=split == "test")
-        images = test if split == "test" else train
+        train, test, names = _split(
+            data, config.split_fraction, config.split_seed, need_train=split != "test"
+        )
+        parts = {"train": train, "test": test, "all": (train[0] + test[0], train[1] + test[1])}
+        images = parts[split]
     unknown = [name for name in names if name not in class_names]
     if unknown:
         raise DataError(
@@ -193,21 +197,20 @@ def _loader_options(workers: int, device: torch.device) -> dict[str, Any]:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach the whole process group; workers end when training does."""
-    import signal
+    """Ctrl-C and a batch system's SIGTERM reach the whole process group; the parent decides what they mean.
 
+    On SIGTERM a worker has to end, because that is how the parent ends it on its way out. It does so with
+    exit code 0: a death by signal would raise an error in the middle of whatever the parent is doing.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
 
 
 Samples = tuple[list[Any], list[int]]
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices (kept, held out): `fraction` of every class held out, at least one image of two or more.
-
-    Each class is drawn on its own: adding a class changes no other.
-    """
+    """Indices (kept, held out): `fraction` of every class held out, at least one image of two or more."""
     members: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
         members.setdefault(label, []).append(i)
@@ -223,7 +226,7 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
 
 
 def _split(
-    data: str, fraction: float, seed: int, test_only: bool = False
+    data: str, fraction: float, seed: int, need_train: bool = True
 ) -> tuple[Samples, Samples, tuple[str, ...]]:
     if data != "digits" and _brings_split(data):
         root = Path(data)
@@ -231,7 +234,7 @@ def _split(
         if (root / "train").is_dir():
             train, names = _scan(root / "train")
             return train, _scan(held_out, names)[0], names
-        if test_only:
+        if not need_train:
             test, names = _scan(held_out)
             return ([], []), test, names
         raise DataError(f"{data}: has {held_out.name}/ but no train/")
@@ -247,13 +250,12 @@ def _take(samples: Samples, indices: list[int]) -> Samples:
 
 
 def _everything(data: str) -> tuple[Samples, tuple[str, ...]]:
-    """Every image, whatever split there may be; where there are train/ and val/, those of val/."""
+    """Every image of data that brings no split."""
     if data == "digits":
         return _digits()
     root = Path(data)
-    if _brings_split(data):
-        return _scan(next(root / name for name in TEST_FOLDERS if (root / name).is_dir()))
-    return _scan(root / "train" if (root / "train").is_dir() else root)
+    only_train = root.is_dir() and [p.name for p in root.iterdir() if p.is_dir()] == ["train"]
+    return _scan(root / "train" if only_train else root)
 
 
 def _brings_split(data: str) -> bool:

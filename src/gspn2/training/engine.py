@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .checkpoint import BEST, LAST, CheckpointInfo, part, read_checkpoint, save_checkpoint, write_json
 from .config import TrainConfig
@@ -233,7 +235,7 @@ class Run:
         self._reported = self._epoch_began = time.perf_counter()
         self._images_done = 0
         every = self.config.checkpoint_every
-        for inputs, labels in self.loader:
+        for inputs, labels in self._load(self.loader, training=True):
             self._train_step(inputs, labels)
             self._images_done += len(labels)
             if time.perf_counter() - self._reported > REPORT_SECONDS:
@@ -246,6 +248,19 @@ class Run:
                 self.save_last()
         self._report()
         self._count_time(training=True)
+
+    def _load(self, loader: DataLoader, training: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a loader whose workers a batch system's SIGTERM may have ended, too."""
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError:
+                self._stop_if_asked(training)
+                raise
+            if batch is None:
+                return
+            yield batch
 
     def _train_step(self, inputs: Tensor, labels: Tensor) -> None:
         lr = self._lr(self.step)
@@ -328,7 +343,7 @@ class Run:
 
         return evaluate(
             model,
-            self.tests,
+            self._load(self.tests, training=False),
             device=self.device,
             amp=self.amp,
             channels_last=self.config.channels_last,

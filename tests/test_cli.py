@@ -1,0 +1,277 @@
+"""The gspn2 command: what it prints, what it leaves behind, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gspn2.cli.main import COMMANDS, main
+
+SMALL = ["--model", "test_efficientnet", "--image-size", "32", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir()
+        for i in range(10):
+            pixels = rng.integers(0, 60, (36, 40, 3), dtype=np.uint8)
+            pixels[..., 2 - channel] += 180
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A run that has learned to tell three colors apart."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    command = [
+        "train",
+        "--data",
+        str(folder),
+        *SMALL,
+        "--epochs",
+        "10",
+        "--lr",
+        "5e-3",
+        "--warmup-epochs",
+        "1",
+    ]
+    assert main([*command, "--color-jitter", "0", "--out", str(out)]) == 0
+    return out
+
+
+def test_train_prints_and_writes(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["train", "--data", str(folder), *SMALL, "--epochs", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "24 training and 6 test images, 3 classes; 2 epochs of 3 steps" in printed.out
+    assert [line[:9] for line in lines if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[-1] == f"best weights: {out / 'best.safetensors'}"
+    assert printed.err == ""
+    assert sorted(os.listdir(out)) == [
+        "best.safetensors",
+        "config.json",
+        "last.safetensors",
+        "log.csv",
+        "log.jsonl",
+        "summary.json",
+    ]
+
+
+def test_eval_agrees_with_training(run, tmp_path, capsys):
+    assert main(["eval", str(run), "--out", str(tmp_path / "e"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert report["top1"] == summary["best"]["top1"]
+    assert report["images"] == 6
+    assert sum(map(sum, report["confusion"])) == 6
+    assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["confusion"] == report["confusion"]
+    assert (tmp_path / "e" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_prints_speed_and_table(run, folder, capsys):
+    assert main(["eval", str(run), "--data", str(folder), "--split", "all", "--batch-size", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert "30 images of" in printed
+    assert "images/s in the model (batch 7, cpu, " in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[-3:]}
+    assert set(rows) == {"blue", "green", "red"}
+    assert all(sum(int(n) for n in row if n != ".") == 10 for row in rows.values())
+
+
+def test_predict_goes_on_after_damaged_files(run, folder, tmp_path, capsys):
+    good = folder / "red" / "0.png"
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:300])
+    (tmp_path / "text.jpg").write_text("no image")
+    shutil.copy(folder / "blue" / "1.png", tmp_path / "z.png")
+    assert (
+        main(["predict", str(run), str(good), str(tmp_path), str(tmp_path / "none.png"), "--top-k", "2"]) == 1
+    )
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(good), str(tmp_path / "z.png")]
+    assert lines[0].split()[1] == "red"
+    assert lines[1].split()[1] == "blue"
+    errors = printed.err.splitlines()
+    assert len(errors) == 3
+    assert "cut.png: cannot be read" in errors[0]
+    assert "text.jpg: not an image" in errors[1]
+    assert "none.png: no such file" in errors[2]
+
+
+def test_predict_json_and_patterns(run, folder, capsys):
+    assert main(["predict", str(run), str(folder / "green" / "*.png"), "--batch-size", "4", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [Path(r["file"]).name for r in results] == [f"{i}.png" for i in range(10)]
+    for result in results:
+        chances = [p["probability"] for p in result["predictions"]]
+        assert chances == sorted(chances, reverse=True)
+        assert sum(chances) == pytest.approx(1, abs=1e-5)
+        assert result["predictions"][0]["class"] == "green"
+    assert main(["predict", str(run), str(folder / "nothing*")]) == 1
+    assert "no file matches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_train_says_how_to_resume(folder, tmp_path, capsys, monkeypatch, signum, code):
+    from gspn2.cli import progress
+
+    show = progress.TrainProgress.__call__
+    out = tmp_path / "out"
+
+    def interrupt(self, event):
+        show(self, event)
+        if type(event).__name__ == "EpochDone" and event.row.epoch == 1:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(progress.TrainProgress, "__call__", interrupt)
+    assert main(["train", "--data", str(folder), *SMALL, "--epochs", "2", "--out", str(out)]) == code
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == f"stopped at epoch 2, step 4 of 6; saved {out / 'last.safetensors'}"
+    assert errors[1] == f"resume with: gspn2 train --out {out} --resume"
+    monkeypatch.setattr(progress.TrainProgress, "__call__", show)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert "resuming at step 4 of 6" in capsys.readouterr().out
+    assert len((out / "log.csv").read_text().splitlines()) == 3
+
+
+def test_resume_keeps_settings(run, folder, capsys):
+    assert main(["train", "--out", str(run), "--resume", "--lr", "0.5"]) == 2
+    assert "leave out --lr 0.5 (the run has 0.005)" in capsys.readouterr().err
+    assert main(["train", "--out", str(run), "--resume", "--lr", "5e-3", "--workers", "0"]) == 0
+    assert "done" in capsys.readouterr().out
+
+
+ERRORS = [
+    (["train", "--model", "test_efficientne", "--out", "{tmp}/new"], "did you mean test_efficientnet"),
+    (["train", *SMALL, "--data", "{tmp}/nowhere", "--out", "{tmp}/new"], "nowhere: no such folder"),
+    (["train", *SMALL, "--data", "{tmp}/empty", "--out", "{tmp}/new"], "expected class folders"),
+    (["train", *SMALL, "--data", "{tmp}/hollow", "--out", "{tmp}/new"], "cat: class folder without images"),
+    (["train", *SMALL, "--out", "{tmp}/full"], "not empty; resume the run"),
+    (["train", *SMALL, "--out", "{tmp}/full/file"], "is a file"),
+    (["train", "--model", "test_vit", "--image-size", "30", "--out", "{tmp}/new"], "does not take 30 x 30"),
+    (["train", *SMALL, "--model-arg", "depht=3", "--out", "{tmp}/new"], "depht"),
+    (["train", *SMALL, "--epochs", "0", "--out", "{tmp}/new"], "epochs: expected at least 1, got 0"),
+    (["train", *SMALL[:-1], "nowhere", "--out", "{tmp}/new"], "device: 'nowhere' cannot be used"),
+    (["train", "--out", "{tmp}/new", "--resume"], "no run to resume"),
+    (["eval", "{tmp}/empty"], "no best.safetensors"),
+    (["eval", "{tmp}/full/file"], "not a readable safetensors file"),
+    (["predict", "{tmp}/nothing", "a.png"], "no such file"),
+    (["info", "--directions", "sideways"], "--directions: expected"),
+    (["info", "--groups", "3"], "--groups: expected a divisor of C = 8"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), ERRORS, ids=[message[:24] for _, message in ERRORS])
+def test_user_errors_are_one_line(command, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "cat").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert main([word.format(tmp=tmp_path) for word in command]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith(f"gspn2 {command[0]}: error: ")
+    assert printed.out == ""
+    assert not (tmp_path / "new").exists()
+
+
+def test_failed_job_is_exit_code_1(folder, tmp_path, capsys):
+    command = [
+        "train",
+        "--data",
+        str(folder),
+        *SMALL,
+        "--lr",
+        "1e30",
+        "--clip-grad",
+        "none",
+        "--warmup-epochs",
+        "0",
+    ]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "the checkpoint before it is kept" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["nonsense"], ["train", "--lr", "fast"], ["train", "--resume", "--overwrite"], ["predict"]],
+)
+def test_usage_errors_are_exit_code_2(command, capsys):
+    assert main(command) == 2
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"demo"}))
+def test_help_of_every_command_has_examples(command, capsys):
+    assert main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"gspn2 {command}" in printed.split("examples:")[1]
+
+
+def test_version_and_module(capsys):
+    import gspn2
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gspn2 {gspn2.__version__}\n"
+    shown = subprocess.run([sys.executable, "-m", "gspn2", "--version"], capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, f"gspn2 {gspn2.__version__}\n")
+
+
+def test_info_names_the_backend(capsys):
+    assert main(["info", "--problem", "2,6,20,30", "--dtype", "float64", "--groups", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    problem = report["problem"]
+    assert problem["why_not"][problem["runs"]] is None
+    assert problem["shape"] == [2, 6, 20, 30]
+    assert report["versions"]["torch"] is not None
+    assert main(["info", "--device", "cuda", "--directions", "down", "--chunk", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "backends for x 1 x 8 x 224 x 224, float32 on cuda, G = 1, down, chunk 4" in printed
+    assert "no: " in printed
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("timm", "torchvision", "safetensors", "sklearn", "PIL", "rich", "matplotlib"):
+    sys.modules[name] = None
+from gspn2.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "error"),
+    [
+        (["info"], 0, ""),
+        (["train", "--help"], 0, ""),
+        (["train", "--out", "unused"], 2, 'gspn2 train: needs timm: pip install "gspn2[train]"\n'),
+        (["eval", "/"], 2, "gspn2 eval: error: /: no best.safetensors or last.safetensors in this folder\n"),
+    ],
+)
+def test_core_installation_says_what_is_missing(command, code, error):
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, *command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (code, error)
+
+
+def test_import_is_light():
+    script = (
+        "import sys, gspn2.cli.main; print([m for m in ('timm', 'torchvision', 'rich') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.stdout == "[]\n", shown.stderr
