@@ -10,6 +10,7 @@ import torch
 import gspn2
 from gspn2.backends import DIRECTIONS
 from helpers import (
+    Case,
     assert_same_bits,
     eager_weights,
     make_case,
@@ -46,6 +47,40 @@ def test_row_stochastic_taps_never_amplify(direction: str, dtype: torch.dtype, b
     h = run(replace(case, x=start, lam=None), backend=backend)["y"].double()
     assert h.abs().max() <= slack * start.double().abs().max()
     assert h.select(axis, -1 - first).any(), "the signal does not reach the last line"
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradients_are_redistributed_not_created(direction: str, backend: str) -> None:
+    """A gradient on the last line: on every other line it has the same sum, and no larger sum of magnitudes.
+
+    The maximum is bounded by the number of places that can have added up, not by 1.
+    """
+    axis, first = scan_axis(direction)
+    case = make_case(2, 2, 12, 14, directions=(direction,), lam=False, gate=False)
+    dy = torch.zeros_like(case.dy)
+    dy.select(axis, -1 - first).copy_(case.dy.select(axis, -1 - first))
+    dx = run(replace(case, dy=dy), backend=backend)["dx"]
+    lines = dx.movedim(axis, 0)  # (L, B, C, P)
+    lines = lines.flip(0) if first == 0 else lines  # the line that received dy comes first
+    assert max_error(lines.sum(-1), lines[0].sum(-1).expand(lines.shape[:-1])) <= 1e-12
+    masses = lines.abs().sum(-1)
+    assert (masses[1:] <= (1 + 1e-12) * masses[:-1]).all()
+    collected = torch.arange(len(lines)).mul(2).add(1).view(-1, 1, 1).clamp(max=lines.shape[-1])
+    assert (lines.abs().amax(-1) <= (1 + 1e-12) * collected * lines[0].abs().amax(-1)).all()
+
+
+def test_the_maximum_of_a_gradient_may_grow(backend: str) -> None:
+    """Taps that all point at one column collect the gradient of every place within reach: 2n + 1 of them."""
+    height, width = 4, 9
+    logits = torch.full((1, 1, 1, 3, height, width), -1e4, dtype=torch.float64)
+    for column in range(width):
+        towards = 1 + (column < width // 2) - (column > width // 2)
+        logits[:, :, :, towards, :, column] = 1e4
+    x = torch.zeros(1, 1, height, width, dtype=torch.float64)
+    dy = torch.zeros_like(x)
+    dy[:, :, -1] = 1
+    dx = run(Case(x, logits, None, None, dy, ("down",)), backend=backend)["dx"]
+    assert dx[0, 0, :, width // 2].tolist() == [7, 5, 3, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
