@@ -176,6 +176,15 @@ def test_linear_axis_covers_its_range_with_few_ticks(low, high):
     assert 2 <= len(axis.ticks) <= 8
 
 
+@pytest.mark.parametrize(("low", "high"), [(9.7, 98.6), (98.6, 98.6), (0, 0), (99.95, 100), (0, 100)])
+def test_accuracy_axis_covers_its_range(low, high):
+    axis = charts.accuracy_axis("", low, high)
+    assert axis.low < axis.high
+    for accuracy in (low, high):
+        assert axis.low <= charts.error_decades(accuracy) <= axis.high
+    assert [value for value, _ in axis.ticks] == sorted({value for value, _ in axis.ticks})
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 7, 20, 33, 300])
 def test_epoch_axis_is_readable(epochs):
     labels = [value for value, _ in charts.epoch_axis(epochs).ticks]

@@ -99,7 +99,7 @@ def _material(args: argparse.Namespace, console: Console, began: float) -> Mater
             experiment.ATTENTION.config(shared, args.out),
             progress.training("Attention"),
         )
-        sides, budget = ((8, 16), 0.05) if args.quick else (cost.SIDES, 2.0)
+        sides, budget = ((8, 16), 0.05) if args.quick else (cost.SIDES, 1.0)
         measured = cost.measure(
             sides, seconds_per_side=budget, seed=args.seed, on_point=progress.measuring("Cost", sides)
         )

@@ -104,10 +104,11 @@ def _draw(series: Series, x: Axis, y: Axis) -> list[str]:
         parts.append(
             f'<line class="bar" x1="{at:.1f}" x2="{at:.1f}" y1="{_y(y, low):.1f}" y2="{_y(y, high):.1f}"/>'
         )
-    if series.line:
+    if series.line and len(points) > 1:
         parts.append(f'<polyline class="curve" points="{path}"{dash}/>')
-    if series.marker:
-        parts += [MARKERS[series.marker](a, b) for a, b in points]
+    marker = series.marker or ("dot" if len(points) == 1 else "")
+    if marker:
+        parts += [MARKERS[marker](a, b) for a, b in points]
     parts.append("</g>")
     return parts
 
@@ -135,6 +136,23 @@ def linear_axis(title: str, low: float, high: float, text: Callable[[float], str
     last = max(last, first + 1)
     ticks = [(i * step, text(i * step)) for i in range(first, last + 1)]
     return Axis(title, first * step, last * step, ticks)
+
+
+# Accuracies in percent whose errors are about equally far apart on a logarithmic scale.
+ACCURACIES = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
+
+
+def error_decades(accuracy: float) -> float:
+    """Where an accuracy in percent lies on `accuracy_axis`; from 99.9 on all are at its end."""
+    return -math.log10(max(100.0 - accuracy, 0.1))
+
+
+def accuracy_axis(title: str, low: float, high: float) -> Axis:
+    """Accuracies in percent on a scale that is logarithmic in the error, so that 98 and 99 are told apart."""
+    below = max(a for a in ACCURACIES[:-1] if a <= low)
+    above = min((a for a in ACCURACIES if a >= high and a > below), default=ACCURACIES[-1])
+    ticks = [(error_decades(a), f"{a:g}") for a in ACCURACIES if below <= a <= above]
+    return Axis(title, ticks[0][0], ticks[-1][0], ticks)
 
 
 def epoch_axis(epochs: int) -> Axis:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import propagate
 from ..backends import DIRECTIONS, Problem, why_not
 
-SIDES = (16, 32, 64, 128, 256)
+SIDES = (16, 32, 64, 96, 128, 192, 256, 512)
 WIDTH = 64
 """Channels of the layer: attention has them as one head, propagation as channels."""
 PROXY = 8
@@ -110,8 +110,8 @@ def measure(
     sides: Sequence[int] = SIDES,
     *,
     contenders: Sequence[Contender] | None = None,
-    seconds_per_side: float = 2.0,
-    longest_call: float = 3.0,
+    seconds_per_side: float = 1.0,
+    longest_call: float = 2.0,
     memory: int = 2 * 2**30,
     seed: int = 0,
     on_point: Callable[[Point], None] | None = None,

@@ -195,12 +195,12 @@ def look_inside(model: nn.Module, data: Data, image: int) -> list[LayerMaps]:
         if min(operands.x.shape[-2:]) >= side
     ]
     layers = []
-    for i, mixer, operands in dict.fromkeys((shown[0], shown[-1])):
+    for when, (i, mixer, operands) in (("Early", shown[0]), ("Late", shown[-1])):
         height, width = operands.x.shape[-2:]
         pixels = chosen_pixels(inputs.mean(0), height, width)
         layers.append(
             LayerMaps(
-                title=f"Mixer {i + 1} of {len(mixers)}",
+                title=f"{when}: mixer {i + 1} of {len(mixers)}",
                 text=_describe(mixer, height, width),
                 directions=mixer.directions,
                 names=list(pixels),

@@ -51,10 +51,12 @@ def map_svg(strength: Tensor, image: Tensor, pixel: Pixel, name: str, spines: Se
         path = " ".join(f"{column + 0.5:.2f},{row + 0.5:.2f}" for row, column in points)
         parts.append(f'<polyline class="spine" stroke-width="{0.2 * stroke:.3f}" points="{path}"/>')
     row, column = pixel[0] + 0.5, pixel[1] + 0.5
-    parts.append(
-        f'<circle class="source" cx="{column}" cy="{row}" r="{0.62 * stroke:.3f}"'
-        f' stroke-width="{0.26 * stroke:.3f}"/></svg>'
-    )
+    for kind, thickness in (("halo", 0.5), ("source", 0.24)):
+        parts.append(
+            f'<circle class="{kind}" cx="{column}" cy="{row}" r="{0.62 * stroke:.3f}"'
+            f' stroke-width="{thickness * stroke:.3f}"/>'
+        )
+    parts.append("</svg>")
     return "".join(parts)
 
 

@@ -5,6 +5,7 @@ Every sentence with a figure in it is made here from what was measured; the temp
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import math
@@ -16,7 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .charts import Series, duration, epoch_axis, line_chart, linear_axis, side_axis, time_axis
+from .charts import (
+    Series,
+    accuracy_axis,
+    duration,
+    epoch_axis,
+    error_decades,
+    line_chart,
+    linear_axis,
+    side_axis,
+    time_axis,
+)
 from .cost import PROXY, WIDTH, Cost
 from .figures import confusion_svg, digit_uri, heat_gradient, map_row
 from .material import LayerMaps, Material, Trained, results
@@ -104,8 +115,8 @@ def _numbers(material: Material) -> str:
         items.append(
             (
                 "",
-                f"{own:.2f} : {other:.2f}",
-                "growth with the number of pixels, as exponents: propagation, attention",
+                f"N<sup>{own:.2f}</sup>",
+                f"growth of propagation's time with N pixels; attention's: N<sup>{other:.2f}</sup>",
             )
         )
     return "".join(
@@ -120,13 +131,10 @@ def _legend(entries: Sequence[tuple[str, str]], solid: bool = False) -> str:
 
 def _accuracy_chart(gspn: Trained, attention: Trained) -> str:
     values = [row["test_top1"] for one in (gspn, attention) for row in one.epochs]
-    y = linear_axis("", min(values), 100.0, lambda v: f"{v:.0f}")
-    return line_chart(
-        "Test accuracy in percent by epoch",
-        epoch_axis(len(gspn.epochs)),
-        y,
-        [_curve(one, "test_top1") for one in (attention, gspn)],
-    )
+    series = [_curve(one, "test_top1") for one in (attention, gspn)]
+    series = [dataclasses.replace(s, y=[error_decades(accuracy) for accuracy in s.y]) for s in series]
+    y = accuracy_axis("", min(values), max(values))
+    return line_chart("Test accuracy in percent by epoch", epoch_axis(len(gspn.epochs)), y, series)
 
 
 def _loss_chart(gspn: Trained, attention: Trained) -> str:
