@@ -94,9 +94,12 @@ def test_constants_are_carried_unchanged(dtype: torch.dtype, backend: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("logit", [-1e4, -200.0, 200.0, 1e4, "mixed"])
+@pytest.mark.parametrize("logit", [-1e4, -200.0, -20.0, 20.0, 200.0, 1e4, "mixed"])
 def test_extreme_logits(logit: float | str, dtype: torch.dtype, backend: str) -> None:
-    """No 0 / 0 where every sigmoid underflows, no overflow where it saturates; as accurate as elsewhere."""
+    """No 0 / 0 where every sigmoid underflows, no overflow where it saturates; as accurate as elsewhere.
+
+    At 20 the gradient is 1 - sigmoid = 2e-9, lost if computed that way; at 200 it is 1e-87, and may be 0.
+    """
     case = make_case(1, 2, 6, 5, dtype=dtype)
     if logit == "mixed":
         choices = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 1e4], dtype=dtype)
@@ -107,8 +110,10 @@ def test_extreme_logits(logit: float | str, dtype: torch.dtype, backend: str) ->
     found, expected = run(case, backend=backend), truth(case)
     for name, tensor in found.items():
         assert tensor.isfinite().all(), name
-        # Rounded, because a gradient of 1e-87 is 0 in float32.
-        assert relative_l2(tensor, expected[name].to(dtype)) <= 8 * torch.finfo(dtype).eps, name
+        error = relative_l2(tensor, expected[name].to(dtype))  # to dtype: it underflows in float16
+        if logit == "mixed" or abs(logit) > 20:
+            error = min(error, max_error(tensor, expected[name]))
+        assert error <= 8 * torch.finfo(dtype).eps, name
 
 
 # Reach: NaN goes exactly where the recurrence carries it.
