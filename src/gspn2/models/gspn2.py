@@ -51,7 +51,8 @@ class GSPNModule(nn.Module):
         self.fc1 = Pointwise(dim, hidden)
         self.conv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
         self.act = nn.SiLU()
-        self.mixer = Mixer(hidden, **mixer)
+        # A norm follows, so the mixer may start at full strength.
+        self.mixer = Mixer(hidden, gain=1.0, **mixer)
         self.norm2 = LayerNorm2d(hidden)
         self.grn = GRN(hidden)
         self.fc2 = Pointwise(hidden, dim)

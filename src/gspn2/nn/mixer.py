@@ -19,7 +19,6 @@ OPERANDS_FROM = ("proxy", "input")
 _FAVORED_TAP = {"down": 0, "up": 2, "right": 2, "left": 0}
 _FAVORED_LOGIT, _OTHER_LOGIT = 0.0, -3.5
 _OPERAND_SPREAD = 0.2
-_OUTPUT_GAIN = 0.2
 
 
 class Operands(NamedTuple):
@@ -36,9 +35,9 @@ class Mixer(nn.Module):
 
     ::
 
-        p                 = to_proxy(x)                             compact channel proxy, (B, proxy_dim, H, W)
+        p                 = to_proxy(x)                            compact channel proxy, (B, proxy_dim, H, W)
         lam, gate, logits = to_operands(p)  or  to_operands(x)
-        h_d               = scan of lam_d * p in direction d        the recurrence of `gspn2.propagate`
+        h_d               = scan of lam_d * p in direction d       the recurrence of `gspn2.propagate`
         y                 = sum over directions d of  merge_d / L_d * gate_d * h_d
         output            = from_proxy(y)
 
@@ -68,6 +67,8 @@ class Mixer(nn.Module):
         gate: learn an output gate from the data; otherwise it is the learned weight of the direction alone.
         bias: biases in the projections to and from the proxy. The operands' projection always has one: it
             holds the resting values of taps, lam and gate.
+        gain: size of a fresh output projection: how much of the average's amplitude the mixer puts out. The
+            default suits a residual stream of many mixers; next to a norm it may be 1.
         backend: as for `gspn2.propagate`.
 
     Raises:
@@ -88,6 +89,7 @@ class Mixer(nn.Module):
         lam: bool = True,
         gate: bool = True,
         bias: bool = True,
+        gain: float = 0.2,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -98,6 +100,7 @@ class Mixer(nn.Module):
         self.directions = tuple(directions)
         self.chunk = chunk
         self.operands_from = operands_from
+        self.gain = gain
         self.backend = backend
         scans = len(self.directions)
         per_channel = scans * proxy_dim
@@ -115,16 +118,16 @@ class Mixer(nn.Module):
         """Initialize: a gentle average over the image along diagonals.
 
         lam and gate rest at 1 and `merge` at 1 / D; their data-dependent parts, and that of the logits,
-        have a standard deviation of 0.2 for a unit-variance source. The output projection adds 0.2 of the
-        average's amplitude to a residual stream: growth over 100 layers stays below an order of magnitude
-        at any image size, and the gradients of the first and of the last layer are of one size.
+        have a standard deviation of 0.2 for a unit-variance source. The output projection adds `gain` = 0.2
+        of the average's amplitude to a residual stream: growth over 100 layers stays below an order of
+        magnitude at any image size, and the gradients of the first and of the last layer are of one size.
 
         With equal taps a corner reaches the opposite one with weight 3^-L, which is nothing. So each
         direction favors one diagonal neighbor (weight 0.9), a different diagonal for each of the four; odd
         tap groups favor the mirrored one.
         """
         nn.init.normal_(self.to_proxy.weight, std=self.to_proxy.in_features**-0.5)
-        nn.init.normal_(self.from_proxy.weight, std=_OUTPUT_GAIN * self.from_proxy.in_features**-0.5)
+        nn.init.normal_(self.from_proxy.weight, std=self.gain * self.from_proxy.in_features**-0.5)
         for projection in (self.to_proxy, self.from_proxy):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
