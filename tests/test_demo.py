@@ -299,6 +299,19 @@ def test_a_missed_gate_is_a_failure_that_says_so(quick, monkeypatch, capsys):
     assert json.loads((quick[1] / "results.json").read_text())["gate"]["reached"] is False
 
 
+def test_a_wrong_result_ends_the_demo_without_a_report(monkeypatch, tmp_path, capsys):
+    from gspn2.demo import experiment
+
+    def wrong(*args, **options):
+        raise cost.WrongResultError("propagation is off")
+
+    monkeypatch.setattr(experiment, "run", lambda *args: (None, None))
+    monkeypatch.setattr(cost, "measure", wrong)
+    assert main(["demo", "--quick", "--out", str(tmp_path / "report")]) == 1
+    assert "propagation is off" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
 def test_bad_arguments_are_usage_errors(tmp_path, capsys):
     assert main(["demo", "--epochs", "0"]) == 2
     (tmp_path / "file").write_text("")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import guarded, positive
+from .common import complain, guarded, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +60,7 @@ def _demo(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gspn2.demo import report
+    from gspn2.demo.cost import WrongResultError
     from gspn2.training import Interrupted, UserError
 
     if args.out.exists() and not args.out.is_dir():
@@ -72,6 +73,8 @@ def _demo(args: argparse.Namespace) -> int:
         console.print(f"stopped at {stop.where}; saved {stop.checkpoint}", soft_wrap=True)
         console.print("There is no report without both trainings: run the demo again.")
         return 128 + stop.signum
+    except WrongResultError as error:
+        return complain("demo", error, 1)
     path = report.write(material, args.out)
     return _conclude(material, path, time.perf_counter() - began, console)
 
@@ -135,10 +138,6 @@ def _conclude(material: Material, path: Path, seconds: float, console: Console) 
         console.print(f"At {side} x {side} pixels attention takes {ratio:.1f}x the time of {what}.")
     console.print(f"Report: [bold]{path}[/bold]  ({seconds:.0f} s in all)", soft_wrap=True)
     if material.gate is not None and gspn.accuracy < material.gate:
-        print(
-            f"gspn2 demo: GSPN-2 reached {gspn.accuracy:.2f}% on the test images, expected at least "
-            f"{material.gate:g}%",
-            file=sys.stderr,
-        )
-        return 1
+        reached = f"GSPN-2 reached {gspn.accuracy:.2f}% on the test images"
+        return complain("demo", f"{reached}, expected at least {material.gate:g}%", 1)
     return 0
