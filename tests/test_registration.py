@@ -243,7 +243,7 @@ def test_gradients_through_vmap(backend: str) -> None:
         assert max_error(leaf.grad, expected[f"d{name}"]) <= 1e-12
 
 
-@pytest.mark.xfail(strict=True, reason="a registered autograd formula knows no torch.func")
+
 def test_per_sample_gradients(backend: str) -> None:
     """torch.func.grad under vmap, as in differentially private training and influence functions."""
     case = make_case(3, 2, 3, 4, chunk=2)
@@ -260,7 +260,7 @@ def test_per_sample_gradients(backend: str) -> None:
         assert max_error(gradient, expected[f"d{name}"]) <= 1e-12
 
 
-@pytest.mark.xfail(strict=True, reason="a registered autograd formula knows no torch.func")
+
 def test_jacobian(backend: str) -> None:
     """jacrev against autograd's own loop over outputs."""
     case = make_case(1, 2, 3, 2)
@@ -275,7 +275,7 @@ def test_jacobian(backend: str) -> None:
 # First order only, and never silently wrong.
 
 
-@pytest.mark.xfail(strict=True, reason="propagate_backward has no autograd formula that refuses")
+
 @pytest.mark.parametrize("name", INPUTS)
 def test_double_backward_is_refused(name: str, backend: str) -> None:
     case = make_case(1, 2, 3, 4)
@@ -286,7 +286,7 @@ def test_double_backward_is_refused(name: str, backend: str) -> None:
         gradient.square().sum().backward()
 
 
-@pytest.mark.xfail(strict=True, reason="a registered autograd formula ignores tangents")
+
 def test_forward_mode_is_refused(backend: str) -> None:
     """A tangent of zero would be wrong without a word."""
     case = make_case(1, 2, 3, 4)

@@ -1,4 +1,4 @@
-"""Registration with PyTorch: schema, kernel entry, fake, autograd and vmap, forward and backward side by side.
+"""Registration with PyTorch: schema, kernel entry, fake, autograd and vmap of forward and backward.
 
 A direction travels as its index in `DIRECTIONS`, and no chunk as 0, because schemas have no list of optional
 names. The backend is chosen inside the operator, at run time, so that a compiled graph holds no choice.
@@ -37,7 +37,10 @@ def propagate(
 ) -> Tensor:
     """Call the registered operator; arguments as checked by `gspn2.functional`."""
     indices = [DIRECTIONS.index(name) for name in directions]
-    return torch.ops.gspn2.propagate(x, taps, lam, gate, indices, chunk or 0, normalize, backend)
+    arguments = (x, taps, lam, gate, indices, chunk or 0, normalize, backend)
+    if _under_transforms():
+        return _UnderTransforms.apply(*arguments)
+    return torch.ops.gspn2.propagate(*arguments)
 
 
 def _problem(x: Tensor, taps: Tensor, directions: Sequence[int], chunk: int, normalize: bool) -> Problem:
@@ -117,14 +120,63 @@ def _setup_context(ctx: _Saved, inputs: tuple[Any, ...], output: Tensor) -> None
 def _autograd(ctx: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, taps, lam, gate = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.gspn2.propagate_backward(
-        dy, x, taps, lam, gate, ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs
-    )
+    arguments = (dy, x, taps, lam, gate, ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs)
+    if _under_transforms():
+        gradients = _GradientsUnderTransforms.apply(*arguments)
+    else:
+        gradients = torch.ops.gspn2.propagate_backward(*arguments)
     present = (
         needed and tensor is not None for needed, tensor in zip(needs, (x, taps, lam, gate), strict=True)
     )
     found = (gradient if there else None for gradient, there in zip(gradients, present, strict=True))
     return (*found, None, None, None, None)
+
+
+def _refuse_second_order(ctx: _Saved, *_: Any) -> None:
+    raise NotImplementedError(
+        "gspn2: the gradient of propagate and line_scan cannot be differentiated a second time"
+    )
+
+
+def _under_transforms() -> bool:
+    """Is a torch.func transform at work? None sees the formulas registered for an operator."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class _UnderTransforms(torch.autograd.Function):
+    """`propagate` with the same derivative, for torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.gspn2.propagate(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _autograd(ctx, dy)
+
+
+class _GradientsUnderTransforms(torch.autograd.Function):
+    """`propagate_backward`, for torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.gspn2.propagate_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        _refuse_second_order(ctx)
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
@@ -161,5 +213,6 @@ _library.impl("propagate_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gspn2::propagate", _forward_fake, lib=_library)
 torch.library.register_fake("gspn2::propagate_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("gspn2::propagate", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("gspn2::propagate_backward", _refuse_second_order, lib=_library)
 torch.library.register_vmap("gspn2::propagate", _forward_vmap, lib=_library)
 torch.library.register_vmap("gspn2::propagate_backward", _backward_vmap, lib=_library)
