@@ -12,11 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gspn2.cli.main import COMMANDS, main
 
 SMALL = ["--model", "test_efficientnet", "--image-size", "32", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only get slower on more, the more so beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +198,23 @@ def test_user_errors_are_one_line(command, message, tmp_path, capsys):
     assert printed.err.startswith(f"gspn2 {command[0]}: error: ")
     assert printed.out == ""
     assert not (tmp_path / "new").exists()
+
+
+def test_full_disk_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    from gspn2.training import checkpoint, engine
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    def fill_disk(self):
+        monkeypatch.setattr(checkpoint, "write_safetensors", full)
+        train_epoch(self)
+
+    train_epoch = engine.Run._train_epoch
+    monkeypatch.setattr(engine.Run, "_train_epoch", fill_disk)
+    assert main(["train", "--data", str(folder), *SMALL, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "gspn2 train: error: [Errno 28] No space left on device\n"
+    checkpoint.read_checkpoint(tmp_path / "out" / "last.safetensors")
 
 
 def test_failed_job_is_exit_code_1(folder, tmp_path, capsys):

@@ -37,9 +37,17 @@ from gspn2.training import (
 )
 from gspn2.training.data import EpochBatches, stratified_split, train_loader
 from gspn2.training.log import RunLog
-from gspn2.training.rng import rng_state, seed_everything, set_rng_state
 from gspn2.training.schedule import learning_rate
 from gspn2.training.transforms import preprocess_for
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only get slower on more, the more so beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_images(root: Path, per_class: int = 12, classes: tuple[str, ...] = ("blue", "green", "red")) -> Path:
@@ -191,6 +199,29 @@ def test_signal_while_testing_keeps_the_epoch(folder, finished, tmp_path):
     assert_same_run(train(config, resume=True).out, finished.out)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_on_cuda(folder, tmp_path, monkeypatch, workers):
+    """Dropout draws on the device there, and mixed precision is on."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+    def give_up(event):
+        if isinstance(event, StepDone) and event.step >= 9:
+            raise KeyboardInterrupt
+
+    config = settings(folder, tmp_path / "whole", device="cuda", amp="auto", channels_last=True)
+    whole = train(config)
+    parts = dataclasses.replace(config, out=str(tmp_path / "parts"), workers=workers)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, on_event=give_up)
+    assert_same_run(train(parts, resume=True).out, whole.out)
+    assert json.loads((whole.out / "summary.json").read_text())["amp"] == "bf16"
+    model, info = load_checkpoint(whole.out, device="cuda")
+    evaluation = evaluate(model, eval_loader(load_data(info.config).test, device="cuda"), amp=torch.bfloat16)
+    assert evaluation.device == "cuda"
+    assert evaluation.top1 == pytest.approx(whole.best_row.top1, abs=20)
+
+
 def test_finished_run_resumes_to_itself(folder, finished):
     before = (finished.out / "last.safetensors").read_bytes()
     again = train(settings(folder, finished.out), resume=True)
@@ -209,6 +240,28 @@ def test_run_reports_itself(finished):
         losses = [line["loss"] for line in steps if line["epoch"] == row.epoch]
         assert row.train_loss == pytest.approx(sum(losses) / len(losses), rel=1e-12)
     assert not list(finished.out.glob(".*"))
+
+
+def test_draws_of_others_change_nothing(folder, finished, tmp_path):
+    def draw(event):
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+
+    assert_same_run(train(settings(folder, tmp_path / "out"), on_event=draw).out, finished.out)
+
+
+def test_dropout_differs_from_step_to_step(monkeypatch, folder, tmp_path):
+    drawn = []
+    dropout = torch.nn.functional.dropout
+
+    def note(x, *args, **kwargs):
+        out = dropout(x, *args, **kwargs)
+        drawn.append((out == 0).flatten())
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", note)
+    train(settings(folder, tmp_path / "out", epochs=1))
+    masks = {tuple(mask.tolist()) for mask in drawn if mask.sum() > 0.1 * mask.numel()}
+    assert len(masks) >= 7
 
 
 def test_other_seed_other_weights(folder, finished, tmp_path):
@@ -423,17 +476,6 @@ def test_learning_rate_warms_up_and_falls():
     assert rates[:11] == sorted(set(rates[:11]))
     assert rates[10:] == sorted(set(rates[10:]), reverse=True)
     assert learning_rate(54, 100, 10, 1.0, 0.0) == pytest.approx(0.5, abs=0.02)
-
-
-def test_generators_come_back():
-    seed_everything(5)
-    random.gauss(0, 1), np.random.randn()  # noqa: NPY002 - leaves a second value waiting in each
-    tensors, rest = rng_state()
-    drawn = random.gauss(0, 1), random.random(), np.random.randn(3).tolist(), torch.rand(3).tolist()  # noqa: NPY002
-    seed_everything(6)
-    set_rng_state(tensors, json.loads(json.dumps(rest)))
-    again = random.gauss(0, 1), random.random(), np.random.randn(3).tolist(), torch.rand(3).tolist()  # noqa: NPY002
-    assert again == drawn
 
 
 def test_log_is_cut_to_the_checkpoint(tmp_path):

@@ -12,12 +12,21 @@ from ..training.errors import TrainingFailed, UserError
 
 
 def guarded(command: str, job: Callable[[], int]) -> int:
-    """The job's exit code; a UserError becomes one line on stderr and 2, a TrainingFailed and 1."""
+    """The job's exit code; an error that is not ours to mend becomes one line on stderr.
+
+    2 where nothing has been done yet, 1 where the job failed: a loss without sense, a full disk, no memory.
+    """
+    import torch
+
     try:
         return job()
     except UserError as error:
         return complain(command, error, 2)
-    except TrainingFailed as error:
+    except torch.OutOfMemoryError:
+        return complain(command, "out of device memory: a smaller --batch-size needs less", 1)
+    except BrokenPipeError:
+        raise
+    except (TrainingFailed, OSError) as error:
         return complain(command, error, 1)
 
 

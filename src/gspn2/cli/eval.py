@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import guarded, positive
+from .progress import counting
 
 if TYPE_CHECKING:
     from ..training import CheckpointInfo, Evaluation
@@ -65,7 +66,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     data = args.data or info.config.data
     images = load_test_data(data, info.preprocess, info.class_names, info.config, args.split)
     loader = eval_loader(images, args.batch_size, args.workers, device)
-    result = evaluate(model, loader, device=device, amp=amp_dtype(args.amp, device))
+    with counting("testing", len(images)) as on_batch:
+        result = evaluate(
+            model, loader, device=device, amp=amp_dtype(args.amp, device), warm_up=True, on_batch=on_batch
+        )
     report = _report(result, info, data)
     if args.out is not None:
         _write(args.out, report, result, info)

@@ -2,8 +2,8 @@
 
 Two kinds. `best.safetensors` holds the weights that were tested, under the model's own names: timm, or
 anything that reads safetensors, loads it. `last.safetensors` holds the whole state of a run (`model/`,
-`ema/`, `optimizer/`, `rng/`) and is what a run resumes from. In both the metadata key "gspn2" is JSON: the
-settings, the class names, the preprocessing, the place in the run.
+`ema/`, `optimizer/`) and is what a run resumes from. In both the metadata key "gspn2" is JSON: the settings,
+the class names, the preprocessing, the place in the run.
 """
 
 from __future__ import annotations

@@ -161,6 +161,8 @@ def load_test_data(
         )
         parts = {"train": train, "test": test, "all": (train[0] + test[0], train[1] + test[1])}
         images = parts[split]
+    if not images[0]:
+        raise DataError(f"{data}: no image in its {split} part")
     unknown = [name for name in names if name not in class_names]
     if unknown:
         raise DataError(

@@ -1,8 +1,8 @@
 """The training loop.
 
-The place in a run is one number, the step: the learning rate, the order of images and their augmentation
-follow from it. What else there is (weights, average, optimizer, global generators) is in `last.safetensors`:
-a run killed at any moment and resumed ends with the same bits, on a device that computes the same twice.
+The place in a run is one number, the step: the learning rate, the order of images, their augmentation and
+every random draw follow from it. What else there is (weights, average, optimizer) is in `last.safetensors`: a
+run killed at any moment and resumed ends with the same bits, on a device that computes the same twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .recipe import (
     make_optimizer,
     prefixed,
 )
-from .rng import rng_state, seed_everything, set_rng_state
+from .rng import derive_seed, seed_everything
 from .schedule import learning_rate
 from .stopping import StopRequest
 
@@ -186,7 +186,6 @@ class Run:
             if state["environment"].get(name) != here:
                 was = state["environment"].get(name)
                 self.emit(Notice(f"{name} is {here}, was {was}: the numbers may differ in the last bits"))
-        set_rng_state(part(tensors, "rng"), state["rng"])
 
     # -- the loop
 
@@ -263,6 +262,7 @@ class Run:
             yield batch
 
     def _train_step(self, inputs: Tensor, labels: Tensor) -> None:
+        seed_everything(derive_seed(self.config.seed, "step", self.step))
         lr = self._lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -352,8 +352,7 @@ class Run:
 
     def save_last(self) -> None:
         """Write the whole state."""
-        rng_tensors, rng_rest = rng_state()
-        tensors = prefixed("model", self.model.state_dict()) | prefixed("rng", rng_tensors)
+        tensors = prefixed("model", self.model.state_dict())
         if self.ema is not None:
             tensors |= prefixed("ema", self.ema.module.state_dict())
         for index, values in self.optimizer.state_dict()["state"].items():
@@ -364,7 +363,6 @@ class Run:
             "train_seconds": self.train_seconds,
             "best": vars(self.best) if self.best else None,
             "log": self.log.sync(),
-            "rng": rng_rest,
             "fingerprint": self.data.fingerprint,
             "environment": environment(self.device),
         }

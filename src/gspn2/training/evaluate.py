@@ -53,6 +53,7 @@ def evaluate(
     device: torch.device | str | None = None,
     amp: torch.dtype | None = None,
     channels_last: bool = False,
+    warm_up: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run a model over batches of images and compare with their labels.
@@ -63,6 +64,7 @@ def evaluate(
         device: where the model is; None asks its first parameter.
         amp: autocast to this dtype; None for none.
         channels_last: hand inputs over channel-innermost.
+        warm_up: run the first batch once more beforehand, untimed: kernels get compiled and loaded.
         on_batch: called with the number of images done after each batch.
 
     Raises:
@@ -81,6 +83,9 @@ def evaluate(
         for inputs, labels in loader:
             inputs = inputs.to(device, non_blocking=True, memory_format=layout)
             labels = labels.to(device, non_blocking=True)
+            if warm_up and images == 0:
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    model(inputs)
             _wait(device)
             before = time.perf_counter()
             with torch.autocast(device.type, amp, enabled=amp is not None):
