@@ -66,11 +66,11 @@ def _demo(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"out: {args.out} is a file, expected a folder")
     began = time.perf_counter()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     try:
         material = _material(args, console, began)
     except Interrupted as stop:
-        console.print(f"stopped at {stop.where}; saved {stop.checkpoint}", soft_wrap=True)
+        console.print(f"stopped at {stop.where}; saved {stop.checkpoint}")
         console.print("There is no report without both trainings: run the demo again.")
         return 128 + stop.signum
     except WrongResultError as error:
@@ -136,7 +136,7 @@ def _conclude(material: Material, path: Path, seconds: float, console: Console) 
     for name, what in (("propagation", "propagation"), ("proxy", "propagation at the proxy's width")):
         side, ratio = cost.ratio("attention", name)
         console.print(f"At {side} x {side} pixels attention takes {ratio:.1f}x the time of {what}.")
-    console.print(f"Report: [bold]{path}[/bold]  ({seconds:.0f} s in all)", soft_wrap=True)
+    console.print(f"Report: [bold]{path}[/bold]  ({seconds:.0f} s in all)")
     if material.gate is not None and gspn.accuracy < material.gate:
         reached = f"GSPN-2 reached {gspn.accuracy:.2f}% on the test images"
         return complain("demo", f"{reached}, expected at least {material.gate:g}%", 1)

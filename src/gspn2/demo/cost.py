@@ -89,9 +89,15 @@ class Cost:
         """Points of one contender, by size."""
         return sorted((p for p in self.points if p.contender == contender), key=lambda p: p.side)
 
-    def exponent(self, contender: str, last: int = 3) -> float:
-        """Slope of log time over log pixels on the `last` largest sizes; nan with fewer than two."""
-        points = self.of(contender)[-last:]
+    def fitted(self, contender: str) -> list[Point]:
+        """The points an exponent is fitted to: sides from 32 on, below which calls cost more than work."""
+        points = self.of(contender)
+        large = [p for p in points if p.side >= 32]
+        return large if len(large) >= 2 else points
+
+    def exponent(self, contender: str) -> float:
+        """Slope of log time over log pixels by least squares; nan with fewer than two sizes."""
+        points = self.fitted(contender)
         if len(points) < 2:
             return math.nan
         logs = [(math.log(p.side**2), math.log(p.seconds)) for p in points]
@@ -162,7 +168,7 @@ def _why_stop(contender: Contender, side: int, cost: Cost, longest_call: float, 
         expected = measured[-1].seconds * ((side / measured[-1].side) ** 2) ** contender.growth
         if expected > longest_call:
             return (
-                f"one call at {side} x {side} would take about {expected:.0f} s,"
+                f"one call at {side} x {side} would take about {expected:.1f} s,"
                 f" above the limit of {longest_call:g} s"
             )
     return None

@@ -227,7 +227,7 @@ def chosen_pixels(image: Tensor, height: int, width: int) -> dict[str, Pixel]:
 
     def best(score: Tensor, row: float, column: float) -> Pixel:
         distance = ((rows + 0.5) / height - row) ** 2 + ((columns + 0.5) / width - column) ** 2
-        row_index, column_index = divmod(int((score - 12 * distance).argmax()), width)
+        row_index, column_index = divmod(int((score - 25 * distance).argmax()), width)
         return row_index, column_index
 
     ink = (ink - ink.min()) / (ink.max() - ink.min()).clamp_min(1e-12)

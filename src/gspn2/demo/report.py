@@ -88,12 +88,12 @@ def _lead(material: Material) -> str:
 
 
 def _training_text(material: Material) -> str:
-    models = " ".join(
+    models = "<br>".join(
         f"<b>{escape(one.label)}</b>: {escape(one.description)}; {_thousands(one.parameters)} parameters, "
         f"trained in {one.seconds:.0f} s."
         for one in (material.gspn, material.attention)
     )
-    return f"{models} {escape(material.recipe)}"
+    return f"{models}</p><p>{escape(material.recipe)}"
 
 
 def _numbers(material: Material) -> str:
@@ -175,7 +175,7 @@ def _errors_text(material: Material) -> str:
     both = ((guesses[0] != material.labels) & (guesses[1] != material.labels)).sum().item()
     return (
         f"Of {len(material.labels)} test images, GSPN-2 gets {_wrong(material.gspn)} wrong and attention "
-        f"{_wrong(material.attention)}; {both} of them are wrong for both. Below the matrices are "
+        f"{_wrong(material.attention)}, {both} of which both get wrong. Below the matrices are "
         "GSPN-2's most confident errors and, to compare, images it gets right, drawn by chance."
     )
 
@@ -268,7 +268,7 @@ def _cost_chart(cost: Cost) -> str:
                 marker,
             )
         )
-    x = side_axis("side of the layer's grid in pixels, both axes logarithmic", sides)
+    x = side_axis("side of the grid in pixels (both axes logarithmic)", sides)
     return line_chart("Forward time against image size", x, time_axis("", low, high), series)
 
 
@@ -294,7 +294,7 @@ def _cost_text(cost: Cost) -> str:
     for name, what in (("propagation", "propagation"), ("proxy", "the proxy"), ("attention", "attention")):
         exponent = cost.exponent(name)
         if math.isfinite(exponent):
-            sides = [p.side for p in cost.of(name)[-3:]]
+            sides = [p.side for p in cost.fitted(name)]
             parts.append(
                 f"{what} with pixels<sup>{exponent:.2f}</sup> ({sides[0]}&sup2; to {sides[-1]}&sup2;)"
             )
