@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gspn2 demo`."""
     parser.epilog = EPILOG
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="(default: report)")
-    parser.add_argument("--epochs", type=positive, metavar="N", help="of both trainings (default: 16)")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="of both trainings (default: 14)")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images a step (default: 32)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (default: 0)"

@@ -17,7 +17,7 @@ from ..training.events import EpochDone, Event
 from .maps import Pixel, propagation_map
 from .material import LayerMaps, Trained
 
-EPOCHS, BATCH_SIZE = 16, 32
+EPOCHS, BATCH_SIZE = 14, 32
 MAP_CLASS = 3
 """Digit under the propagation maps: it has strokes in every direction."""
 
