@@ -21,8 +21,9 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv  ## the CPU benchmark; results land in benchmarks/results/cpu
+bench: venv  ## the CPU benchmark (benchmarks/results/cpu), and the tables made from it in README and docs
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/tables.py
 
 venv: $(STAMP)
 

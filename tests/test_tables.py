@@ -1,0 +1,239 @@
+"""The measured tables in README.md and docs/: in step with the result files, and made as they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = {
+    "processor": "Some CPU",
+    "threads": 3,
+    "system": "Linux x86_64",
+    "python": "3.12.1",
+    "torch": "2.12.1",
+    "commit": "abc1234",
+    "uncommitted_changes": False,
+    "command": "python benchmarks/cpu.py",
+    "date": "2026-01-02",
+}
+
+
+def times(**milliseconds: float) -> dict[str, dict[str, float]]:
+    return {name: {"median_ms": ms, "fastest_ms": ms, "runs": 5} for name, ms in milliseconds.items()}
+
+
+def operator_case(scaled: bool, forward: float) -> dict[str, object]:
+    return {
+        "size": [1, 8, 512, 512],
+        "lam_and_gate": scaled,
+        "megabytes": 29.4,
+        "forward": times(gspn2=forward, copy=2.0, eager=56.0),
+        "forward_and_backward": times(gspn2=12.3, eager=123.0),
+        "forward_over_eager": 56.0 / forward,
+        "forward_in_copies": forward / 2,
+        "train_over_eager": 10.0,
+    }
+
+
+RESULTS = {
+    "operator": {
+        "dtype": "float32",
+        "directions": 4,
+        "taps": "shared",
+        "cases": [operator_case(False, 7.0), operator_case(True, 8.0)],
+    },
+    "memory": {
+        "cases": [
+            {
+                "size": [1, 8, 512, 512],
+                "lam_and_gate": True,
+                "inputs_and_gradients_bytes": 100_000_000,
+                "peak_extra_bytes": 12_000_000,
+                "extra_over_inputs_and_gradients": 0.12,
+            }
+        ]
+    },
+    "start": {
+        "import_seconds_over_torch": 0.043,
+        "first_forward_seconds": {"cold": 11.0, "warm": 0.5},
+        "first_backward_seconds": {"cold": 3.21, "warm": 0.02},
+    },
+    "models": {
+        "at_224": [{"batch": 8, **times(gspn2_tiny=412.0, convnext_tiny=400.0), "over_convnext": 1.03}],
+        "at_1024": {"batch": 1, "model_seconds": 2.5, "mixer_share": 0.2345},
+    },
+    "technology": {
+        "problem": "one direction of a (1, 8, 512, 512) image",
+        "rows": [
+            {"name": "eager", "forward_ms": 20.0, "first_call_seconds": 0.01, "note": "the yardstick"},
+            {"name": "other", "forward_ms": None, "first_call_seconds": None, "note": "did not finish"},
+        ],
+    },
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of a generator, its results and two documents: README.md without tables, docs/speed.md."""
+    results = tmp_path / "benchmarks" / "results" / "cpu"
+    results.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "tables.py", tmp_path / "benchmarks")
+    for name, result in RESULTS.items():
+        (results / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **result}))
+    (tmp_path / "README.md").write_text("# No tables\n")
+    (tmp_path / "docs").mkdir()
+    return tmp_path
+
+
+def ask_for(project: Path, *names: str) -> Path:
+    """docs/speed.md with empty places for tables, text around them."""
+    path = project / "docs" / "speed.md"
+    places = [f"before {name}\n\n<!-- benchmark:{name} -->\n<!-- /benchmark -->\n\nafter\n" for name in names]
+    path.write_text("\n".join(places))
+    return path
+
+
+def tables(project: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(project / "benchmarks" / "tables.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_documents_are_in_step_with_the_results() -> None:
+    done = tables(ROOT, "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [("README.md", {"operator-compact", "models-compact"}), ("docs/models.md", {"models"})],
+)
+def test_documents_hold_their_tables(document: str, names: set[str]) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert {name for name in names if f"<!-- benchmark:{name} -->" in text} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("operator", "| 1, 8, 512, 512 | no | 7.00 | 56.0 | 2.00 | 8.0x | 3.50 | 12.3 | 123 | 10.0x |"),
+        ("operator", "| 1, 8, 512, 512 | yes | 8.00 | 56.0 | 2.00 | 7.0x | 4.00 | 12.3 | 123 | 10.0x |"),
+        ("operator-compact", "| 1, 8, 512, 512 | 8.00 ms | 7.0x | 12.3 ms | 10.0x |"),
+        ("memory", "| 1, 8, 512, 512 | yes | 100.0 MB | 12.0 MB | 0.12 |"),
+        ("start", "| `import gspn2`, after `import torch` | 43 ms |  |"),
+        ("start", "| first forward | 0.50 s | 11.0 s |"),
+        ("start", "| first backward | 20 ms | 3.21 s |"),
+        ("models", "| 224 x 224, batch 8 | 412 ms | 400 ms | 1.03 |"),
+        ("models-compact", "| 224 x 224, batch 8 | 412 ms | 400 ms | 1.03 |"),
+        ("technology", "| eager | 20.0 | 10 ms | the yardstick |"),
+        ("technology", "| other | - | - | did not finish |"),
+    ],
+)
+def test_a_table_shows_what_was_measured(project: Path, name: str, row: str) -> None:
+    document = ask_for(project, name)
+    assert tables(project).returncode == 0
+    lines = document.read_text().splitlines()
+    assert row in lines
+    heads, rule = (next(line for line in lines[at:] if line.startswith("|")) for at in (0, 6))
+    assert heads.count("|") == rule.count("|") == row.count("|")
+    text = " ".join(lines)
+    for fact in ("Some CPU", "3 threads", "Python 3.12.1", "PyTorch 2.12.1", "commit abc1234,", "2026-01-02"):
+        assert fact in text
+    assert "`python benchmarks/cpu.py`" in text
+
+
+def test_the_share_of_mixers_is_told(project: Path) -> None:
+    document = ask_for(project, "models")
+    assert tables(project).returncode == 0
+    assert "takes 2.50 s; its mixers, projections included, are 23.4% of that" in document.read_text()
+
+
+def test_changes_that_were_not_committed_are_told(project: Path) -> None:
+    machine = {**MACHINE, "uncommitted_changes": True}
+    result = project / "benchmarks" / "results" / "cpu" / "start.json"
+    result.write_text(json.dumps({"machine": machine, **RESULTS["start"]}))
+    document = ask_for(project, "start")
+    assert tables(project).returncode == 0
+    assert "commit abc1234 with uncommitted changes" in document.read_text()
+
+
+def test_what_stands_around_a_table_stays(project: Path) -> None:
+    document = ask_for(project, "start", "memory")
+    assert tables(project).returncode == 0
+    text = document.read_text()
+    for line in ("before start", "before memory", "<!-- benchmark:start -->", "<!-- benchmark:memory -->"):
+        assert text.count(f"{line}\n") == 1
+    assert text.count("<!-- /benchmark -->\n\nafter\n") == 2
+    assert (project / "README.md").read_text() == "# No tables\n"
+
+
+def test_check_fails_until_the_tables_are_written_and_writes_nothing(project: Path) -> None:
+    document = ask_for(project, *RESULTS)
+    before = document.read_text()
+    done = tables(project, "--check")
+    assert done.returncode == 1
+    assert "docs/speed.md: out of step" in done.stderr
+    assert document.read_text() == before
+    assert tables(project).returncode == 0
+    assert tables(project, "--check").returncode == 0
+    written = document.read_text()
+    assert tables(project).returncode == 0
+    assert document.read_text() == written
+
+
+def test_check_fails_when_a_result_or_a_table_is_changed(project: Path) -> None:
+    document = ask_for(project, "operator-compact")
+    assert tables(project).returncode == 0
+    written = document.read_text()
+    document.write_text(written.replace("8.00 ms", "5.00 ms"))
+    assert tables(project, "--check").returncode == 1
+    document.write_text(written)
+    assert tables(project, "--check").returncode == 0
+    result = project / "benchmarks" / "results" / "cpu" / "operator.json"
+    result.write_text(result.read_text().replace('"median_ms": 8.0', '"median_ms": 9.0'))
+    assert tables(project, "--check").returncode == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--check",)])
+def test_a_missing_result_is_an_error_that_names_it(project: Path, options: tuple[str, ...]) -> None:
+    document = ask_for(project, "memory")
+    (project / "benchmarks" / "results" / "cpu" / "memory.json").unlink()
+    before = document.read_text()
+    done = tables(project, *options)
+    assert done.returncode == 1
+    assert "table 'memory' needs benchmarks/results/cpu/memory.json, which is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert document.read_text() == before
+
+
+@pytest.mark.parametrize("content", ["{", '{"machine": {}}', '{"cases": []}', "[]"])
+def test_a_damaged_result_is_an_error_that_names_it(project: Path, content: str) -> None:
+    ask_for(project, "memory")
+    (project / "benchmarks" / "results" / "cpu" / "memory.json").write_text(content)
+    done = tables(project)
+    assert done.returncode == 1
+    assert "benchmarks/results/cpu/memory.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- benchmark:start -->\n", "table 'start' is not closed"),
+        ("<!-- /benchmark -->\n", "closes no table"),
+        ("<!-- benchmark:nothing -->\n<!-- /benchmark -->\n", "no table is called 'nothing'"),
+        ("<!-- benchmark:start -->\n<!-- benchmark:memory -->\n<!-- /benchmark -->\n", "not closed"),
+    ],
+)
+def test_wrong_markers_are_refused(project: Path, text: str, message: str) -> None:
+    path = project / "docs" / "speed.md"
+    path.write_text(text)
+    done = tables(project)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert path.read_text() == text
