@@ -29,6 +29,7 @@ Result = dict[str, Any]
 
 OPEN = re.compile(r"<!-- benchmark:(\S+) -->")
 CLOSE = "<!-- /benchmark -->"
+_UNBROKEN = "\0"  # stands for a space where no line may be broken
 
 
 class TableError(Exception):
@@ -51,8 +52,8 @@ def operator(result: Result) -> str:
                 _times(case["train_over_eager"]),
             ]
         )
-    heads = ["B, C, H, W", "lam, gate", "forward, ms", "eager loop, ms", "copy, ms", "faster than the loop"]
-    heads += ["in copies", "forward + backward, ms", "eager loop, ms", "faster than the loop"]
+    heads = ["B, C, H, W", "lam, gate", "forward, ms", "loop, ms", "copy, ms", "faster than the loop"]
+    heads += ["in copies", "with backward, ms", "loop, ms", "faster than the loop"]
     return _table(heads, rows, left=2) + _note(
         result,
         f"{_problem(result)} Medians, taken in turns within one run. The loop is vectorised PyTorch over "
@@ -193,11 +194,13 @@ def _note(result: Result, text: str) -> str:
     versions = [f"Python {on['python']}", f"PyTorch {on['torch']}"]
     versions += [f"{name} {on[name]}" for name in ("numba", "timm") if name in on]
     commit = f"commit {on['commit']}" + (" with uncommitted changes" if on["uncommitted_changes"] else "")
+    command = on["command"].replace(" ", _UNBROKEN)
     text = (
         f"{text} Measured on {on['processor']}, {on['threads']} threads, {on['system']}, "
-        f"{', '.join(versions)}, {commit}, {on['date']}: `{on['command']}`."
+        f"{', '.join(versions)}, {commit}, {on['date']}: `{command}`."
     )
-    return f"\n{textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)}\n"
+    lines = textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+    return f"\n{lines.replace(_UNBROKEN, ' ')}\n"
 
 
 def _size(size: Sequence[int]) -> str:
