@@ -12,6 +12,7 @@ from .rows import (
     clear_missing_taps,
     gate_row,
     normalize_taps,
+    scan_line,
     scan_row,
     start_row,
     zero_fill,
@@ -22,7 +23,7 @@ from .simd import LANES, advance, is_double, pointer_to
 @jit
 def scratch_size(plan: Any, sums: bool) -> int:
     """Elements of scratch for one thread; `sums` says whether y needs sums in a wider type."""
-    rows = (4 * plan.channel_block + 3 * plan.group_block) * plan.lines + plan.task_channels
+    rows = (4 * plan.channel_block + 3 * plan.group_block) * plan.lines + 2 * plan.task_channels
     total = (rows + 2) * plan.row
     return total + (plan.task_channels * plan.height * plan.width + LANES if sums else 0)
 
@@ -79,6 +80,29 @@ def scan_step(
         scan_row(h, previous, w, tap, x, None, places)
 
 
+@jit
+def scan_in_place(
+    x: Any, lam: Any, gate: Any, y: Any, y_itemsize: int, c: int, c_low: int, states: Any, w: Any, plan: Any,
+    add: bool, first: int, count: int, places: int, itemsize: int, stored: Any, like: Any,
+) -> None:  # fmt: skip
+    """Lines first .. first + count - 1 of channel c where places are adjacent in memory: nothing is staged.
+
+    `states` has two rows: an even line's state is in the first, an odd line's in the second.
+    """
+    has_lam, has_gate = lam.address != 0, gate.address != 0
+    for i in range(first, first + count):
+        x_line = pointer_to(x.address + itemsize * (c * x.c + i * x.i), stored)
+        lam_line = pointer_to(lam.address + itemsize * (c * lam.c + i * lam.i), stored)
+        gate_line = pointer_to(gate.address + itemsize * (c * gate.c + i * gate.i), stored)
+        y_line = pointer_to(y.address + y_itemsize * ((c - c_low) * y.c + i * y.i), like)
+        h = advance(states, (i & 1) * plan.row)
+        previous = advance(states, (1 - (i & 1)) * plan.row)
+        scan_line(
+            y_line, add, h, previous, advance(w, (i - first) * plan.row), plan.lines * plan.row, x_line,
+            lam_line, has_lam, gate_line, has_gate, restarts(i, plan.chunk), places, like,
+        )  # fmt: skip
+
+
 @jit_inline
 def forward_direction(
     x: Any, taps: Any, stride_k: int, lam: Any, gate: Any, y: Any, y_itemsize: int, plan: Any, add: bool,
@@ -96,27 +120,24 @@ def forward_direction(
     states = advance(w_rows, 3 * plan.group_block * panel)
     has_lam, has_gate = lam.address != 0, gate.address != 0
     last_group = (c_high - 1) // group_size
+    direct = x.j == 1 and y.j == 1 and (not has_lam or lam.j == 1) and (not has_gate or gate.j == 1)
     for first in range(0, lines, plan.lines):
         count = min(plan.lines, lines - first)
         for g in range(c_low // group_size, last_group + 1, plan.group_block):
             groups = min(plan.group_block, last_group + 1 - g)
             stage_taps(
-                w_rows,
-                None,
-                panel,
-                plan,
-                taps,
-                stride_k,
-                g,
-                groups,
-                first,
-                count,
-                places,
-                itemsize,
-                stored,
+                w_rows, None, panel, plan, taps, stride_k, g, groups, first, count, places, itemsize, stored,
                 like,
-            )
+            )  # fmt: skip
             stop = min(c_high, (g + groups) * group_size)
+            if direct:
+                for c in range(max(c_low, g * group_size), stop):
+                    scan_in_place(
+                        x, lam, gate, y, y_itemsize, c, c_low, advance(states, 2 * (c - c_low) * row),
+                        advance(w_rows, 3 * (c // group_size - g) * panel), plan, add, first, count, places,
+                        itemsize, stored, like,
+                    )  # fmt: skip
+                continue
             for c in range(max(c_low, g * group_size), stop, plan.channel_block):
                 channels = min(plan.channel_block, stop - c)
                 stage_channels(
@@ -135,13 +156,19 @@ def forward_direction(
                     restart = restarts(first + i, plan.chunk)
                     for k in range(channels):
                         at = k * panel + i * row
-                        state = advance(states, (c + k - c_low) * row)
-                        w = advance(w_rows, 3 * ((c + k) // group_size - g) * panel + i * row)
                         h, lam_row = advance(h_rows, at), advance(lam_rows, at)
-                        scan_step(h, state, w, panel, advance(x_rows, at), lam_row, has_lam, restart, places)
-                        start_row(state, h, None, places)
-                        if has_gate:
-                            gate_row(h, advance(gate_rows, at), h, places)
+                        previous = advance(states, 2 * (c + k - c_low) * row) if i == 0 else advance(h, -row)
+                        w = advance(w_rows, 3 * ((c + k) // group_size - g) * panel + i * row)
+                        scan_step(
+                            h, previous, w, panel, advance(x_rows, at), lam_row, has_lam, restart, places
+                        )
+                for k in range(channels):
+                    last = advance(h_rows, k * panel + (count - 1) * row)
+                    start_row(advance(states, 2 * (c + k - c_low) * row), last, None, places)
+                    if has_gate:
+                        for i in range(count):
+                            h = advance(h_rows, k * panel + i * row)
+                            gate_row(h, advance(gate_rows, k * panel + i * row), h, places)
                 target = pointer_to(y.address + y_itemsize * ((c - c_low) * y.c + first * y.i), like)
                 if add:
                     staging.add(h_rows, panel, row, target, channels, count, places, y.c, y.i, y.j, like)

@@ -67,6 +67,9 @@ def plan(problem: Problem, threads: int, strides: tuple[int, ...], backward: boo
     innermost = strides[1] == 1 and problem.channels > 1
     channel_block = min(problem.channels, MOST_CHANNELS)
     lines = MOST_LINES
+    if backward and not innermost and panel_bytes(1, places) <= PANEL_BYTES:
+        # The adjoint of a panel that is the whole image has no state to find again.
+        channel_block, lines = 1, places
     while panel_bytes(channel_block, lines) > PANEL_BYTES and (lines if innermost else channel_block) > 1:
         if innermost:
             lines = -(-lines // 2)

@@ -17,11 +17,15 @@ from .simd import (
     is_double,
     keep_below,
     load,
+    load_as,
+    load_first,
     lower_of,
     replace_lane,
     round_to_int,
     splat,
     store,
+    store_as,
+    store_first,
     two_to_the,
     upper_of,
 )
@@ -129,6 +133,36 @@ def scan_row(h: Any, previous: Any, w: Any, tap: int, x: Any, lam: Any, places: 
         s = fma(load(w, j), load(previous, j - 1), s)
         s = fma(load(w, tap + j), load(previous, j), s)
         store(h, j, fma(load(w, 2 * tap + j), load(previous, j + 1), s))
+
+
+@jit
+def scan_line(
+    y: Any, add: bool, h: Any, previous: Any, w: Any, tap: int, x: Any, lam: Any, has_lam: bool, gate: Any,
+    has_gate: bool, restart: bool, places: int, like: Any,
+) -> None:  # fmt: skip
+    """A whole step on lines of tensors, without scratch between: h as in `scan_row`, y = or += gate h.
+
+    x, lam and gate are lines as stored, y one in the arithmetic type. Rounds exactly as the staged steps do.
+    """
+    for j in range(0, places, LANES):
+        count = places - j
+        whole = count >= LANES
+        s = load_as(x, j, like) if whole else load_first(x, j, count, like)
+        if has_lam:
+            s = (load_as(lam, j, like) if whole else load_first(lam, j, count, like)) * s
+        if not restart:
+            s = fma(load(w, j), load(previous, j - 1), s)
+            s = fma(load(w, tap + j), load(previous, j), s)
+            s = fma(load(w, 2 * tap + j), load(previous, j + 1), s)
+        store(h, j, s)
+        if has_gate:
+            s = (load_as(gate, j, like) if whole else load_first(gate, j, count, like)) * s
+        if add:
+            s = (load_as(y, j, like) if whole else load_first(y, j, count, like)) + s
+        if whole:
+            store_as(y, j, s)
+        else:
+            store_first(y, j, count, s)
 
 
 @jit

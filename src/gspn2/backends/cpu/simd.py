@@ -371,6 +371,12 @@ def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     return rows
 
 
+def _prefetch(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value) -> None:
+    """Ask for the cache line at `offset`; any address is allowed."""
+    address = builder.bitcast(builder.gep(pointer, [offset]), ir.PointerType(ir.IntType(8)))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, _I32(0), _I32(2), _I32(1)])
+
+
 def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
     def copy(
         typingctx: Any,
@@ -380,9 +386,10 @@ def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
         columns: Any,
         target: Any,
         target_row: Any,
+        ahead: Any,
     ) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            src, src_row, n_rows, n_columns, dst, dst_row = args
+            src, src_row, n_rows, n_columns, dst, dst_row, distance = args
             read_as, write_as = (context.get_value_type(pointer.dtype) for pointer in (source, target))
             last = builder.sub(n_rows, _I64(1))
             loaded = []
@@ -391,6 +398,7 @@ def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
                 inside = builder.icmp_signed("<", _I64(r), n_rows)
                 row = builder.select(inside, _I64(r), last) if masked else _I64(r)
                 offset = builder.mul(row, src_row)
+                _prefetch(builder, src, builder.add(offset, distance))
                 value = _load(builder, src, offset, read_as, n_columns if masked else None)
                 loaded.append(_widen(builder, value, source.dtype))
             for c, value in enumerate(_transposed(builder, loaded)):
@@ -398,18 +406,20 @@ def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
                 count = builder.select(inside, n_rows, _I64(0)) if masked else None
                 offset = builder.mul(_I64(c), dst_row)
                 if add:
+                    _prefetch(builder, dst, builder.add(offset, distance))
                     value = builder.fadd(_load(builder, dst, offset, write_as, count), value)
                 _store(builder, _narrow(builder, value, target.dtype), dst, offset, write_as, count)
             return context.get_dummy_value()
 
-        signature = types.void(source, types.int64, types.int64, types.int64, target, types.int64)
-        return signature, codegen
+        counts = (types.int64,) * 3
+        return types.void(source, *counts, target, types.int64, types.int64), codegen
 
     return copy
 
 
 # Copy, or add, a block of `rows` x `columns` (at most LANES each) elements transposed, converting on the way.
-# The unmasked forms take full blocks only and ignore the two counts.
+# The unmasked forms take full blocks only and ignore the two counts. Cache lines `ahead` elements from what is
+# read (or added to) are asked for on the way: where lines are adjacent in memory, the next panel's.
 copy_block_transposed = intrinsic(_transposition(masked=False, add=False))
 copy_part_transposed = intrinsic(_transposition(masked=True, add=False))
 add_block_transposed = intrinsic(_transposition(masked=False, add=True))

@@ -35,7 +35,7 @@ FEWEST_CHANNELS_TO_TRANSPOSE = 4
 
 @jit
 def copy_transposed(
-    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int
+    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int, ahead: int
 ) -> None:
     """target[c * target_row + r] = source[r * source_row + c]."""
     for r in range(0, rows, LANES):
@@ -43,16 +43,16 @@ def copy_transposed(
             src = advance(source, r * source_row + c)
             dst = advance(target, c * target_row + r)
             if rows - r >= LANES and columns - c >= LANES:
-                copy_block_transposed(src, source_row, LANES, LANES, dst, target_row)
+                copy_block_transposed(src, source_row, LANES, LANES, dst, target_row, ahead)
             else:
                 copy_part_transposed(
-                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row
+                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row, ahead
                 )
 
 
 @jit
 def add_transposed(
-    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int
+    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int, ahead: int
 ) -> None:
     """target[c * target_row + r] += source[r * source_row + c]."""
     for r in range(0, rows, LANES):
@@ -60,10 +60,10 @@ def add_transposed(
             src = advance(source, r * source_row + c)
             dst = advance(target, c * target_row + r)
             if rows - r >= LANES and columns - c >= LANES:
-                add_block_transposed(src, source_row, LANES, LANES, dst, target_row)
+                add_block_transposed(src, source_row, LANES, LANES, dst, target_row, ahead)
             else:
                 add_part_transposed(
-                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row
+                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row, ahead
                 )
 
 
@@ -122,19 +122,19 @@ def read(
     elif stride_i == 1:
         for c in range(channels):
             src = advance(tensor, c * stride_c)
-            copy_transposed(src, stride_j, places, lines, advance(scratch, c * channel), line)
+            copy_transposed(src, stride_j, places, lines, advance(scratch, c * channel), line, lines)
     elif stride_i == -1:
         for c in range(channels):
             src = advance(tensor, c * stride_c - (lines - 1))
             dst = advance(scratch, c * channel + (lines - 1) * line)
-            copy_transposed(src, stride_j, places, lines, dst, -line)
+            copy_transposed(src, stride_j, places, lines, dst, -line, -lines)
     elif stride_c == 1 and channels >= FEWEST_CHANNELS_TO_TRANSPOSE:
         # Block by block of places, so that a walk along columns stays within a few rows of the image.
         for j in range(0, places, LANES):
             for i in range(lines):
                 src = advance(tensor, i * stride_i + j * stride_j)
                 dst = advance(scratch, i * line + j)
-                copy_transposed(src, stride_j, min(places - j, LANES), channels, dst, channel)
+                copy_transposed(src, stride_j, min(places - j, LANES), channels, dst, channel, 0)
     elif abs(stride_i) < abs(stride_j):
         for j in range(places):
             for c in range(channels):
@@ -173,18 +173,18 @@ def write(
     elif stride_i == 1:
         for c in range(channels):
             dst = advance(tensor, c * stride_c)
-            copy_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j)
+            copy_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j, 0)
     elif stride_i == -1:
         for c in range(channels):
             src = advance(scratch, c * channel + (lines - 1) * line)
             dst = advance(tensor, c * stride_c - (lines - 1))
-            copy_transposed(src, -line, lines, places, dst, stride_j)
+            copy_transposed(src, -line, lines, places, dst, stride_j, 0)
     elif stride_c == 1 and channels >= FEWEST_CHANNELS_TO_TRANSPOSE:
         for j in range(0, places, LANES):
             for i in range(lines):
                 src = advance(scratch, i * line + j)
                 dst = advance(tensor, i * stride_i + j * stride_j)
-                copy_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j)
+                copy_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j, 0)
     elif abs(stride_i) < abs(stride_j):
         for j in range(places):
             for c in range(channels):
@@ -223,18 +223,18 @@ def add(
     elif stride_i == 1:
         for c in range(channels):
             dst = advance(tensor, c * stride_c)
-            add_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j)
+            add_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j, lines)
     elif stride_i == -1:
         for c in range(channels):
             src = advance(scratch, c * channel + (lines - 1) * line)
             dst = advance(tensor, c * stride_c - (lines - 1))
-            add_transposed(src, -line, lines, places, dst, stride_j)
+            add_transposed(src, -line, lines, places, dst, stride_j, -lines)
     elif stride_c == 1 and channels >= FEWEST_CHANNELS_TO_TRANSPOSE:
         for j in range(0, places, LANES):
             for i in range(lines):
                 src = advance(scratch, i * line + j)
                 dst = advance(tensor, i * stride_i + j * stride_j)
-                add_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j)
+                add_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j, 0)
     elif abs(stride_i) < abs(stride_j):
         for j in range(places):
             for c in range(channels):
