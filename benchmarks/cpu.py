@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import eager
 import torch
-from common import interleaved, rotating_copy, save
 from torch import Tensor
 
+import eager
 import gspn2
+from common import interleaved, rotating_copy, save
 
 SIZES = [(1, 8, 512, 512), (32, 8, 56, 56), (8, 64, 64, 64)]
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from statistics import fmean
+
 import pytest
 import torch
 
@@ -18,23 +21,32 @@ SIZES = (
 )
 
 
-def assert_as_accurate_as_eager(case: Case, backend: str) -> None:
+# A few dozen numbers may be exact by luck, on either side: small problems are posed this often.
+DRAWS = 8
+FEW_NUMBERS = 2000
+
+
+def assert_as_accurate_as_eager(cases: list[Case], backend: str) -> None:
     """Relative L2 error at most twice that of eager PyTorch in the same dtype, for y and every gradient.
 
-    Never below the dtype's epsilon, twice the error that rounding the exact result could make: on a handful
-    of numbers eager may be exact by luck.
+    Root mean square over the cases, and never below the dtype's epsilon, twice the error that rounding the
+    exact result could make.
     """
-    expected = truth(case)
-    found = run(case, backend=backend)
-    eager = run(case, eager_propagate)
-    epsilon = torch.finfo(case.x.dtype).eps
-    for name, tensor in found.items():
-        assert tensor.dtype == case.x.dtype, name
-        allowed = max(2 * relative_l2(eager[name], expected[name]), epsilon)
-        assert relative_l2(tensor, expected[name]) <= allowed, name
+    found_errors: dict[str, list[float]] = defaultdict(list)
+    eager_errors: dict[str, list[float]] = defaultdict(list)
+    for case in cases:
+        expected, found, eager = truth(case), run(case, backend=backend), run(case, eager_propagate)
+        for name, tensor in found.items():
+            assert tensor.dtype == case.x.dtype, name
+            found_errors[name].append(relative_l2(tensor, expected[name]))
+            eager_errors[name].append(relative_l2(eager[name], expected[name]))
+    epsilon = torch.finfo(cases[0].x.dtype).eps
+    for name, errors in found_errors.items():
+        allowed = max(2 * fmean(e**2 for e in eager_errors[name]) ** 0.5, epsilon)
+        assert fmean(e**2 for e in errors) ** 0.5 <= allowed, name
 
 
-def varied(height: int, width: int, dtype: torch.dtype) -> Case:
+def varied(height: int, width: int, dtype: torch.dtype, draw: int = 0) -> Case:
     """A case of this size; directions, chunk, groups and the optional inputs change from size to size."""
     number = SIZES.index((height, width)) + 5 * DTYPES.index(dtype)
     return make_case(
@@ -48,7 +60,7 @@ def varied(height: int, width: int, dtype: torch.dtype) -> Case:
         lam=number % 5 != 0,
         gate=number % 7 != 0,
         dtype=dtype,
-        seed=number,
+        seed=number + 1000 * draw,
     )
 
 
@@ -60,7 +72,8 @@ def test_sizes(height: int, width: int, dtype: torch.dtype, backend: str) -> Non
         found, expected = run(case, backend=backend), run(case, eager_propagate)
         assert all(max_error(found[name], expected[name]) <= 1e-12 for name in expected)
     else:
-        assert_as_accurate_as_eager(case, backend)
+        draws = DRAWS if case.x.numel() < FEW_NUMBERS else 1
+        assert_as_accurate_as_eager([varied(height, width, dtype, draw) for draw in range(draws)], backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -70,7 +83,7 @@ def test_options(
     directions: tuple[str, ...], groups: int, chunk: int | None, dtype: torch.dtype, backend: str
 ) -> None:
     case = make_case(2, 4, 12, 11, groups, directions, chunk, dtype)
-    assert_as_accurate_as_eager(case, backend)
+    assert_as_accurate_as_eager([case], backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -79,7 +92,7 @@ def test_long_scans(height: int, width: int, dtype: torch.dtype, backend: str) -
     """4096 lines: an error that grew with every line, as a 16-bit state has, would show."""
     directions = ("down", "left")
     case = make_case(1, 2, height, width, directions=directions, dtype=dtype)
-    assert_as_accurate_as_eager(case, backend)
+    assert_as_accurate_as_eager([case], backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
