@@ -243,7 +243,6 @@ def test_gradients_through_vmap(backend: str) -> None:
         assert max_error(leaf.grad, expected[f"d{name}"]) <= 1e-12
 
 
-
 def test_per_sample_gradients(backend: str) -> None:
     """torch.func.grad under vmap, as in differentially private training and influence functions."""
     case = make_case(3, 2, 3, 4, chunk=2)
@@ -260,7 +259,6 @@ def test_per_sample_gradients(backend: str) -> None:
         assert max_error(gradient, expected[f"d{name}"]) <= 1e-12
 
 
-
 def test_jacobian(backend: str) -> None:
     """jacrev against autograd's own loop over outputs."""
     case = make_case(1, 2, 3, 2)
@@ -275,7 +273,6 @@ def test_jacobian(backend: str) -> None:
 # First order only, and never silently wrong.
 
 
-
 @pytest.mark.parametrize("name", INPUTS)
 def test_double_backward_is_refused(name: str, backend: str) -> None:
     case = make_case(1, 2, 3, 4)
@@ -284,7 +281,6 @@ def test_double_backward_is_refused(name: str, backend: str) -> None:
     (gradient,) = torch.autograd.grad(y.square().sum(), leaves[name], create_graph=True)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)gspn2.*(twice|double|second)"):
         gradient.square().sum().backward()
-
 
 
 def test_forward_mode_is_refused(backend: str) -> None:

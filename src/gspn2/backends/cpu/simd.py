@@ -417,9 +417,9 @@ def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
     return copy
 
 
-# Copy, or add, a block of `rows` x `columns` (at most LANES each) elements transposed, converting on the way.
-# The unmasked forms take full blocks only and ignore the two counts. Cache lines `ahead` elements from what is
-# read (or added to) are asked for on the way: where lines are adjacent in memory, the next panel's.
+# Copy, or add, a block of `rows` x `columns` elements (at most LANES each) transposed, converting meanwhile.
+# The unmasked forms take full blocks only and ignore the two counts. Cache lines `ahead` elements from what
+# is read (or added to) are asked for on the way: where lines are adjacent in memory, the next panel's.
 copy_block_transposed = intrinsic(_transposition(masked=False, add=False))
 copy_part_transposed = intrinsic(_transposition(masked=True, add=False))
 add_block_transposed = intrinsic(_transposition(masked=False, add=True))
