@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, rotating_copy, save
 from torch import Tensor
+
+from common import interleaved, rotating_copy, save
 
 SIZE = (1, 8, 512, 512)
 # torch.compile unrolls the loop over lines; it may try for so long before it gets a piece of it instead.
