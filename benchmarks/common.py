@@ -25,7 +25,8 @@ def interleaved(
     """Time the functions in turn, so that a disturbance meets all alike.
 
     Returns for each the median, the fastest and the number of runs, in milliseconds. Rounds go on until
-    `seconds` are spent, and for at least `least` rounds.
+    `seconds` are spent, and for at least `least` rounds. Every turn starts with a run that does not count: the
+    others have just had the caches, the allocator and the threads.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -33,9 +34,11 @@ def interleaved(
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(next(iter(samples.values()))) < least:
         for name, function in functions.items():
-            begin = time.perf_counter()
             function()
-            samples[name].append(1e3 * (time.perf_counter() - begin))
+            for _ in range(2):
+                begin = time.perf_counter()
+                function()
+                samples[name].append(1e3 * (time.perf_counter() - begin))
     return {
         name: {"median_ms": statistics.median(times), "fastest_ms": min(times), "runs": len(times)}
         for name, times in samples.items()

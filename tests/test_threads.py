@@ -136,6 +136,19 @@ def repeats_in_child(case: Case, expected: dict[str, torch.Tensor], backend: str
 
 @fork_only
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("threads")
+def test_forked_where_tasks_are_directions(dtype: torch.dtype) -> None:
+    """One image, one group: the adjoint gives every direction to a thread and adds the results afterwards."""
+    torch.set_num_threads(2)
+    case = make_case(1, 4, 200, 210, dtype=dtype)
+    expected = run(case, backend="cpu")
+    torch.ones(1 << 20).add_(1)  # PyTorch's threads have been used: they must not be used again in a child
+    assert in_fork(lambda: repeats_in_child(case, expected, "cpu")) is True
+
+
+@fork_only
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.usefixtures("threads")
 def test_forked_after_the_parent_used_the_operator(backend: str) -> None:
     """The child inherits the memory of a thread pool but none of its threads; so does its own child."""

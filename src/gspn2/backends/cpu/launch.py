@@ -11,7 +11,7 @@ from ..reference import Gradients
 from . import backward, forward
 from .geometry import Operand
 from .plan import Plan, plan
-from .threads import run_tasks, scratch, thread_count
+from .threads import run_tasks, thread_count
 
 # A scalar whose type tells a kernel how elements are stored: 16-bit floats travel as integers (see `simd`).
 _STORED = {
@@ -36,15 +36,15 @@ def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, 
     wide = accumulation_dtype(x.dtype)
     elements = forward.scratch_size(cut, sums.in_scratch)
 
-    def work(first: int, last: int) -> None:
-        memory = scratch(elements, wide)
+    def work(scratch: int, first: int, last: int) -> None:
         forward.forward(
-            *operands, cut, sums.in_scratch, memory.data_ptr(), first, last, x.element_size(),
+            *operands, cut, sums.in_scratch, scratch, first, last, x.element_size(),
             _STORED[x.dtype], _LIKE[wide],
         )  # fmt: skip
 
-    run_tasks(work, problem.batch * cut.blocks * cut.splits, threads)
-    sums.finish()
+    tasks = problem.batch * cut.blocks * cut.splits
+    run_tasks(work, tasks, threads, elements * wide.itemsize)
+    sums.finish(threads)
     return y
 
 
@@ -74,15 +74,15 @@ def propagate_backward(
     wide = accumulation_dtype(x.dtype)
     elements = backward.scratch_size(cut, sums.in_scratch)
 
-    def work(first: int, last: int) -> None:
-        memory = scratch(elements, wide)
+    def work(scratch: int, first: int, last: int) -> None:
         backward.backward(
-            *operands, cut, sums.in_scratch, memory.data_ptr(), first, last, x.element_size(),
+            *operands, cut, sums.in_scratch, scratch, first, last, x.element_size(),
             _STORED[x.dtype], _LIKE[wide],
         )  # fmt: skip
 
-    run_tasks(work, problem.batch * cut.blocks * cut.splits, threads)
-    sums.finish()
+    tasks = problem.batch * cut.blocks * cut.splits
+    run_tasks(work, tasks, threads, elements * wide.itemsize)
+    sums.finish(threads)
     return dx, dtaps, dlam, dgate
 
 
@@ -109,12 +109,26 @@ class _Sums:
             self.in_scratch = result.dtype != wide
             self.operand = _image(result)
 
-    def finish(self) -> None:
-        if self.parts is not None and self.result is not None:
-            total = self.parts[0]
-            for part in self.parts[1:]:
-                total += part
-            self.result.copy_(total)
+    def finish(self, threads: int) -> None:
+        """Add the parts and round them, plane by plane."""
+        if self.parts is None or self.result is None:
+            return
+        result, parts = self.result, self.parts.flatten(1, 2)
+        channels = result.shape[1]
+
+        def add_planes(_: int, first: int, last: int) -> None:
+            for index in range(first, last):
+                plane = result[index // channels, index % channels]
+                total = parts[0, index].numpy()
+                # NumPy, because PyTorch's own threads hang in a forked child.
+                for part in parts[1:, index].numpy():
+                    np.add(total, part, out=total)
+                if plane.dtype == parts.dtype:
+                    np.copyto(plane.numpy(), total)
+                else:
+                    plane.copy_(parts[0, index])
+
+        run_tasks(add_planes, parts.shape[1], threads, 0)
 
 
 def _image(tensor: Tensor) -> Operand:

@@ -371,13 +371,22 @@ def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     return rows
 
 
-def _prefetch(builder: ir.IRBuilder, pointer: ir.Value, offset: ir.Value) -> None:
-    """Ask for the cache line at `offset`; any address is allowed."""
-    address = builder.bitcast(builder.gep(pointer, [offset]), ir.PointerType(ir.IntType(8)))
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, _I32(0), _I32(2), _I32(1)])
+def _put(
+    builder: ir.IRBuilder,
+    value: ir.Value,
+    pointer: ir.Value,
+    offset: ir.Value,
+    storage: types.Type,
+    element: ir.Type,
+    count: ir.Value | None,
+    add: bool,
+) -> None:
+    if add:
+        value = builder.fadd(_load(builder, pointer, offset, element, count), value)
+    _store(builder, _narrow(builder, value, storage), pointer, offset, element, count)
 
 
-def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
+def _transposition(masked: bool, add: bool = False, to_scratch: bool = False) -> Callable[..., Any]:
     def copy(
         typingctx: Any,
         source: Any,
@@ -386,10 +395,9 @@ def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
         columns: Any,
         target: Any,
         target_row: Any,
-        ahead: Any,
     ) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            src, src_row, n_rows, n_columns, dst, dst_row, distance = args
+            src, src_row, n_rows, n_columns, dst, dst_row = args
             read_as, write_as = (context.get_value_type(pointer.dtype) for pointer in (source, target))
             last = builder.sub(n_rows, _I64(1))
             loaded = []
@@ -398,30 +406,34 @@ def _transposition(masked: bool, add: bool) -> Callable[..., Any]:
                 inside = builder.icmp_signed("<", _I64(r), n_rows)
                 row = builder.select(inside, _I64(r), last) if masked else _I64(r)
                 offset = builder.mul(row, src_row)
-                _prefetch(builder, src, builder.add(offset, distance))
                 value = _load(builder, src, offset, read_as, n_columns if masked else None)
                 loaded.append(_widen(builder, value, source.dtype))
             for c, value in enumerate(_transposed(builder, loaded)):
-                inside = builder.icmp_signed("<", _I64(c), n_columns)
-                count = builder.select(inside, n_rows, _I64(0)) if masked else None
                 offset = builder.mul(_I64(c), dst_row)
-                if add:
-                    _prefetch(builder, dst, builder.add(offset, distance))
-                    value = builder.fadd(_load(builder, dst, offset, write_as, count), value)
-                _store(builder, _narrow(builder, value, target.dtype), dst, offset, write_as, count)
+                if not masked:
+                    _put(builder, value, dst, offset, target.dtype, write_as, None, add)
+                    continue
+                with builder.if_then(builder.icmp_signed("<", _I64(c), n_columns)):
+                    count = n_rows
+                    if to_scratch:
+                        # A whole vector: a load soon after would wait for a masked store.
+                        kept = _lanes_where(builder, "<", n_rows)
+                        value = builder.select(kept, value, ir.Constant(value.type, None))
+                        count = None
+                    _put(builder, value, dst, offset, target.dtype, write_as, count, add)
             return context.get_dummy_value()
 
         counts = (types.int64,) * 3
-        return types.void(source, *counts, target, types.int64, types.int64), codegen
+        return types.void(source, *counts, target, types.int64), codegen
 
     return copy
 
 
 # Copy, or add, a block of `rows` x `columns` elements (at most LANES each) transposed, converting meanwhile.
-# The unmasked forms take full blocks only and ignore the two counts. Cache lines `ahead` elements from what
-# is read (or added to) are asked for on the way: where lines are adjacent in memory, the next panel's.
-copy_block_transposed = intrinsic(_transposition(masked=False, add=False))
-copy_part_transposed = intrinsic(_transposition(masked=True, add=False))
+# The unmasked forms take full blocks only and ignore the two counts; the one for scratch fills rows with 0.
+copy_block_transposed = intrinsic(_transposition(masked=False))
+copy_part_transposed = intrinsic(_transposition(masked=True))
+copy_part_to_scratch = intrinsic(_transposition(masked=True, to_scratch=True))
 add_block_transposed = intrinsic(_transposition(masked=False, add=True))
 add_part_transposed = intrinsic(_transposition(masked=True, add=True))
 

@@ -18,6 +18,7 @@ from .simd import (
     add_part_transposed,
     advance,
     copy_block_transposed,
+    copy_part_to_scratch,
     copy_part_transposed,
     load,
     load_as,
@@ -35,7 +36,7 @@ FEWEST_CHANNELS_TO_TRANSPOSE = 4
 
 @jit
 def copy_transposed(
-    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int, ahead: int
+    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int
 ) -> None:
     """target[c * target_row + r] = source[r * source_row + c]."""
     for r in range(0, rows, LANES):
@@ -43,16 +44,33 @@ def copy_transposed(
             src = advance(source, r * source_row + c)
             dst = advance(target, c * target_row + r)
             if rows - r >= LANES and columns - c >= LANES:
-                copy_block_transposed(src, source_row, LANES, LANES, dst, target_row, ahead)
+                copy_block_transposed(src, source_row, LANES, LANES, dst, target_row)
             else:
                 copy_part_transposed(
-                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row, ahead
+                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row
+                )
+
+
+@jit
+def stage_transposed(
+    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int
+) -> None:
+    """`copy_transposed` into rows of scratch, which are filled up with 0 to their last vector."""
+    for r in range(0, rows, LANES):
+        for c in range(0, columns, LANES):
+            src = advance(source, r * source_row + c)
+            dst = advance(target, c * target_row + r)
+            if rows - r >= LANES and columns - c >= LANES:
+                copy_block_transposed(src, source_row, LANES, LANES, dst, target_row)
+            else:
+                copy_part_to_scratch(
+                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row
                 )
 
 
 @jit
 def add_transposed(
-    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int, ahead: int
+    source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int
 ) -> None:
     """target[c * target_row + r] += source[r * source_row + c]."""
     for r in range(0, rows, LANES):
@@ -60,10 +78,10 @@ def add_transposed(
             src = advance(source, r * source_row + c)
             dst = advance(target, c * target_row + r)
             if rows - r >= LANES and columns - c >= LANES:
-                add_block_transposed(src, source_row, LANES, LANES, dst, target_row, ahead)
+                add_block_transposed(src, source_row, LANES, LANES, dst, target_row)
             else:
                 add_part_transposed(
-                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row, ahead
+                    src, source_row, min(rows - r, LANES), min(columns - c, LANES), dst, target_row
                 )
 
 
@@ -122,19 +140,19 @@ def read(
     elif stride_i == 1:
         for c in range(channels):
             src = advance(tensor, c * stride_c)
-            copy_transposed(src, stride_j, places, lines, advance(scratch, c * channel), line, lines)
+            stage_transposed(src, stride_j, places, lines, advance(scratch, c * channel), line)
     elif stride_i == -1:
         for c in range(channels):
             src = advance(tensor, c * stride_c - (lines - 1))
             dst = advance(scratch, c * channel + (lines - 1) * line)
-            copy_transposed(src, stride_j, places, lines, dst, -line, -lines)
+            stage_transposed(src, stride_j, places, lines, dst, -line)
     elif stride_c == 1 and channels >= FEWEST_CHANNELS_TO_TRANSPOSE:
         # Block by block of places, so that a walk along columns stays within a few rows of the image.
         for j in range(0, places, LANES):
             for i in range(lines):
                 src = advance(tensor, i * stride_i + j * stride_j)
                 dst = advance(scratch, i * line + j)
-                copy_transposed(src, stride_j, min(places - j, LANES), channels, dst, channel, 0)
+                stage_transposed(src, stride_j, min(places - j, LANES), channels, dst, channel)
     elif abs(stride_i) < abs(stride_j):
         for j in range(places):
             for c in range(channels):
@@ -173,18 +191,18 @@ def write(
     elif stride_i == 1:
         for c in range(channels):
             dst = advance(tensor, c * stride_c)
-            copy_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j, 0)
+            copy_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j)
     elif stride_i == -1:
         for c in range(channels):
             src = advance(scratch, c * channel + (lines - 1) * line)
             dst = advance(tensor, c * stride_c - (lines - 1))
-            copy_transposed(src, -line, lines, places, dst, stride_j, 0)
+            copy_transposed(src, -line, lines, places, dst, stride_j)
     elif stride_c == 1 and channels >= FEWEST_CHANNELS_TO_TRANSPOSE:
         for j in range(0, places, LANES):
             for i in range(lines):
                 src = advance(scratch, i * line + j)
                 dst = advance(tensor, i * stride_i + j * stride_j)
-                copy_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j, 0)
+                copy_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j)
     elif abs(stride_i) < abs(stride_j):
         for j in range(places):
             for c in range(channels):
@@ -223,18 +241,18 @@ def add(
     elif stride_i == 1:
         for c in range(channels):
             dst = advance(tensor, c * stride_c)
-            add_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j, lines)
+            add_transposed(advance(scratch, c * channel), line, lines, places, dst, stride_j)
     elif stride_i == -1:
         for c in range(channels):
             src = advance(scratch, c * channel + (lines - 1) * line)
             dst = advance(tensor, c * stride_c - (lines - 1))
-            add_transposed(src, -line, lines, places, dst, stride_j, -lines)
+            add_transposed(src, -line, lines, places, dst, stride_j)
     elif stride_c == 1 and channels >= FEWEST_CHANNELS_TO_TRANSPOSE:
         for j in range(0, places, LANES):
             for i in range(lines):
                 src = advance(scratch, i * line + j)
                 dst = advance(tensor, i * stride_i + j * stride_j)
-                add_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j, 0)
+                add_transposed(src, channel, channels, min(places - j, LANES), dst, stride_j)
     elif abs(stride_i) < abs(stride_j):
         for j in range(places):
             for c in range(channels):

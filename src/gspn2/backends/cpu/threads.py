@@ -1,15 +1,19 @@
 """Threads for kernels that release the GIL.
 
-A pool of this process's own: OpenMP's would abort after a fork, and Numba's may not be used from several
-Python threads at once. The caller works too, so that one thread means no thread at all.
+Where PyTorch brings GNU OpenMP, shares of work run on its threads: between two operators they spin for a
+while in wait of the next, and other threads beside them would have to share their cores. Elsewhere, and in a
+forked child, where OpenMP must not be used again, they run on a pool of this module. Numba's own threads are
+no choice: its portable layer may not be used from several Python threads at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -18,9 +22,25 @@ _pool: ThreadPoolExecutor | None = None
 _local = threading.local()
 
 # Scratch a thread keeps between calls; fresh memory costs a page fault for every 4 KiB.
-KEPT_SCRATCH_BYTES = 16 * 1024 * 1024
+KEPT_SCRATCH_BYTES = 64 * 1024 * 1024
 # Shares of work for each thread, so that a thread the system held up does not hold up the others.
 SHARES_A_THREAD = 4
+
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _open_mp() -> Any:
+    """GOMP_parallel(body, data, threads, flags) of the library PyTorch has loaded, or None."""
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # another OpenMP, none, or Windows
+        return None
+    parallel.argtypes = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
+_parallel = _open_mp()
 
 
 def thread_count() -> int:
@@ -28,45 +48,57 @@ def thread_count() -> int:
     return torch.get_num_threads()
 
 
-def run_tasks(work: Callable[[int, int], None], tasks: int, threads: int) -> None:
-    """Call work(first, last) for shares of range(tasks), on up to `threads` threads, and wait.
+def run_tasks(work: Callable[[int, int, int], None], tasks: int, threads: int, scratch_bytes: int) -> None:
+    """Call work(scratch, first, last) for shares of range(tasks), on up to `threads` threads, and wait.
 
-    The first exception any share raised is raised again.
+    `scratch` is the address of `scratch_bytes` bytes that nobody else uses during the call. The first
+    exception any share raised is raised again.
     """
     threads = min(threads, tasks)
-    if threads <= 1:
-        if tasks:
-            work(0, tasks)
+    if threads == 0:
+        return
+    # Threads start on a cache line of their own, two in case the processor fetches in pairs.
+    stride = -(-scratch_bytes // 128) * 128
+    memory = _scratch(threads * stride + 128)
+    start = -(-memory.data_ptr() // 128) * 128
+    if threads == 1:
+        work(start, 0, tasks)
         return
     shares = min(tasks, SHARES_A_THREAD * threads)
     bounds = [tasks * share // shares for share in range(shares + 1)]
-    remaining = iter(range(shares))
+    remaining, slots = iter(range(shares)), iter(range(threads))
     hand_out = threading.Lock()
+    errors: list[BaseException] = []
 
-    def take_shares() -> None:
-        while True:
-            with hand_out:
-                share = next(remaining, None)
-            if share is None:
-                return
-            work(bounds[share], bounds[share + 1])
+    def take_shares(_: object = None) -> None:
+        with hand_out:
+            slot = next(slots, None)
+        try:
+            while slot is not None and not errors:
+                with hand_out:
+                    share = next(remaining, None)
+                if share is None:
+                    return
+                work(start + slot * stride, bounds[share], bounds[share + 1])
+        except BaseException as error:  # nothing may be raised through OpenMP, not even Ctrl-C
+            errors.append(error)
 
-    helpers = [_executor().submit(take_shares) for _ in range(threads - 1)]
-    try:
+    if _parallel is not None:
+        _parallel(_Body(take_shares), None, threads, 0)
+        take_shares()  # what a region of fewer threads than asked for has left
+    else:
+        helpers = [_executor().submit(take_shares) for _ in range(threads - 1)]
         take_shares()
-    finally:
-        # A helper still queued behind another caller's work has nothing left to do here.
         for helper in helpers:
-            helper.cancel()
-        errors = [helper.exception() for helper in helpers if not helper.cancelled()]
-    for error in errors:
-        if error is not None:
-            raise error
+            # A helper still queued behind another caller's work has nothing left to do here.
+            if not helper.cancel():
+                helper.result()
+    if errors:
+        raise errors[0]
 
 
-def scratch(elements: int, dtype: torch.dtype) -> torch.Tensor:
+def _scratch(size: int) -> torch.Tensor:
     """Uninitialized memory of the calling thread's own, valid until its next call."""
-    size = elements * dtype.itemsize
     kept: torch.Tensor | None = getattr(_local, "scratch", None)
     if kept is None or kept.numel() < size:
         kept = torch.empty(size, dtype=torch.uint8)
@@ -84,10 +116,11 @@ def _executor() -> ThreadPoolExecutor:
 
 
 def _forget_after_fork() -> None:
-    """In a forked child no thread of the pool lives, and the lock may have been held."""
-    global _pool, _lock
+    """In a forked child no thread of either pool lives, and the lock may have been held."""
+    global _pool, _lock, _parallel
     _lock = threading.Lock()
     _pool = None
+    _parallel = None
 
 
 if hasattr(os, "register_at_fork"):
