@@ -25,8 +25,8 @@ def interleaved(
     """Time the functions in turn, so that a disturbance meets all alike.
 
     Returns for each the median, the fastest and the number of runs, in milliseconds. Rounds go on until
-    `seconds` are spent, and for at least `least` rounds. Every turn starts with a run that does not count: the
-    others have just had the caches, the allocator and the threads.
+    `seconds` are spent, and for at least `least` rounds. Every turn starts with a run that does not count:
+    the others have just had the caches, the allocator and the threads.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():

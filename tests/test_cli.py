@@ -93,7 +93,8 @@ def test_eval_agrees_with_training(run, tmp_path, capsys):
 
 
 def test_eval_prints_speed_and_table(run, folder, capsys):
-    assert main(["eval", str(run), "--data", str(folder), "--split", "all", "--batch-size", "7"]) == 0
+    options = ["--split", "all", "--batch-size", "7", "--device", "cpu"]
+    assert main(["eval", str(run), "--data", str(folder), *options]) == 0
     printed = capsys.readouterr().out
     assert "30 images of" in printed
     assert "images/s in the model (batch 7, cpu, " in printed

@@ -17,7 +17,8 @@ from helpers import LAYOUTS, Case, assert_same_bits, make_case, run
 PATIENCE = 60  # seconds until a hang is called one
 
 fork_only = pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork"
+    "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available(),
+    reason="this system cannot fork, or has a GPU, where PyTorch refuses autograd in a forked child",
 )
 
 

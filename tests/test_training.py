@@ -307,7 +307,9 @@ def test_loss_without_sense_stops_and_keeps_the_checkpoint(folder, tmp_path):
 
 
 def test_trained_gspn2_on_digits(tmp_path):
-    config = TrainConfig(epochs=1, batch_size=256, warmup_epochs=0, ema_decay=None, out=str(tmp_path))
+    config = TrainConfig(
+        epochs=1, batch_size=256, warmup_epochs=0, ema_decay=None, device="cpu", out=str(tmp_path)
+    )
     rows = []
     result = train(config, on_event=lambda e: rows.append(e.row) if isinstance(e, EpochDone) else None)
     assert rows == result.history

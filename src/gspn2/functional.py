@@ -14,6 +14,8 @@ from . import ops
 from .backends.problem import DIRECTIONS
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# torch.amp.is_autocast_available cannot be traced by torch.compile in PyTorch 2.11.
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
 
 
 def propagate(
@@ -193,7 +195,7 @@ def _follow_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Under autocast, cast to its dtype what autocast may cast: anything floating but float64."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return x, taps, lam, gate
     dtype = torch.get_autocast_dtype(device)
 

@@ -259,10 +259,10 @@ class GSPN2(nn.Module):
         """A fresh classifier for `num_classes` (0: none), and another pooling if given."""
         self._reset_head(num_classes, global_pool)
 
-    def _reset_head(self, num_classes: int, global_pool: str | None, **options: Any) -> None:
+    def _reset_head(self, num_classes: int, global_pool: str | None) -> None:
         like = next(self.parameters())
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **options)
+        self.head.reset(num_classes, global_pool)
         self.head.to(device=like.device, dtype=like.dtype)
         self.head_hidden_size = self.head.num_features
 
@@ -310,7 +310,8 @@ class GSPN2(nn.Module):
         if shortened:
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
-            self._reset_head(0, "", reset_other=True)
+            self._reset_head(0, "")
+            self.head.norm = nn.Identity()
         if shortened:
             self.head_hidden_size = self.num_features
         return take
