@@ -27,8 +27,8 @@ import gspn2
 from common import interleaved, rotating_copy, save
 
 # glibc returns freed memory to the system and faults every page in again; which contender pays for that
-# depends on what ran before. So operators are timed with an allocator that keeps it (up to 32 MiB a block, the
-# most that glibc allows).
+# depends on what ran before. So operators are timed with an allocator that keeps it (up to 32 MiB a block,
+# the most that glibc allows).
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 SIZES = [(1, 8, 512, 512), (32, 8, 56, 56), (8, 64, 64, 64)]
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
