@@ -110,9 +110,13 @@ from gspn2.training import Interrupted, StepDone, TrainConfig, train
 
 torch.set_num_threads(int(sys.argv[2]))
 
+sent = []
+
 def on_event(event):
     # Steps 9 and 12 are reported before they are saved: work since the checkpoint before is lost.
-    if isinstance(event, StepDone) and event.step >= int(sys.argv[3]):
+    # Once: the step on which the run stops is reported too, and a second signal ends the process.
+    if isinstance(event, StepDone) and event.step >= int(sys.argv[3]) and not sent:
+        sent.append(event.step)
         os.killpg(0, int(sys.argv[4]))
 
 try:
