@@ -25,6 +25,7 @@ from torch import Tensor
 import eager
 import gspn2
 from common import interleaved, rotating_copy, save
+from gspn2.backends import DIRECTIONS, Problem, reference
 
 # glibc returns freed memory to the system and faults every page in again; which contender pays for that
 # depends on what ran before. So operators are timed with an allocator that keeps it (up to 32 MiB a block,
@@ -73,6 +74,11 @@ def refuse_if_wrong(inputs: Operands, dy: Tensor) -> None:
                 raise SystemExit(f"{name} is wrong: relative error {error:.2e}; nothing was timed")
 
 
+def loop(x: Tensor, logits: Tensor, lam: Tensor | None, gate: Tensor | None) -> Tensor:
+    """The plain loop over lines, one direction after the other: the reference, differentiable by autograd."""
+    return reference.propagate(x, logits, lam, gate, Problem.of(x, logits, DIRECTIONS, None, True))
+
+
 def operator() -> None:
     cases = []
     for size in SIZES:
@@ -89,16 +95,18 @@ def operator() -> None:
                         "gspn2": lambda inputs=inputs: gspn2.propagate(*inputs),
                         "copy": rotating_copy(bytes_of(inputs)),
                         "eager": lambda inputs=inputs: eager.propagate(*inputs),
+                        "loop": lambda inputs=inputs: loop(*inputs),
                     },
-                    seconds=6,
+                    seconds=5,
                 )
             train = interleaved(
                 {
                     "gspn2": train_step(gspn2.propagate, inputs, dy),
                     "eager": train_step(eager.propagate, inputs, dy),
+                    "loop": train_step(loop, inputs, dy),
                 },
-                seconds=6,
-                least=3,
+                seconds=5,
+                least=4,
             )
             case = {
                 "size": size,
@@ -107,6 +115,8 @@ def operator() -> None:
                 "forward": forward,
                 "forward_and_backward": train,
                 "forward_over_eager": forward["eager"]["median_ms"] / forward["gspn2"]["median_ms"],
+                "forward_over_loop": forward["loop"]["median_ms"] / forward["gspn2"]["median_ms"],
+                "train_over_loop": train["loop"]["median_ms"] / train["gspn2"]["median_ms"],
                 "forward_in_copies": forward["gspn2"]["median_ms"] / forward["copy"]["median_ms"],
                 "train_over_eager": train["eager"]["median_ms"] / train["gspn2"]["median_ms"],
             }
@@ -114,9 +124,10 @@ def operator() -> None:
             print(
                 f"{size!s:>18} lam, gate {'yes' if scaled else 'no ':3} "
                 f"forward {forward['gspn2']['median_ms']:7.2f} ms = eager / {case['forward_over_eager']:.1f}"
+                f" = loop / {case['forward_over_loop']:.1f}"
                 f" = {case['forward_in_copies']:.2f} copies;"
                 f" with backward {train['gspn2']['median_ms']:7.2f} ms"
-                f" = eager / {case['train_over_eager']:.1f}",
+                f" = eager / {case['train_over_eager']:.1f} = loop / {case['train_over_loop']:.1f}",
                 flush=True,
             )
     allocator = {name: os.environ[name] for name in KEEP_FREED_MEMORY if name in os.environ}
