@@ -60,8 +60,8 @@ def operator(result: Result) -> str:
     return _table(heads, rows, left=2) + _note(
         result,
         f"{_problem(result)} Medians, taken in turns within one run. The loops are vectorised PyTorch over "
-        "lines, under autograd for the backward pass: the plain one takes the directions one after the other, "
-        "the batched one (`benchmarks/eager.py`) all at once. The copy reads and writes as "
+        "lines, under autograd for the backward pass: the plain one takes the directions one after the "
+        "other, the batched one (`benchmarks/eager.py`) all at once. The copy reads and writes as "
         "many bytes as the operator has to: every input once, the output once.",
     )
 
@@ -84,7 +84,8 @@ def operator_compact(result: Result) -> str:
     heads = ["B, C, H, W", "forward", "faster than a loop", "forward + backward", "faster than a loop"]
     return _table(heads, rows) + _note(
         result,
-        f"{_problem(result)} With `lam` and `gate`; the loop is vectorised PyTorch over lines, all directions at once, and autograd.",
+        f"{_problem(result)} With `lam` and `gate`; the loop is vectorised PyTorch over lines, all "
+        "directions at once, and autograd.",
     )
 
 
