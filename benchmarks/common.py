@@ -78,7 +78,9 @@ def machine() -> dict[str, Any]:
         **{name: version(name) for name in ("torch", "numba", "timm") if find_spec(name)},
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "src")),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join(
+            [Path(sys.executable).name, f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+        ),
         "date": time.strftime("%Y-%m-%d"),
     }
 
