@@ -1,0 +1,146 @@
+// The instructions that CUDA C++ has no name for without its larger headers, one function each.
+//
+// GSPN2_EMULATE: the same functions on the host, so that kernels can be run by the test suite on a machine
+// without a GPU (tests/cuda_emulator). Hence two rules for kernels: all shared memory is dynamic and comes from
+// `shared_memory()`, and nothing outside this file is PTX.
+#pragma once
+
+#ifndef GSPN2_EMULATE
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define CONSTANT_PARAMS const __grid_constant__ Params
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Arithmetic ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+__device__ __forceinline__ float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+// Minimum and maximum that keep a NaN.
+__device__ __forceinline__ float fmin_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float fmax_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+// 16-byte streams: read once, written once; kept out of the way of what is used again -----------------------
+
+__device__ __forceinline__ uint4 load_stream(const void* p) { return __ldcs((const uint4*)p); }
+__device__ __forceinline__ void store_stream(void* p, uint4 v) { __stcs((uint4*)p, v); }
+
+// Asynchronous copies of 4, 8 or 16 bytes, aligned to their size (sm_80). `bytes` of the source are read, the
+// rest is zero: 0 reads nothing, and the address may be anything then.
+template <int SIZE>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes = SIZE) {
+  if (SIZE == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(SIZE),
+                 "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most PENDING of this thread's latest groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Barriers --------------------------------------------------------------------------------------------------
+
+// A barrier of `threads` threads, whole warps, of the block; id 0 is that of __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Barriers in shared memory that bulk copies complete on (sm_90).
+__device__ __forceinline__ void mbarrier_init(u64* bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive(u64* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect(u64* bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(u64* bar, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(bar)),
+      "r"(parity)
+      : "memory");
+}
+// A run of bytes, a multiple of 16 and aligned to 16 on both sides, by the copy engine (sm_90).
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(bar))
+               : "memory");
+}
+// The way back: shared memory to global memory, in groups like those of copy_async. Threads that wrote the
+// source call bulk_store_fence before a barrier, then one thread stores.
+__device__ __forceinline__ void bulk_store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until at most PENDING groups still read their source (the source may then be overwritten).
+template <int PENDING>
+__device__ __forceinline__ void bulk_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+template <int PENDING>
+__device__ __forceinline__ void bulk_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Clusters (sm_90): blocks that run together and see each other's shared memory -----------------------------
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+// All threads of all blocks of the cluster. Orders shared and global memory between them.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address, usable by ordinary loads and stores, of `p` of this block's shared memory in block `rank`.
+template <typename T>
+__device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
+  u64 r;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(r) : "l"((u64)p), "r"(rank));
+  return (T*)r;
+}
+#endif
