@@ -10,10 +10,10 @@ from __future__ import annotations
 import warnings
 from types import ModuleType
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .problem import DIRECTIONS, Problem, accumulation_dtype
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
 
 _warned: set[str] = set()
 

@@ -15,6 +15,16 @@ _FORMAT = struct.Struct(f"<{7 * len(NAMES)}q{SCRATCH}q6i1i4i{KNOBS}i")
 _ABSENT = (0,) * 7
 
 
+def place(name: str) -> int:
+    """Where the address of the tensor called `name` lies among the packed parameters, in units of 8 bytes."""
+    return 7 * NAMES.index(name)
+
+
+def scratch_place(number: int) -> int:
+    """The same for the address of a scratch buffer."""
+    return 7 * len(NAMES) + number
+
+
 def view(tensor: Tensor | None) -> tuple[int, ...]:
     """Address and strides (b, d, c, k, h, w) in elements; zeros for a tensor that is absent."""
     if tensor is None:

@@ -5,11 +5,11 @@ A variant is a module of `variants` with
 - `why_not(case) -> str | None`: a sentence for people saying why it declines the case (it cannot run it, or
   another variant is faster), or None;
 - `plan(case) -> Plan`: its kernels, launches, scratch and the reasons for these numbers, for a case it takes;
-- `representative_kernels() -> list[tuple[Kernel, bool]]`: the kernels that its plans are made of, with the sets
-  of macros that matter (a few for each source, not every combination). True marks a kernel whose speed is the
-  point of the variant: the test suite compiles all of them for every architecture that is supported and lets no
-  hot one spill registers. A kernel that only exists on newer devices has the macro that says so, and a variant
-  may name the oldest such capability as `CAPABILITY = (9, 0)`; its kernels are not compiled for older ones.
+- `representative_kernels() -> list[tuple[Kernel, bool]]`: the kernels that its plans are made of, with the
+  sets of macros that matter (a few for each source, not every combination). True marks a kernel whose speed
+  is the point of the variant: the test suite compiles all of them for the supported architectures and lets no
+  hot one spill registers. A variant that needs a newer device than `OLDEST` names the oldest capability its
+  kernels compile for as `CAPABILITY = (9, 0)`.
 
 Planning looks at sizes, strides, alignment and the device only; it needs no GPU.
 """
@@ -25,6 +25,14 @@ from .geometry import Case, Plan
 
 VARIANTS = ("resident", "planes", "pixels", "generic")
 """By preference. `generic` takes every case."""
+
+OLDEST = (8, 0)
+"""The oldest compute capability that the kernels are made for."""
+
+
+def too_old(capability: tuple[int, int]) -> str:
+    """Why a device of this capability is not used."""
+    return "it needs compute capability {}.{} or newer, and the device has {}.{}".format(*OLDEST, *capability)
 
 
 @cache

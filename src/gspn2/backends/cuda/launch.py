@@ -1,0 +1,141 @@
+"""From tensors to launches: the cache of ready calls, output and scratch memory.
+
+Planning, packing and loading are done once for all that share sizes, strides, alignment, options and device.
+A call after that looks itself up, allocates, fills in addresses and launches on PyTorch's current stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..reference import Gradients
+from . import driver, params
+from .geometry import Case, View
+from .plan import OLDEST, choose, too_old
+
+CAPACITY = 1024
+"""Calls kept ready. A program that varies its sizes without end plans anew now and then, but never grows."""
+
+ALIGNMENT = 128
+"""Bytes: the most that a plan asks of an address (`geometry.View`)."""
+
+SCRATCH_ALIGNMENT = 512
+
+_FORWARD = ("x", "taps", "lam", "gate", "y")
+_BACKWARD = ("x", "taps", "lam", "gate", "dy", "dx", "dtaps", "dlam", "dgate")
+_PLACES: dict[tuple[str, ...], tuple[int, ...]] = {
+    names: tuple(params.place(name) for name in names) for names in (_FORWARD, _BACKWARD)
+}
+
+_ready: dict[tuple[object, ...], Call] = {}
+
+
+def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem) -> Tensor:
+    """As `reference.propagate`."""
+    y = torch.empty_like(x)
+    if problem.batch:
+        _run(_FORWARD, (x, taps, lam, gate, y), problem)
+    return y
+
+
+def propagate_backward(
+    dy: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    lam: Tensor | None,
+    gate: Tensor | None,
+    problem: Problem,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """As `reference.propagate_backward`."""
+    inputs = (x, taps, lam, gate)
+    dx, dtaps, dlam, dgate = (
+        torch.empty_like(tensor) if tensor is not None and needed else None
+        for tensor, needed in zip(inputs, needs, strict=True)
+    )
+    if problem.batch and not (dx is dtaps is dlam is dgate is None):
+        _run(_BACKWARD, (*inputs, dy, dx, dtaps, dlam, dgate), problem)
+    return dx, dtaps, dlam, dgate
+
+
+def _run(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], problem: Problem) -> None:
+    """Look the call up, or make it ready, and launch; the first of the tensors is x."""
+    x = tensors[0]
+    assert x is not None
+    index = x.get_device()
+    addresses: list[tuple[int, int]] = []
+    key: list[object] = [problem, names, index]
+    bits = 0
+    for place, tensor in zip(_PLACES[names], tensors, strict=True):
+        if tensor is None:
+            key.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append((place, address))
+            bits |= address
+            key.append(tensor.stride())
+    if bits & (ALIGNMENT - 1):
+        # Rare: PyTorch's allocator aligns to more. Each tensor's own alignment tells such calls apart.
+        key += [address & -address & (ALIGNMENT - 1) for _, address in addresses]
+    if driver.current_device() == index:
+        _call(tuple(key), names, tensors).run(addresses, x)
+    else:
+        with torch.cuda.device(index):
+            _call(tuple(key), names, tensors).run(addresses, x)
+
+
+def _call(key: tuple[object, ...], names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> Call:
+    call = _ready.get(key)
+    if call is None:
+        while len(_ready) >= CAPACITY:
+            _ready.pop(next(iter(_ready)), None)
+        present = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+        problem, _, index = key[:3]
+        assert isinstance(problem, Problem)
+        assert isinstance(index, int)
+        call = _ready[key] = Call(problem, present, index)
+    return call
+
+
+class Call:
+    """A plan made ready on a device: kernels loaded, arguments packed, addresses still to come.
+
+    Args:
+        problem: semantics and sizes.
+        tensors: by name, those that are there; only their layout matters.
+        index: of the device, which is the current one.
+    """
+
+    def __init__(self, problem: Problem, tensors: Mapping[str, Tensor], index: int) -> None:
+        device = driver.device(index)
+        if device.capability < OLDEST:
+            raise RuntimeError(f"gspn2: {too_old(device.capability)}; pass backend='reference'")
+        views = {name: View.of(tensor) for name, tensor in tensors.items()}
+        self.plan = choose(Case(problem, device, views, backward="dy" in views))
+        self.index = index
+        # Where each scratch buffer starts within one allocation.
+        self.scratch: list[tuple[int, int]] = []
+        self.scratch_bytes = 0
+        for number, size in enumerate(self.plan.scratch):
+            if size:
+                self.scratch.append((params.scratch_place(number), self.scratch_bytes))
+                self.scratch_bytes += -(-size // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+        self.launches = [
+            driver.Loaded(launch, params.pack(problem, tensors, (), launch.knobs), index)
+            for launch in self.plan.launches
+        ]
+
+    def run(self, addresses: list[tuple[int, int]], x: Tensor) -> None:
+        """Launch on the current stream of the device of x, which is the current device."""
+        if self.scratch_bytes:
+            # Freed on return, while a kernel may still use it: only later work of the same stream can get it.
+            scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=x.device)
+            start = scratch.data_ptr()
+            addresses += [(place, start + offset) for place, offset in self.scratch]
+        stream = driver.stream(self.index)
+        for launch in self.launches:
+            launch.run(addresses, stream)
