@@ -1,0 +1,291 @@
+"""On a GPU: repeatability, NaN containment, bounds, streams, and problems of more than 2^31 elements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import gspn2
+from cuda_helpers import (
+    ALL_LAYOUTS,
+    BACKEND,
+    DEVICE,
+    ON_GPU,
+    VARIANTS,
+    Propagate,
+    as_weights,
+    differing,
+    draw,
+    eager_errors,
+    faults,
+    forced,
+    line_scan,
+    memory_given_back,  # noqa: F401
+    needs_device,
+    poisoned,
+    run_variant,
+    truth,
+)
+from gspn2.backends import DIRECTIONS
+from helpers import Case, eager_weights, run
+from matrix_form import scan_axis
+
+pytestmark = [pytest.mark.gpu, needs_device, pytest.mark.usefixtures("memory_given_back")]
+
+
+def results(case: Case, propagate: Propagate = gspn2.propagate) -> dict[str, Tensor]:
+    return run(case, propagate, backend=BACKEND)
+
+
+# Repeatability
+
+REPEATS = 1000 if ON_GPU else 3
+REPEATED = {
+    "few planes": ("planes", (1, 4, 160, 256), 1, None),
+    "many planes": ("planes", (8, 32, 64, 64), 1, None),
+    "per channel": ("planes", (4, 8, 96, 128), 8, 40),
+    "small": ("planes", (32, 4, 14, 14), 1, None),
+    "channels": ("channel_innermost", (2, 64, 64, 64), 1, None),
+    "few channels": ("channel_innermost", (16, 2, 56, 56), 1, 20),
+    "odd": ("strided", (2, 6, 37, 41), 2, None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeats_to_the_bit(name: str, variant: str, dtype: torch.dtype) -> None:
+    """Forward and backward, half of the time beside other work that disturbs the order in which blocks run.
+
+    Compared on the device, so that calls follow each other without a pause.
+    """
+    layout, size, groups, chunk = REPEATED[name]
+    case = draw(*size, groups, chunk=chunk, precision="16 bits").to(dtype)
+    case = ALL_LAYOUTS[layout](case)
+    with forced(variant) as ran:
+        first = results(case)
+        if variant not in ran.values():
+            pytest.skip(f"{variant} takes neither pass")
+        disturbance = Disturbance()
+        different = differing(first, first).long()
+        for count in range(REPEATS - 1):
+            if count % 4 == 1:
+                disturbance.start()
+            different += differing(results(case), first)
+    assert different.item() == 0
+
+
+class Disturbance:
+    """Copies of half a wave of blocks and more on a stream of their own, for some tens of microseconds."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream() if ON_GPU else None
+        self.source, self.target = torch.zeros(2, 2**24, device=DEVICE)
+
+    def start(self) -> None:
+        with torch.cuda.stream(self.stream):
+            self.target.copy_(self.source)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="streams are the GPU's")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_streams_at_once(variant: str) -> None:
+    """Two problems in flight together get the results that each gets alone: no scratch memory is shared."""
+    ran_any = False
+    for layout, sizes in (
+        ("planes", ((1, 8, 200, 256), (2, 8, 128, 200))),
+        ("channel_innermost", ((1, 64, 64, 64), (2, 32, 64, 96))),
+        ("planes", ((4, 8, 14, 14), (4, 8, 14, 16))),
+    ):
+        cases = [ALL_LAYOUTS[layout](draw(*size, precision="16 bits").to(torch.bfloat16)) for size in sizes]
+        with forced(variant) as ran:
+            alone = [results(case) for case in cases]
+            if variant not in ran.values():
+                continue
+            ran_any = True
+            streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+            torch.cuda.synchronize()
+            different = []
+            for _ in range(100):
+                for case, stream, expected in zip(cases, streams, alone, strict=True):
+                    with torch.cuda.stream(stream):
+                        different.append(differing(results(case), expected))
+            torch.cuda.synchronize()
+        assert not torch.stack(different).any()
+    assert ran_any, f"{variant} takes none of these"
+
+
+@pytest.mark.parametrize("layout", ["planes", "channel_innermost"])
+def test_nothing_that_came_in_is_changed(layout: str) -> None:
+    case = ALL_LAYOUTS[layout](draw(2, 8, 40, 72, 2, precision="16 bits").to(torch.bfloat16))
+    before = case.map(torch.clone)
+    for variant in VARIANTS:
+        run_variant(variant, case)
+        now, then = case.tensors() | {"dy": case.dy}, before.tensors() | {"dy": before.dy}
+        assert not differing(now, then), variant
+
+
+@pytest.mark.parametrize("layout", ["planes", "channel_innermost"])
+def test_empty_batch(layout: str) -> None:
+    case = draw(1, 8, 16, 24).map(lambda tensor: tensor[:0])
+    if layout == "channel_innermost":
+        case = ALL_LAYOUTS["channels_last"](case)
+    for name, tensor in results(case).items():
+        given = case.x if name == "y" else getattr(case, name[1:])
+        assert tensor.shape == given.shape, name
+        assert tensor.dtype == given.dtype, name
+
+
+# Where NaN may go
+
+
+@pytest.mark.xfail(not ON_GPU, reason="the CPU kernel's gradients have NaN at missing neighbours")
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("name", ["x", "logits", "lam", "gate", "dy"])
+@pytest.mark.parametrize("layout", ["planes", "channel_innermost", "strided"])
+def test_nan_goes_where_the_recurrence_carries_it(layout: str, name: str, chunk: int | None) -> None:
+    """y and every gradient are NaN exactly where the reference has NaN.
+
+    Gradients of the taps are not compared on lines where the state restarts, whose taps are not read.
+    """
+    wrong = []
+    for directions in (*((direction,) for direction in DIRECTIONS), DIRECTIONS):
+        case = draw(2, 8, 40, 48, 2, directions, chunk, precision="16 bits").to(torch.bfloat16)
+        tensor = getattr(case, name)
+        tensor[(1, *(size // 2 for size in tensor.shape[1:-2]), 21, 18)] = torch.nan
+        expected = {key: t.isnan() for key, t in truth(case).items()}
+        assert expected["y"].any() or name == "dy"
+        laid = ALL_LAYOUTS[layout](case)
+        for variant in VARIANTS:
+            found = run_variant(variant, laid)
+            for key, t in (found or {}).items():
+                stray = t.isnan() != expected[key]
+                if key == "dlogits":
+                    stray = stray & continued(case)
+                if stray.any():
+                    wrong.append(f"{variant}, {directions}: {key} at {stray.nonzero()[:3].tolist()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def continued(case: Case) -> Tensor:
+    """(D, 1, 1, H, W): the lines of each direction on which the state goes on from the line before."""
+    masks = []
+    for direction in case.directions:
+        axis, first = scan_axis(direction)
+        lines = torch.arange(case.x.shape[axis], device=DEVICE)
+        goes_on = lines % (case.chunk or len(lines)) != 0
+        goes_on = goes_on if first == 0 else goes_on.flip(0)
+        goes_on = goes_on[:, None] if axis == -2 else goes_on[None, :]
+        masks.append(goes_on.expand(case.x.shape[-2:]))
+    return torch.stack(masks)[:, None, None]
+
+
+@pytest.mark.parametrize("operator", ["propagate", "line_scan"])
+@pytest.mark.parametrize("layout", ["planes", "channel_innermost", "strided"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_taps_of_missing_neighbours_may_be_nan(direction: str, layout: str, operator: str) -> None:
+    """They change no bit of any result."""
+    propagate = gspn2.propagate if operator == "propagate" else line_scan
+    case = draw(2, 8, 33, 64, 2, (direction,), precision="16 bits").to(torch.bfloat16)
+    case = case if operator == "propagate" else as_weights(case)
+    missing = eager_weights(torch.ones_like(case.logits[:, 0]), direction).unsqueeze(1) == 0
+    bordered = replace(case, logits=case.logits.masked_fill(missing, torch.nan))
+    for variant in VARIANTS:
+        expected = run_variant(variant, ALL_LAYOUTS[layout](case), propagate)
+        if expected is not None:
+            found = run_variant(variant, ALL_LAYOUTS[layout](bordered), propagate)
+            assert not differing(found, expected), variant
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["planes", "channel_innermost"])
+def test_row_stochastic_taps_never_amplify(layout: str, dtype: torch.dtype) -> None:
+    """From the first line alone, max |h| <= max |u_0| on every line, and the last line is reached."""
+    for direction in DIRECTIONS:
+        axis, first = scan_axis(direction)
+        case = draw(2, 8, 128, 160, 1, (direction,), lam=False, gate=False, precision="16 bits").to(dtype)
+        start = torch.zeros_like(case.x)
+        start.select(axis, first).copy_(case.x.select(axis, first))
+        laid = ALL_LAYOUTS[layout](replace(case, x=start))
+        for variant in VARIANTS:
+            found = run_variant(variant, laid)
+            if found is not None:
+                h = found["y"].double()
+                assert h.abs().max() <= (1 + 64 * torch.finfo(dtype).eps) * start.double().abs().max(), (
+                    variant
+                )
+                assert h.select(axis, -1 - first).any(), f"{variant}: the signal does not reach the last line"
+
+
+# More than 2^31 elements
+
+SIDE, SEGMENT = (16448, 64) if ON_GPU else (320, 64)
+CHANNELS, GROUPS = 8, 2
+
+
+def large(layout: str, directions: tuple[str, str]) -> Case:
+    """More than 2^31 elements in x, taps, lam and gate each: 65 GB with the results, in bfloat16."""
+    d = len(directions)
+    shapes = {
+        "x": (CHANNELS,),
+        "logits": (d, GROUPS, 3),
+        "lam": (d, CHANNELS),
+        "gate": (d, CHANNELS),
+        "dy": (CHANNELS,),
+    }
+    counts = [torch.Size(shape).numel() for shape in shapes.values()]
+    tensors = {}
+    if layout == "planes":
+        for name, shape in shapes.items():
+            tensors[name] = torch.empty(
+                (1, *shape, SIDE, SIDE), device=DEVICE, dtype=torch.bfloat16
+            ).normal_()
+    else:
+        packed = torch.empty((1, SIDE, SIDE, sum(counts)), device=DEVICE, dtype=torch.bfloat16).normal_()
+        for (name, shape), view in zip(shapes.items(), packed.split(counts, dim=3), strict=True):
+            tensors[name] = view.unflatten(3, shape).movedim((1, 2), (-2, -1))
+    return Case(**tensors, directions=directions, chunk=SEGMENT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("layout", "directions"), [("planes", ("down", "left")), ("channel_innermost", ("up", "right"))]
+)
+def test_more_than_2_to_the_31_elements(layout: str, directions: tuple[str, str], variant: str) -> None:
+    """With restarts every 64 lines a patch depends on nothing more than 64 places away: patches are checked.
+
+    In the corners of the image, around its middle and around element 2^31 of a plane's row.
+    """
+    if ON_GPU and torch.cuda.mem_get_info()[0] < 75 * 2**30:
+        pytest.skip("needs 75 GiB of free device memory")
+    case = large(layout, directions)
+    assert not ON_GPU or min(tensor.numel() for tensor in case.tensors().values()) > 2**31
+    with forced(variant) as ran, poisoned():
+        found = results(case)
+    if variant not in ran.values():
+        pytest.skip(f"{variant} takes neither pass")
+    wrong = []
+    last = SIDE - 3 * SEGMENT
+    middle = SIDE // SEGMENT // 2 * SEGMENT
+    for top, left in ((0, 0), (0, last), (last, 0), (last, last), (middle, last), (middle, middle)):
+        whole = (..., slice(top, top + 3 * SEGMENT), slice(left, left + 3 * SEGMENT))
+        patch = case.map(lambda tensor, whole=whole: tensor[whole].contiguous())
+        inner = (..., inside(top), inside(left))
+        expected = truth(patch)
+        yardstick = eager_errors(patch, expected)
+        exact = {name: tensor[inner] for name, tensor in expected.items()}
+        part = {name: tensor[whole][inner] for name, tensor in found.items()}
+        wrong += [f"({top}, {left}): {fault}" for fault in faults(part, exact, yardstick, patch)]
+    assert all(tensor.sum().isfinite() for tensor in found.values()), "an element is NaN or was not written"
+    assert not wrong, "\n".join(wrong)
+
+
+def inside(start: int) -> slice:
+    """The part of a patch of three segments that no border of the patch reaches, unless it is the image's."""
+    return slice(0 if start == 0 else SEGMENT, 3 * SEGMENT if start + 3 * SEGMENT == SIDE else 2 * SEGMENT)
