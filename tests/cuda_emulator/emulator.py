@@ -1,4 +1,4 @@
-"""Builds and runs the CUDA kernels on the CPU: README.md in this folder says how to use it and what it finds."""
+"""Builds and runs the CUDA kernels on the CPU: README.md says how to use it and what it finds."""
 
 from __future__ import annotations
 
@@ -52,11 +52,13 @@ def compiler() -> str | None:
 
 
 def _sources(path: Path) -> Iterator[Path]:
-    """A source file and what it includes by relative name."""
+    """A source file and what it includes, beside it or in the folder of kernels."""
     yield path
     for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
-        if (path.parent / name).exists():
-            yield from _sources(path.parent / name)
+        for folder in (path.parent, KERNELS):
+            if (folder / name).exists():
+                yield from _sources(folder / name)
+                break
 
 
 @functools.cache
@@ -82,21 +84,23 @@ def _cached(kind: str, sources: Sequence[Path], command: Sequence[str]) -> Path:
     return path
 
 
-def build(kernel: Kernel, device: Device | None = None, folder: Path = KERNELS) -> Path:
+def build(kernel: Kernel, device: Device | None = None) -> Path:
     """The shared library of a kernel for the capability of `device`."""
     gxx = compiler()
     if gxx is None:
         raise RuntimeError("the emulator needs g++")
     major, minor = (device or Device()).capability
     defines = (*kernel.defines, ("__CUDA_ARCH__", 100 * major + 10 * minor), ("GSPN2_EMULATE", 1))
-    source = folder / (kernel.source if kernel.source.endswith(".cu") else f"{kernel.source}.cu")
+    source = KERNELS / kernel.source
     compile_ = [gxx, *OPTIONS, "-c"]
     runtime = HERE / "runtime.cpp"
     runtime_object = _cached("o", [runtime], [*compile_, str(runtime)])
     macros = [f"-D{name}={value}" for name, value in defines]
     host = HERE / "emulate.h"
     kernel_object = _cached(
-        "o", [source, host], [*compile_, *SANITIZE, *macros, "-include", str(host), "-x", "c++", str(source)]
+        "o",
+        [source, host],
+        [*compile_, *SANITIZE, *macros, f"-I{KERNELS}", "-include", str(host), "-x", "c++", str(source)],
     )
     link = [gxx, "-shared", str(kernel_object), str(runtime_object)]
     return _cached("so", [], [*link])
@@ -140,7 +144,6 @@ def run_launch(
     memory: Memory,
     seed: int = 0,
     device: Device | None = None,
-    folder: Path = KERNELS,
 ) -> None:
     """One kernel launch.
 
@@ -148,12 +151,12 @@ def run_launch(
         KernelError: what the kernel did wrong, in which thread and line.
     """
     device = device or Device()
-    name = f"{launch.kernel.source}:{launch.kernel.function}"
+    name = f"{Path(launch.kernel.source).name}: {launch.kernel.function}"
     if launch.shared > device.shared_memory:
         raise KernelError(
             f"{name}: {launch.shared} bytes of shared memory; a block has {device.shared_memory}"
         )
-    path = build(launch.kernel, device, folder)
+    path = build(launch.kernel, device)
     library = _load(path)
     message = ctypes.create_string_buffer(1 << 14)
     ranges = memory.ranges()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
+GUARD = 16 * PAGE
 READ, WRITE = 1, 2
 # Above this size the bytes of a storage are not told apart one by one.
 LARGE = 1 << 26
@@ -27,16 +28,16 @@ class _Range(ctypes.Structure):
 
 
 def _guarded(size: int) -> Tensor:
-    """`size` bytes of 0xFF (NaN in every dtype) at a multiple of 128, as near before a forbidden page as that allows."""
+    """`size` bytes of 0xFF (NaN in every dtype) whose end is as near to forbidden pages as it can be."""
     rounded = -(-size // 128) * 128
     pages = -(-max(rounded, 1) // PAGE) * PAGE
-    memory = mmap.mmap(-1, pages + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    memory = mmap.mmap(-1, pages + 2 * GUARD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     libc = ctypes.CDLL(None, use_errno=True)
-    for guard in (address, address + PAGE + pages):
-        if libc.mprotect(ctypes.c_void_p(guard), PAGE, 0):
+    for guard in (address, address + GUARD + pages):
+        if libc.mprotect(ctypes.c_void_p(guard), GUARD, 0):
             raise OSError(ctypes.get_errno(), "mprotect")
-    whole = torch.frombuffer(memory, dtype=torch.uint8, count=pages, offset=PAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8, count=pages, offset=GUARD)
     if size <= LARGE:
         whole.fill_(255)
     return whole[pages - rounded :]
@@ -88,7 +89,10 @@ class _Storage:
             return None
         first = int(wrong.nonzero()[0])
         where = "behind the end" if first >= self.size else f"of {self.size}, which is no output's element"
-        return f"{int(wrong.sum())} stray bytes written to the memory of [{self.name}]; the first is byte {first} {where}"
+        count = int(wrong.sum())
+        return (
+            f"{count} stray bytes written to the memory of [{self.name}]; the first is byte {first} {where}"
+        )
 
     def range(self) -> _Range:
         access = 0 if self.access is None else self.access.data_ptr()

@@ -113,6 +113,7 @@ size_t shared_bytes;
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 std::vector<Block> blocks;
+std::vector<Guarded> stacks, shared_memories;
 std::vector<Mbarrier> mbarriers;
 std::vector<Bulk> bulks;
 std::vector<int> ready;
@@ -663,10 +664,8 @@ void bulk_store_wait(int pending, bool only_read) {
 namespace {
 
 void say_address(const unsigned char* p) {
-  for (const Fiber& f : fibers) {
-    const unsigned char* stack = (const unsigned char*)f.site;
-    (void)stack;
-  }
+  for (const Guarded& stack : stacks)
+    if (p >= stack.first - PAGE && p < stack.first) return say("memory below its stack of %zu KiB", STACK / 1024);
   for (const Block& b : blocks)
     if (p >= b.memory->first - PAGE && p < b.memory->last + PAGE) {
       const bool inside = p >= b.shared && p < b.shared + shared_bytes;
@@ -680,7 +679,7 @@ void say_address(const unsigned char* p) {
           ranges[i].name);
       return;
     }
-  say("%p, which is nowhere near a tensor or shared memory (or the thread's stack is full)", p);
+  say("%p, which is nowhere near a tensor or shared memory", p);
 }
 
 void on_fault(int number, siginfo_t* info, void* state) {
@@ -742,8 +741,6 @@ struct Handlers {
 };
 
 // Launch ----------------------------------------------------------------------------------------------------
-
-std::vector<Guarded> stacks, shared_memories;
 
 bool grow(std::vector<Guarded>& pool, size_t count, size_t bytes) {
   while (pool.size() < count) {

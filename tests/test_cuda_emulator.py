@@ -1,0 +1,196 @@
+"""The emulator of CUDA kernels: right kernels run right in any order, and wrong ones are found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cuda_emulator import KernelError, compiler, run_plan
+from cuda_emulator.emulator import HERE
+from gspn2.backends.cuda.geometry import Kernel, Launch, Plan
+from gspn2.backends.problem import Problem
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++")
+
+SEEDS = range(6)
+DEFINES = (("STORAGE", 0), ("NORMALIZE", 1), ("HAS_LAM", 0), ("HAS_GATE", 0))
+
+
+def launch(
+    function: str,
+    x: Tensor,
+    size: int,
+    knobs: tuple[int, ...] = (0,),
+    seed: int = 0,
+    block: int = 64,
+    grid: int = 1,
+    shared: int = 0,
+    cluster: int = 1,
+) -> Tensor:
+    """Runs a kernel of fixtures.cu on the row x; returns the row y of `size` values."""
+    problem = Problem(("down",), None, True, 1, 1, 1, 1, len(x), torch.float32, "cuda")
+    kernel = Kernel(str(HERE / "fixtures.cu"), function, DEFINES)
+    plan = Plan("fixtures", (Launch(kernel, grid, block, shared, cluster, knobs),))
+    y = torch.full((size,), torch.nan)
+    run_plan(plan, problem, {"x": x.view(1, 1, 1, -1), "y": y.view(1, 1, 1, -1)}, seed)
+    return y
+
+
+def numbers(size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_collectives(seed: int) -> None:
+    x = numbers(64)
+    y = launch("collectives", x, 64 * 12, seed=seed).view(64, 12)
+    v, lane = x.view(2, 32), torch.arange(32)
+    expected = {
+        0: v[:, torch.full((32,), 5)],
+        1: v[:, lane // 8 * 8 + (lane + 3) % 8],
+        2: v[:, torch.where(lane < 2, lane, lane - 2)],
+        3: v[:, torch.where(lane % 16 < 14, lane + 2, lane)],
+        4: v[:, lane ^ 17],
+        5: torch.full((2, 32), 11.0),
+        6: torch.tensor([0.0, 1.0])[:, None].expand(2, 32),
+        7: torch.ones(2, 32),
+        8: v[:, torch.where(lane < 16, lane ^ 1, lane ^ 2)],
+        9: torch.tensor([496.0, 1520.0])[:, None].expand(2, 32),
+        10: torch.tensor([0.0, -32.0])[:, None].expand(2, 32),
+        11: torch.full((2, 32), 13.0),
+    }
+    for column, values in expected.items():
+        assert torch.equal(y[:, column], values.flatten()), column
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_block_barrier(seed: int) -> None:
+    x = numbers(256)
+    assert torch.equal(launch("reverse", x, 256, seed=seed, block=256, shared=1024), x.flip(0))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", [64, 70, 333])
+def test_asynchronous_copies(seed: int, size: int) -> None:
+    x = numbers(size)
+    padded = torch.cat((x, torch.zeros(-size % 64)))
+    expected = padded.view(-1, 64).flip(1).flatten()[:size]
+    assert torch.equal(launch("staged", x, size, seed=seed, shared=768), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ring_of_bulk_copies(seed: int) -> None:
+    x = numbers(448)
+    expected = x.view(-1, 64).flip(1).flatten()
+    assert torch.equal(launch("ring", x, 448, seed=seed, shared=128 + 1024), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cluster(seed: int) -> None:
+    x = numbers(256)
+    y = launch("neighbours", x, 256, (0, 4), seed, block=32, grid=8, shared=128, cluster=4)
+    assert torch.equal(y, x.view(2, 4, 32).roll(-1, 1).flatten())
+
+
+def test_roundings() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (20000,), generator=generator).to(torch.int32)
+    ties = (torch.arange(0, 2**31, 2**31 // 20000 // 4096 * 4096) + 4096).to(torch.int32)
+    small = torch.linspace(-(2**-13), 2**-13, 5001)
+    edges = torch.tensor([0.0, -0.0, 65504.0, 65519.0, 65520.0, 3.4e38, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat((bits.view(torch.float32), ties.view(torch.float32), small, edges))
+    bfloat16, float16, pairs = launch("roundings", x, 3 * len(x), block=128).view(3, -1)
+    for found, dtype in ((bfloat16, torch.bfloat16), (float16, torch.float16), (pairs, torch.float16)):
+        assert torch.equal(found.nan_to_num(nan=1.5), x.to(dtype).float().nan_to_num(nan=1.5)), dtype
+
+
+# What must be found -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "size", "shared"),
+    [
+        pytest.param("reverse", 1, 256, 1024, id="no barrier"),
+        pytest.param("staged", 1, 333, 768, id="no copy_wait"),
+        pytest.param("staged", 2, 333, 768, id="no barrier after copy_wait"),
+        pytest.param("staged", 3, 333, 768, id="stage overwritten while it is read"),
+        pytest.param("ring", 2, 448, 1152, id="no wait for an empty stage"),
+        pytest.param("ring", 4, 448, 1152, id="no wait for a full stage"),
+        pytest.param("ring", 5, 448, 1152, id="source of a bulk_store overwritten"),
+    ],
+)
+def test_wrong_results(function: str, wrong: int, size: int, shared: int) -> None:
+    """In some order of threads the result is wrong."""
+    x = numbers(size)
+    block = 256 if function == "reverse" else 64
+
+    def result(wrong: int, seed: int) -> Tensor | None:
+        try:
+            return launch(function, x, size, (wrong,), seed, block=block, shared=shared)
+        except KernelError:
+            return None
+
+    right = result(0, 0)
+    assert right is not None
+    assert any((y := result(wrong, seed)) is None or not torch.equal(y, right) for seed in SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "options", "sentence"),
+    [
+        ("collectives", 1, {}, "lanes 00000080 of a warp collective's mask|leaves while lanes"),
+        ("collectives", 2, {}, "leaves out the lane that calls it"),
+        ("reverse", 2, {"block": 256, "shared": 1024}, r"deadlock(.|\n)*255 of 256(.|\n)*fixtures.cu"),
+        ("reverse", 3, {"block": 256, "shared": 1024}, r"deadlock(.|\n)*id 1: 192 of 224"),
+        ("ring", 1, {"shared": 1152}, "without mbarrier_init_fence"),
+        ("ring", 3, {"shared": 1152}, r"deadlock(.|\n)*missing: 0 arrivals, 256 bytes"),
+        ("ring", 6, {"shared": 1152}, "no thread of the block has called bulk_store_fence"),
+        ("ring", 7, {"shared": 1152}, "bulk_store of it may still read"),
+        ("neighbours", 1, {"block": 32, "grid": 4, "shared": 128, "cluster": 4}, "which has not started"),
+        ("neighbours", 2, {"block": 32, "grid": 4, "shared": 128, "cluster": 4}, "which has ended"),
+        ("neighbours", 0, {"block": 512}, "launch bound"),
+        ("neighbours", 0, {"block": 32, "shared": 300000}, "300000 bytes of shared memory"),
+    ],
+)
+def test_errors(function: str, wrong: int, options: dict[str, int], sentence: str) -> None:
+    size = 448
+    knobs = (wrong, options.get("cluster", 1))
+    for seed in SEEDS:
+        try:
+            launch(function, numbers(size), 12 * 64, knobs, seed, **options)
+        except KernelError as error:
+            with pytest.raises(KernelError, match=sentence):
+                raise error
+            return
+    pytest.fail("nothing was found")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (1, "byte 560 of the 400 bytes of shared memory"),
+        (2, "byte 400 of the 400 bytes of shared memory was written"),
+        (3, "touches byte -"),
+        (4, "__ldg of 4 bytes|__ldg: byte 0"),
+        (5, "__stcs of 4 bytes outside"),
+        (6, "stray bytes written"),
+        (7, "touches byte"),
+        (8, "misaligned access .*fixtures.cu"),
+        (9, "load_stream of .* not aligned to 16"),
+        (10, "copy_async from .* not aligned to 8"),
+        (11, "__stcs.* is not an output's"),
+        (12, r"stray bytes written to the memory of \[x\]"),
+        (13, "division by zero"),
+        (14, "integer overflow"),
+        (17, "__trap"),
+    ],
+)
+def test_strays(wrong: int, sentence: str) -> None:
+    with pytest.raises(KernelError, match=sentence):
+        launch("strays", numbers(440), 440, (wrong, 400, 0), block=32, shared=400)
+
+
+def test_memory_starts_as_nan() -> None:
+    y = launch("strays", numbers(8), 8, (16, 400), block=32, shared=400)
+    assert y.isnan().all()
