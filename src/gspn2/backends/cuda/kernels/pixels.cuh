@@ -1,0 +1,216 @@
+// What the pixel kernels share. The layout: channels adjacent, so that a thread owns whole vectors of channels.
+//
+// A block scans a run of places of a line, VECTORS vectors of channels wide; a thread owns one vector at PLACES
+// neighbouring places and keeps their states in registers. Its operands come through a ring of shared memory that
+// is its own, so nothing waits for anybody but at the one barrier a line, where neighbouring places meet.
+//
+// Macros (beside those of common.cuh):
+//   VECTOR      bytes of a vector: 4, 8 or 16
+//   VECTORS     vectors of a block
+//   PLACES      neighbouring places of a thread
+//   OWN_TAPS    1: every channel has taps of its own; 0: a vector's channels share them
+//   INTERLEAVED with OWN_TAPS, 1: the three taps of a channel are adjacent; 0: the channels of a tap are
+//   TAP_GROUPS  groups of taps that a block meets (without OWN_TAPS)
+//   TAP_LINES   lines of taps that are normalised together, at least 2 (without OWN_TAPS)
+//   CLUSTER     1: blocks work together in clusters (sm_90)
+#pragma once
+#include "common.cuh"
+
+constexpr int V = VECTOR / (int)sizeof(storage_t);  // channels of a vector
+constexpr int WORDS = VECTOR / 4;
+constexpr int F = V < 4 ? V : 4;  // float32 values that move together
+constexpr int PARTS = V / F;
+
+struct __align__(VECTOR) Vector {
+  u32 word[WORDS];
+};
+struct __align__(4 * F) Floats {
+  float e[F];
+};
+struct __align__(16) Weights {
+  float before, here, after, unused;
+};
+
+__device__ __forceinline__ void unpack(const Vector& v, float* e) {
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) {
+#if STORAGE == 0
+    e[i] = __uint_as_float(v.word[i]);
+#elif STORAGE == 1
+    e[2 * i] = __uint_as_float(v.word[i] << 16);
+    e[2 * i + 1] = __uint_as_float(v.word[i] & 0xffff0000u);
+#else
+    e[2 * i] = __half2float(__ushort_as_half((unsigned short)(v.word[i] & 0xffffu)));
+    e[2 * i + 1] = __half2float(__ushort_as_half((unsigned short)(v.word[i] >> 16)));
+#endif
+  }
+}
+
+__device__ __forceinline__ Vector pack(const float* e) {
+  Vector v;
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) {
+#if STORAGE == 0
+    v.word[i] = __float_as_uint(e[i]);
+#elif STORAGE == 1
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(e[2 * i], e[2 * i + 1]);
+    v.word[i] = (u32)__bfloat16_as_ushort(pair.x) | (u32)__bfloat16_as_ushort(pair.y) << 16;
+#else
+    const __half2 pair = __floats2half2_rn(e[2 * i], e[2 * i + 1]);
+    v.word[i] = (u32)__half_as_ushort(pair.x) | (u32)__half_as_ushort(pair.y) << 16;
+#endif
+  }
+  return v;
+}
+
+// V float32 values, whose parts lie `pitch` apart: threads that are neighbours then use all banks.
+__device__ __forceinline__ void load_floats(const Floats* from, int pitch, float* e) {
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {
+    const Floats f = from[part * pitch];
+#pragma unroll
+    for (int i = 0; i < F; i++) e[part * F + i] = f.e[i];
+  }
+}
+__device__ __forceinline__ void store_floats(Floats* to, int pitch, const float* e) {
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {
+    Floats f;
+#pragma unroll
+    for (int i = 0; i < F; i++) f.e[i] = e[part * F + i];
+    to[part * pitch] = f;
+  }
+}
+
+// The knobs that place a block.
+struct Layout {
+  int roles, splits, halo, channel_blocks;
+  int run[2];  // places of a split along a row, along a column
+};
+
+__device__ __forceinline__ Layout layout_of(const Params& p) {
+  return {p.knobs[0], p.knobs[1], p.knobs[2], p.knobs[3], {p.knobs[4], p.knobs[5]}};
+}
+
+// What a thread is during the whole launch. `role` and `split` tell apart the blocks of a cluster; a vector
+// beyond the last channel is not `present`.
+struct Self {
+  int b, channel, vector, column;
+  int role, split;
+  bool present;
+};
+
+__device__ __forceinline__ Self self_of(const Params& p, const Layout& layout) {
+  const int size = layout.roles * layout.splits;
+  const int index = blockIdx.x / size, rank = blockIdx.x % size;
+  Self me;
+  me.role = rank / layout.splits;
+  me.split = rank % layout.splits;
+  me.b = index / layout.channel_blocks;
+  me.vector = threadIdx.x % VECTORS;
+  me.column = threadIdx.x / VECTORS;
+  me.channel = (index % layout.channel_blocks * VECTORS + me.vector) * V;
+  me.present = me.channel < p.channels;
+  return me;
+}
+
+// The places of a block in one direction: it answers for [own, end) and scans [start, stop), which has up to
+// `halo` places more on either side, whose states are brought up to date every `halo` lines.
+struct Run {
+  int own, end, start, stop;
+};
+
+__device__ __forceinline__ Run run_of(const Layout& layout, const Scan& s, int split) {
+  const int q = layout.run[s.vertical ? 0 : 1], halo = layout.splits > 1 ? layout.halo : 0;
+  Run r;
+  r.own = min(split * q, s.places);
+  r.end = min(r.own + q, s.places);
+  r.start = max(r.own - halo, 0);
+  r.stop = r.own < r.end ? min(r.end + halo, s.places) : r.start;
+  return r;
+}
+
+// One operand as a thread reads or writes it: `at` is its vector at its first place on the line that is next.
+struct Stream {
+  storage_t* at;
+  long long line, place;
+};
+
+__device__ __forceinline__ Stream stream_of(const View& v, const Scan& s, int b, int d, int c, int line, int place) {
+  if (v.data == nullptr) return {nullptr, 0, 0};
+  const long long step = line_step(v, s), next = place_step(v, s);
+  return {v.data + b * v.b + d * v.d + c * v.c + first_line(v, s) + line * step + place * next, step, next};
+}
+
+// Float32 sums over directions, laid out (B, H, W, C).
+struct Sums {
+  float* at;
+  long long line, place;
+};
+
+__device__ __forceinline__ Sums sums_of(const Params& p, void* scratch, const Scan& s, int b, int c, int line, int place) {
+  const long long w = p.channels, h = w * p.width;
+  const long long step = s.reversed ? -(s.vertical ? h : w) : (s.vertical ? h : w), next = s.vertical ? w : h;
+  const long long first = s.reversed ? (s.lines - 1) * -step : 0;
+  return {(float*)scratch + b * h * p.height + c + first + line * step + place * next, step, next};
+}
+
+#if !OWN_TAPS
+// The taps of a block's places, TAP_LINES lines a stage: raw values wait in registers for a stage, then all threads
+// turn them into weights, in shared memory, for the stage after. Two stages of weights take turns.
+constexpr int TAP_ITEMS = (TAP_LINES * TAP_GROUPS * PLACES + VECTORS - 1) / VECTORS;
+
+struct TapStages {
+  Weights* weights;  // [2][TAP_LINES][TAP_GROUPS][places]
+  const storage_t* data;
+  long long line, place, group, k;
+  int places, first, all;  // of the block; place along the line of the first; places of the whole line
+  int begin, end;         // lines of this phase
+  int item[TAP_ITEMS];    // which (line, group, place) this thread turns
+  storage_t raw[TAP_ITEMS][3];
+
+  __device__ __forceinline__ void start(const Params& p, const Scan& s, const Run& r, int b, int d, int group_, int begin_,
+                                        int end_, Weights* shared) {
+    weights = shared;
+    data = p.taps.data + b * p.taps.b + d * p.taps.d + group_ * p.taps.c + first_line(p.taps, s);
+    line = line_step(p.taps, s), place = place_step(p.taps, s), group = p.taps.c, k = p.taps.k;
+    places = r.stop - r.start, first = r.start, all = s.places, begin = begin_, end = end_;
+#pragma unroll
+    for (int i = 0; i < TAP_ITEMS; i++) {
+      const int index = threadIdx.x + i * blockDim.x;
+      const int row = places > 0 ? index / places : TAP_LINES * TAP_GROUPS;
+      // Row and place in one word: most threads hold several.
+      item[i] = row < TAP_LINES * TAP_GROUPS ? row << 16 | (index - row * places) : -1;
+    }
+  }
+
+  __device__ __forceinline__ void fetch(int stage) {
+#pragma unroll
+    for (int i = 0; i < TAP_ITEMS; i++) {
+      const int row = item[i] >> 16, l = item[i] & 0xffff;
+      const int at = begin + stage * TAP_LINES + row / TAP_GROUPS;
+      if (item[i] < 0 || at >= end) continue;
+      const storage_t* a = data + at * line + (first + l) * place + row % TAP_GROUPS * group;
+      raw[i][0] = __ldg(a);
+      raw[i][1] = __ldg(a + k);
+      raw[i][2] = __ldg(a + 2 * k);
+    }
+  }
+
+  __device__ __forceinline__ void turn(int stage) {
+#pragma unroll
+    for (int i = 0; i < TAP_ITEMS; i++) {
+      const int row = item[i] >> 16, l = item[i] & 0xffff;
+      if (item[i] < 0 || begin + stage * TAP_LINES + row / TAP_GROUPS >= end) continue;
+      const Taps a = {widen(raw[i][0]), widen(raw[i][1]), widen(raw[i][2])};
+      const Taps w = tap_weights(a, first + l > 0, first + l + 1 < all);
+      weights[((stage & 1) * TAP_LINES * TAP_GROUPS + row) * places + l] = {w.before, w.here, w.after, 0.f};
+    }
+  }
+
+  // Weights of (line, group of the block, place of the block); `line` counts from `begin`.
+  __device__ __forceinline__ const Weights* of(int line_, int group_, int l) const {
+    return weights + (line_ % (2 * TAP_LINES) * TAP_GROUPS + group_) * places + l;
+  }
+};
+#endif

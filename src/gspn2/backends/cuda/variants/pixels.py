@@ -1,0 +1,316 @@
+"""Channels adjacent in memory: channels_last, and views into one packed (B, H, W, P) tensor.
+
+A block scans a run of places of a line, some vectors of channels wide; both axes are coalesced as they are. The
+kernels say how (`kernels/pixels*.cu`); here it is decided who does what:
+
+- **roles**: with both directions of an axis, two blocks start at opposite ends and meet in the middle; with few
+  blocks both axes run at the same time (four roles).
+- **splits**: a line's places over several blocks, which recompute `HALO` places on either side and exchange
+  states every `HALO` lines.
+
+Both need clusters; a GPU without them runs the directions one after another, a block for each channel block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..geometry import Case, Kernel, Launch, Plan, View, options
+
+HALO = 8
+"""Places that a split recomputes on either side, and lines between two exchanges."""
+
+MOST_THREADS = 512
+"""Of a block: more would leave a thread less than 128 registers."""
+
+LARGEST_CLUSTER = 8
+SECTOR = 32
+"""Bytes that a read moves at least."""
+
+IN_FLIGHT = 48 * 1024
+"""Bytes that a multiprocessor should have on their way to reach memory bandwidth."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the threads of a launch spread over the problem.
+
+    Args:
+        vector: bytes of a vector of channels.
+        vectors: vectors of a block.
+        places: neighbouring places of a thread.
+        roles, splits: blocks of a cluster.
+        runs: places of a split along a row and along a column.
+        threads: of a block.
+    """
+
+    vector: int
+    vectors: int
+    places: int
+    roles: int
+    splits: int
+    runs: tuple[int, int]
+    threads: int
+
+    @property
+    def halo(self) -> int:
+        return HALO if self.splits > 1 else 0
+
+    @property
+    def longest(self) -> int:
+        """Places that a block scans at most."""
+        return max(self.runs) + 2 * self.halo
+
+    @property
+    def cluster(self) -> int:
+        return self.roles * self.splits
+
+
+def why_not(case: Case) -> str | None:
+    """Channels must be adjacent, in vectors of at least 4 bytes, and a line must fit the threads of a block."""
+    if case.backward:
+        return "backward of channel-innermost tensors is not written yet"
+    problem = case.problem
+    if problem.channels == 1:
+        return "one channel has nothing adjacent to it: planes are read line by line"
+    for name in _operands(case):
+        if case.views[name].c != 1:
+            return f"{name}: channels are not adjacent in memory (stride {case.views[name].c})"
+    if _own_taps(case) and not _taps_adjacent(case):
+        return "taps: neither the three of a channel nor the channels of a tap are adjacent in memory"
+    if _vector(case) is None:
+        return "channels do not come in vectors of 4 bytes: an odd number, stride or address"
+    if _tiling(case) is None:
+        return f"a line of {max(problem.height, problem.width)} places is too long for a block's threads"
+    return None
+
+
+def plan(case: Case) -> Plan:
+    """Launches, and why they are as they are."""
+    tiling = _tiling(case)
+    assert tiling is not None
+    problem = case.problem
+    per_line = tiling.threads * tiling.places * tiling.vector * _ring_operands(case)
+    sums = tiling.threads * tiling.places * _float_bytes(case, tiling) * _sums(case)
+    lines = _tap_lines(case, tiling)
+    fixed = _fixed_memory(case, tiling, lines)
+    depth = 2
+    while depth < 8 and depth * (per_line + sums) < IN_FLIGHT:
+        depth += 2
+    while depth > 2 and fixed + depth * (per_line + sums) > case.device.shared_memory:
+        depth -= 1
+    kernel = Kernel("pixels_forward.cu", "pixels_forward", _defines(case, tiling, lines, depth))
+    blocks = _channel_blocks(case, tiling)
+    knobs = (tiling.roles, tiling.splits, tiling.halo, blocks, *tiling.runs)
+    launch = Launch(
+        kernel,
+        problem.batch * blocks * tiling.cluster,
+        tiling.threads,
+        fixed + depth * (per_line + sums),
+        cluster=tiling.cluster,
+        knobs=knobs,
+    )
+    image = 4 * problem.batch * problem.channels * problem.height * problem.width
+    scratch = (image * (_sums(case) and case.itemsize < 4), image * (tiling.roles == 4))
+    return Plan("pixels", (launch,), scratch, _reasons(tiling))
+
+
+def _defines(case: Case, tiling: Tiling, tap_lines: int, depth: int) -> tuple[tuple[str, int], ...]:
+    threads = 64
+    while threads < tiling.threads:
+        threads *= 2
+    own = _own_taps(case)
+    return (
+        *options(case),
+        ("VECTOR", tiling.vector),
+        ("VECTORS", tiling.vectors),
+        ("PLACES", tiling.places),
+        ("OWN_TAPS", int(own)),
+        ("INTERLEAVED", int(own and case.views["taps"].k == 1)),
+        ("TAP_GROUPS", _tap_groups(case, tiling)),
+        ("TAP_LINES", tap_lines),
+        ("CLUSTER", int(tiling.cluster > 1)),
+        ("DEPTH", depth),
+        ("SUM", int(_sums(case))),
+        ("THREADS", threads),
+        ("MIN_BLOCKS", max(1, MOST_THREADS // threads)),
+    )
+
+
+def _fixed_memory(case: Case, tiling: Tiling, tap_lines: int) -> int:
+    """Bytes of a block's shared memory apart from the ring."""
+    floats = _float_bytes(case, tiling)
+    weights = 0 if _own_taps(case) else 2 * tap_lines * _tap_groups(case, tiling) * tiling.longest * 16
+    published = 2 * (2 if tiling.places > 1 else 1) * floats * (tiling.threads + 2 * tiling.vectors)
+    carried = (tiling.roles > 1) * tiling.places * floats * tiling.threads
+    halo = (tiling.splits > 1) * 4 * tiling.halo * floats * tiling.vectors
+    return weights + published + carried + halo
+
+
+def _tiling(case: Case) -> Tiling | None:
+    """The first tiling that fits a block, from the widest channel blocks on."""
+    vector = _vector(case)
+    assert vector is not None
+    for vectors in _widths(case, vector):
+        roles, splits = _cluster(case, vector, vectors)
+        while True:
+            tiling = _fit(case, vector, vectors, roles, splits)
+            if tiling is not None:
+                return tiling
+            if roles * splits * 2 > LARGEST_CLUSTER or case.device.capability < (9, 0):
+                break
+            splits *= 2
+    return None
+
+
+def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tiling | None:
+    """The tiling with as few places a thread as possible, or None if a line is too long."""
+    problem = case.problem
+    runs = (-(-problem.width // splits), -(-problem.height // splits))
+    longest = max(runs) + (2 * HALO if splits > 1 else 0)
+    for places in (1, 2, 4):
+        threads = -(-longest // places) * vectors
+        if threads <= MOST_THREADS:
+            tiling = Tiling(vector, vectors, places, roles, splits, runs, -(-threads // 32) * 32)
+            lines = _tap_lines(case, tiling)
+            ring = tiling.threads * places * (vector * _ring_operands(case) + _float_bytes(case, tiling))
+            if _fixed_memory(case, tiling, lines) + 2 * ring <= case.device.shared_memory:
+                return tiling
+    return None
+
+
+def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
+    """Roles and splits: as many blocks as the GPU has multiprocessors, if the cluster can be so large."""
+    problem, device = case.problem, case.device
+    if device.capability < (9, 0):
+        return 1, 1
+    blocks = problem.batch * -(-problem.channels * case.itemsize // (vector * vectors))
+    roles = 2 if _paired(problem.directions) else 1
+    shortest = min(problem.height, problem.width)
+    if len(problem.directions) == 4 and roles * blocks * 2 <= device.multiprocessors and shortest <= 256:
+        roles = 4
+    splits = 1
+    while (
+        roles * splits * 2 <= LARGEST_CLUSTER
+        and blocks * roles * splits * 2 <= device.multiprocessors
+        and shortest >= 8 * HALO * splits
+    ):
+        splits *= 2
+    return roles, splits
+
+
+def _widths(case: Case, vector: int) -> list[int]:
+    """Vectors that a block may have, the most wanted first: a sector's bytes, and no group of taps cut."""
+    problem = case.problem
+    width = vector // case.itemsize
+    all_ = problem.channels // width
+    wanted = max(1, SECTOR // vector)
+    if _own_taps(case) or problem.groups == 1:
+        return list(dict.fromkeys((min(wanted, all_), 1)))
+    group = all_ // problem.groups
+    fitting = [n for n in range(1, 17) if group % n == 0 or (n % group == 0 and all_ % n == 0)]
+    return sorted(fitting, key=lambda n: (n < wanted, abs(n - wanted)))
+
+
+def _vector(case: Case) -> int | None:
+    """The widest vector, in bytes, that all operands are aligned to."""
+    for vector in (16, 8, 4):
+        if vector >= case.itemsize and _aligned(case, vector):
+            return vector
+    return None
+
+
+def _aligned(case: Case, vector: int) -> bool:
+    problem = case.problem
+    width = vector // case.itemsize
+    span = problem.channels if _own_taps(case) else problem.channels // problem.groups
+    if span % width:
+        return False
+    sizes = {"b": problem.batch, "d": len(problem.directions), "h": problem.height, "w": problem.width}
+    names = [*_operands(case), *(("taps",) if _own_taps(case) else ())]
+    for name in names:
+        view = case.views[name]
+        if view.alignment < vector:
+            return False
+        strides = [getattr(view, axis) for axis, size in sizes.items() if size > 1]
+        if name in ("taps", "dtaps") and view.k != 1:
+            strides.append(view.k)
+        if any(stride % width for stride in strides):
+            return False
+    return True
+
+
+def _operands(case: Case) -> list[str]:
+    """The tensors whose channels are read or written in vectors."""
+    return [name for name in case.views if name not in ("taps", "dtaps")]
+
+
+def _own_taps(case: Case) -> bool:
+    return case.problem.groups == case.problem.channels
+
+
+def _taps_adjacent(case: Case) -> bool:
+    taps: View = case.views["taps"]
+    return (taps.k == 1 and taps.c == 3) or taps.c == 1
+
+
+def _paired(directions: tuple[str, ...]) -> bool:
+    """Do the directions come in pairs of opposites?"""
+    return set(directions) in ({"down", "up"}, {"right", "left"}, {"down", "up", "right", "left"})
+
+
+def _sums(case: Case) -> bool:
+    return len(case.problem.directions) > 1
+
+
+def _ring_operands(case: Case) -> int:
+    return 1 + ("lam" in case.views) + ("gate" in case.views) + 3 * _own_taps(case)
+
+
+def _float_bytes(case: Case, tiling: Tiling) -> int:
+    """Bytes of a vector in float32."""
+    return 4 * tiling.vector // case.itemsize
+
+
+def _channel_blocks(case: Case, tiling: Tiling) -> int:
+    return -(-case.problem.channels * case.itemsize // (tiling.vector * tiling.vectors))
+
+
+def _tap_groups(case: Case, tiling: Tiling) -> int:
+    """Groups of taps that a block meets."""
+    problem = case.problem
+    group = problem.channels // problem.groups * case.itemsize // tiling.vector
+    return max(1, tiling.vectors // max(1, group)) if problem.groups > 1 and not _own_taps(case) else 1
+
+
+def _tap_lines(case: Case, tiling: Tiling) -> int:
+    """Lines of taps in a stage: many cover the latency of memory, few fit."""
+    rows = 16 // max(1, _tap_groups(case, tiling))
+    return max(2, min(8, rows, 1024 // tiling.longest))
+
+
+def _reasons(tiling: Tiling) -> tuple[str, ...]:
+    roles = {
+        1: "directions one after another",
+        2: "opposite directions start at both ends and meet",
+        4: "both axes at the same time, opposite directions from both ends",
+    }
+    return (
+        f"channels are adjacent: vectors of {tiling.vector} bytes, {tiling.vectors} to a block",
+        roles[tiling.roles],
+        *((f"a line is split over {tiling.splits} blocks",) if tiling.splits > 1 else ()),
+    )
+
+
+def representative_kernels() -> list[tuple[Kernel, bool]]:
+    """Kernels that the tests compile, and whether each is hot (must not spill)."""
+    plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("VECTOR", 16), ("SUM", 1))
+    shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1), ("TAP_LINES", 8))
+    own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1), ("TAP_LINES", 2))
+    small = (("VECTORS", 2), ("PLACES", 1), ("CLUSTER", 0), ("DEPTH", 4), ("THREADS", 128), ("MIN_BLOCKS", 4))
+    large = (("VECTORS", 1), ("PLACES", 2), ("CLUSTER", 0), ("DEPTH", 4), ("THREADS", 512), ("MIN_BLOCKS", 1))
+    return [
+        (Kernel("pixels_forward.cu", "pixels_forward", (*plain, *taps, *size)), True)
+        for taps in (shared, own)
+        for size in (small, large)
+    ]
