@@ -237,14 +237,13 @@ def _fewer(cases: list[Case]) -> list[Case]:
 
 def supervise(sections: list[str], args: argparse.Namespace) -> int:
     """Run the sections in a process that may be lost; whatever is not complete then runs in a new one."""
-    left, code, options = sections, DONE, sys.argv[1:]
+    left, code = sections, DONE
+    options = [option for option in sys.argv[1:] if option not in NAMES]
+    shown = re.sub(r" ?--out[ =]\S+", "", " ".join(sys.argv[1:])).strip()
     for attempt in range(MOST_RESTARTS * len(sections)):
         flags = ["--in-process", *(["--resume"] if attempt else [])]
-        options = [option for option in sys.argv[1:] if option not in NAMES]
         command = [sys.executable, __file__, *left, *options, *flags]
-        done = subprocess.run(
-            command, env={**os.environ, "GSPN2_BENCH_ARGUMENTS": " ".join(sys.argv[1:])}, check=False
-        )
+        done = subprocess.run(command, env={**os.environ, "GSPN2_BENCH_ARGUMENTS": shown}, check=False)
         if done.returncode in (DONE, WRONG):
             code |= done.returncode
         left = [name for name in left if not _complete(Path(args.out) / f"{name}.json")]

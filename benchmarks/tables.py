@@ -8,8 +8,10 @@ A document asks for a table with a pair of lines; what is between them is genera
     <!-- benchmark:operator -->
     <!-- /benchmark -->
 
-Names: operator, operator-compact, memory, start, models, models-compact, technology. A table needs
-benchmarks/results/cpu/NAME.json, and says under itself on what, when and how that was measured.
+Names: operator, operator-compact, memory, start, models, models-compact, technology; they need
+benchmarks/results/cpu/NAME.json. And h200/NAME for a section of gpu.py, h200/summary, h200/summary-compact,
+from benchmarks/results/h200/*.json; until there are such files the place says so. A table says under itself
+on what, when and how it was measured.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ import argparse
 import json
 import re
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
+import markdown_table as md
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+RESULTS = ROOT / "benchmarks" / "results"
+GPUS = ("h200",)
 Result = dict[str, Any]
 
 OPEN = re.compile(r"<!-- benchmark:(\S+) -->")
 CLOSE = "<!-- /benchmark -->"
-_UNBROKEN = "\0"  # stands for a space where no line may be broken
 
 
 class TableError(Exception):
@@ -43,21 +47,21 @@ def operator(result: Result) -> str:
         forward, train = case["forward"], case["forward_and_backward"]
         rows.append(
             [
-                _size(case["size"]),
-                _yes(case["lam_and_gate"]),
-                *(_ms(forward[name]["median_ms"]) for name in ("gspn2", "eager", "copy")),
-                _times(case["forward_over_eager"]),
-                _times(case["forward_over_loop"]),
+                md.size(case["size"]),
+                md.yes(case["lam_and_gate"]),
+                *(md.ms(forward[name]["median_ms"]) for name in ("gspn2", "eager", "copy")),
+                md.times(case["forward_over_eager"]),
+                md.times(case["forward_over_loop"]),
                 f"{case['forward_in_copies']:.2f}",
-                *(_ms(train[name]["median_ms"]) for name in ("gspn2", "eager")),
-                _times(case["train_over_eager"]),
-                _times(case["train_over_loop"]),
+                *(md.ms(train[name]["median_ms"]) for name in ("gspn2", "eager")),
+                md.times(case["train_over_eager"]),
+                md.times(case["train_over_loop"]),
             ]
         )
     heads = ["B, C, H, W", "lam, gate", "forward, ms", "batched loop, ms", "copy, ms"]
     heads += ["faster than the batched loop", "than the plain loop", "in copies", "with backward, ms"]
     heads += ["batched loop, ms", "faster than the batched loop", "than the plain loop"]
-    return _table(heads, rows, left=2) + _note(
+    return md.table(heads, rows, left=2) + md.note(
         result,
         f"{_problem(result)} Medians, taken in turns within one run. The loops are vectorised PyTorch over "
         "lines, under autograd for the backward pass: the plain one takes the directions one after the "
@@ -74,15 +78,15 @@ def operator_compact(result: Result) -> str:
             forward, train = case["forward"]["gspn2"], case["forward_and_backward"]["gspn2"]
             rows.append(
                 [
-                    _size(case["size"]),
-                    f"{_ms(forward['median_ms'])} ms",
-                    _times(case["forward_over_eager"]),
-                    f"{_ms(train['median_ms'])} ms",
-                    _times(case["train_over_eager"]),
+                    md.size(case["size"]),
+                    f"{md.ms(forward['median_ms'])} ms",
+                    md.times(case["forward_over_eager"]),
+                    f"{md.ms(train['median_ms'])} ms",
+                    md.times(case["train_over_eager"]),
                 ]
             )
     heads = ["B, C, H, W", "forward", "faster than a loop", "forward + backward", "faster than a loop"]
-    return _table(heads, rows) + _note(
+    return md.table(heads, rows) + md.note(
         result,
         f"{_problem(result)} With `lam` and `gate`; the loop is vectorised PyTorch over lines, all "
         "directions at once, and autograd.",
@@ -93,8 +97,8 @@ def memory(result: Result) -> str:
     """What training holds beyond its inputs, outputs and gradients."""
     rows = [
         [
-            _size(case["size"]),
-            _yes(case["lam_and_gate"]),
+            md.size(case["size"]),
+            md.yes(case["lam_and_gate"]),
             f"{case['inputs_and_gradients_bytes'] / 1e6:.1f} MB",
             f"{case['peak_extra_bytes'] / 1e6:.1f} MB",
             f"{case['extra_over_inputs_and_gradients']:.2f}",
@@ -102,7 +106,7 @@ def memory(result: Result) -> str:
         for case in result["cases"]
     ]
     heads = ["B, C, H, W", "lam, gate", "inputs and gradients", "extra at the peak", "ratio"]
-    return _table(heads, rows, left=2) + _note(
+    return md.table(heads, rows, left=2) + md.note(
         result,
         "One training step: the most resident memory beyond inputs, output and gradients.",
     )
@@ -112,17 +116,17 @@ def start(result: Result) -> str:
     """Import and first calls."""
     forward, backward = result["first_forward_seconds"], result["first_backward_seconds"]
     rows = [
-        ["`import gspn2`, after `import torch`", _seconds(result["import_seconds_over_torch"]), ""],
-        ["first forward", _seconds(forward["warm"]), _seconds(forward["cold"])],
-        ["first backward", _seconds(backward["warm"]), _seconds(backward["cold"])],
+        ["`import gspn2`, after `import torch`", md.seconds(result["import_seconds_over_torch"]), ""],
+        ["first forward", md.seconds(forward["warm"]), md.seconds(forward["cold"])],
+        ["first backward", md.seconds(backward["warm"]), md.seconds(backward["cold"])],
     ]
     heads = ["", "compiled before", "nothing compiled yet"]
-    return _table(heads, rows) + _note(result, "One process each; compiled code is kept on disk.")
+    return md.table(heads, rows) + md.note(result, "One process each; compiled code is kept on disk.")
 
 
 def models(result: Result) -> str:
     """gspn2_tiny beside convnext_tiny, and the mixers' share of a large image."""
-    return _table(*_models(result)) + _note(
+    return md.table(*_models(result)) + md.note(
         result,
         f"float32, inference, random weights. {_share(result)} Medians, taken in turns within one run.",
     )
@@ -130,7 +134,7 @@ def models(result: Result) -> str:
 
 def models_compact(result: Result) -> str:
     """The same with a shorter note."""
-    return _table(*_models(result)) + _note(result, f"float32, random weights. {_share(result)}")
+    return md.table(*_models(result)) + md.note(result, f"float32, random weights. {_share(result)}")
 
 
 def technology(result: Result) -> str:
@@ -138,14 +142,14 @@ def technology(result: Result) -> str:
     rows = [
         [
             row["name"],
-            _or_none(_ms, row["forward_ms"]),
-            _or_none(_seconds, row["first_call_seconds"]),
+            md.or_none(md.ms, row["forward_ms"]),
+            md.or_none(md.seconds, row["first_call_seconds"]),
             row["note"],
         ]
         for row in result["rows"]
     ]
     heads = ["technology", "forward, ms", "first call", "note"]
-    return _table(heads, rows, words=(3,)) + _note(result, f"Problem: {result['problem']}.")
+    return md.table(heads, rows, words=(3,)) + md.note(result, f"Problem: {result['problem']}.")
 
 
 TABLES: dict[str, Callable[[Result], str]] = {
@@ -163,8 +167,8 @@ def _models(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             f"224 x 224, batch {case['batch']}",
-            f"{_ms(case['gspn2_tiny']['median_ms'])} ms",
-            f"{_ms(case['convnext_tiny']['median_ms'])} ms",
+            f"{md.ms(case['gspn2_tiny']['median_ms'])} ms",
+            f"{md.ms(case['convnext_tiny']['median_ms'])} ms",
             f"{case['over_convnext']:.2f}",
         ]
         for case in result["at_224"]
@@ -175,7 +179,7 @@ def _models(result: Result) -> tuple[list[str], list[list[str]]]:
 def _share(result: Result) -> str:
     large = result["at_1024"]
     return (
-        f"At 1024 x 1024, batch {large['batch']}, `gspn2_tiny` takes {_seconds(large['model_seconds'])}; "
+        f"At 1024 x 1024, batch {large['batch']}, `gspn2_tiny` takes {md.seconds(large['model_seconds'])}; "
         f"its mixers, projections included, are {100 * large['mixer_share']:.1f}% of that."
     )
 
@@ -185,70 +189,39 @@ def _problem(result: Result) -> str:
     return f"{directions}, {result['taps']} taps, {result['dtype']}."
 
 
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, words: Sequence[int] = ()
-) -> str:
-    """Markdown; numbers to the right, the first `left` columns and those in `words` to the left."""
-    rule = ["---" if i < left or i in words else "---:" for i in range(len(heads))]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *rows))
-
-
-def _note(result: Result, text: str) -> str:
-    """What the table shows, and what it was measured on, with and how."""
-    on = result["machine"]
-    versions = [f"Python {on['python']}", f"PyTorch {on['torch']}"]
-    versions += [f"{name} {on[name]}" for name in ("numba", "timm") if name in on]
-    commit = f"commit {on['commit']}" + (" with uncommitted changes" if on["uncommitted_changes"] else "")
-    command = on["command"].replace(" ", _UNBROKEN)
-    text = (
-        f"{text} Measured on {on['processor']}, {on['threads']} threads, {on['system']}, "
-        f"{', '.join(versions)}, {commit}, {on['date']}: `{command}`."
-    )
-    lines = textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
-    return f"\n{lines.replace(_UNBROKEN, ' ')}\n"
-
-
-def _size(size: Sequence[int]) -> str:
-    return ", ".join(str(n) for n in size)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _ms(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{1e3 * value:.0f} ms" if value < 0.1 else f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
-
-
-def _times(value: float) -> str:
-    return f"{value:.1f}x"
-
-
-def _or_none(text: Callable[[float], str], value: float | None) -> str:
-    return "-" if value is None else text(value)
-
-
 def table(name: str) -> str:
-    """The table called `name`, from its result file.
+    """The table called `name`, from its result files.
 
     Raises:
         TableError: there is no such table, or its result file is missing, damaged or of another kind.
     """
+    folder, _, gpu = name.partition("/")
+    if gpu in gpu_tables.NAMES and folder in GPUS:
+        paths = {section: RESULTS / folder / f"{section}.json" for section in gpu_tables.needs(gpu)}
+        if not all(path.exists() for path in paths.values()):
+            return gpu_tables.absent(gpu)
+        return _made(name, paths, lambda results: gpu_tables.make(gpu, results))
     if name not in TABLES:
-        raise TableError(f"no table is called {name!r}, only {', '.join(TABLES)}")
-    path = RESULTS / f"{name.removesuffix('-compact')}.json"
-    shown = path.relative_to(ROOT)
+        known = [*TABLES, *(f"{gpu}/{name}" for gpu in GPUS for name in gpu_tables.NAMES)]
+        raise TableError(f"no table is called {name!r}, only {', '.join(known)}")
+    path = RESULTS / "cpu" / f"{name.removesuffix('-compact')}.json"
     if not path.exists():
+        shown = path.relative_to(ROOT)
         raise TableError(f"table {name!r} needs {shown}, which is missing: measure it first (make bench)")
+    return _made(name, {name: path}, lambda results: TABLES[name](results[name]))
+
+
+def _made(name: str, paths: dict[str, Path], make: Callable[[dict[str, Result]], str]) -> str:
+    results = {}
+    for key, path in paths.items():
+        try:
+            results[key] = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise TableError(f"{path.relative_to(ROOT)} is not JSON: {error}") from error
     try:
-        return TABLES[name](json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise TableError(f"{shown} is not JSON: {error}") from error
+        return make(results)
     except (KeyError, TypeError, AttributeError) as error:
+        shown = ", ".join(str(path.relative_to(ROOT)) for path in paths.values())
         raise TableError(
             f"{shown} does not hold what table {name!r} needs: {error!r}; measure it again"
         ) from error

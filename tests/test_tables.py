@@ -85,7 +85,8 @@ def project(tmp_path: Path) -> Path:
     """A project of a generator, its results and two documents: README.md without tables, docs/speed.md."""
     results = tmp_path / "benchmarks" / "results" / "cpu"
     results.mkdir(parents=True)
-    shutil.copy(ROOT / "benchmarks" / "tables.py", tmp_path / "benchmarks")
+    for name in ("tables.py", "gpu_tables.py", "markdown_table.py"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
     for name, result in RESULTS.items():
         (results / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **result}))
     (tmp_path / "README.md").write_text("# No tables\n")
