@@ -32,10 +32,9 @@ def select(problem: Problem, name: str | None = None) -> ModuleType:
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run this problem: {reason}")
         return BACKENDS[name]
-    declined = why_not(problem)
-    chosen = next(name for name, reason in declined.items() if reason is None)
+    chosen = next(name for name, backend in BACKENDS.items() if backend.why_not(problem) is None)
     if chosen == "reference":
-        _warn_slow(declined)
+        _warn_slow(why_not(problem))
     return BACKENDS[chosen]
 
 

@@ -7,12 +7,22 @@ names. The backend is chosen inside the operator, at run time, so that a compile
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import DIRECTIONS, Problem, select
+from .eager import plain
+
+_INDICES = {
+    tuple(DIRECTIONS[index] for index in indices): indices
+    for count in range(1, len(DIRECTIONS) + 1)
+    for indices in permutations(range(len(DIRECTIONS)), count)
+}
+"""Every choice of directions, by names, as indices."""
 
 _library = torch.library.Library("gspn2", "DEF")
 _library.define(
@@ -35,17 +45,36 @@ def propagate(
     normalize: bool,
     backend: str | None,
 ) -> Tensor:
-    """Call the registered operator; arguments as checked by `gspn2.functional`."""
-    indices = [DIRECTIONS.index(name) for name in directions]
+    """Call the registered operator, or what it comes to; arguments as checked by `gspn2.functional`."""
+    indices = _INDICES[tuple(directions)]
     arguments = (x, taps, lam, gate, indices, chunk or 0, normalize, backend)
+    if plain(x, taps, lam, gate):
+        return _Eager.apply(*arguments) if _needs_gradient(x, taps, lam, gate) else _forward(*arguments)
     if _under_transforms():
         return _UnderTransforms.apply(*arguments)
     return torch.ops.gspn2.propagate(*arguments)
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _problem(x: Tensor, taps: Tensor, directions: Sequence[int], chunk: int, normalize: bool) -> Problem:
+    return _problem_of(x.shape, taps.shape[2], tuple(directions), chunk, normalize, x.dtype, x.device.type)
+
+
+@lru_cache(maxsize=1024)
+def _problem_of(
+    shape: tuple[int, int, int, int],
+    groups: int,
+    directions: tuple[int, ...],
+    chunk: int,
+    normalize: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> Problem:
     names = tuple(DIRECTIONS[index] for index in directions)
-    return Problem.of(x, taps, names, chunk or None, normalize)
+    return Problem(names, chunk or None, normalize, *shape[:2], groups, *shape[2:], dtype, device)
 
 
 def _forward(
@@ -53,7 +82,7 @@ def _forward(
     taps: Tensor,
     lam: Tensor | None,
     gate: Tensor | None,
-    directions: list[int],
+    directions: Sequence[int],
     chunk: int,
     normalize: bool,
     backend: str | None,
@@ -72,11 +101,11 @@ def _backward(
     taps: Tensor,
     lam: Tensor | None,
     gate: Tensor | None,
-    directions: list[int],
+    directions: Sequence[int],
     chunk: int,
     normalize: bool,
     backend: str | None,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     problem = _problem(x, taps, directions, chunk, normalize)
     implementation = select(problem, backend)
@@ -102,7 +131,7 @@ def _absent(x: Tensor) -> Tensor:
 class _Saved:
     """Names for what the autograd context carries."""
 
-    directions: list[int]
+    directions: Sequence[int]
     chunk: int
     normalize: bool
     backend: str | None
@@ -120,8 +149,11 @@ def _setup_context(ctx: _Saved, inputs: tuple[Any, ...], output: Tensor) -> None
 def _autograd(ctx: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, taps, lam, gate = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    arguments = (dy, x, taps, lam, gate, ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs)
-    if _under_transforms():
+    options = (ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs)
+    arguments: tuple[Any, ...] = (dy, x, taps, lam, gate, *options)
+    if not torch.is_grad_enabled() and plain(dy, x, taps, lam, gate):
+        gradients = _backward(*arguments)
+    elif _under_transforms():
         gradients = _GradientsUnderTransforms.apply(*arguments)
     else:
         gradients = torch.ops.gspn2.propagate_backward(*arguments)
@@ -141,6 +173,20 @@ def _refuse_second_order(ctx: _Saved, *_: Any) -> None:
 def _under_transforms() -> bool:
     """Is a torch.func transform at work? None sees the formulas registered for an operator."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class _Eager(torch.autograd.Function):
+    """`propagate` with its derivative, apart from the dispatcher (see `eager`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y = _forward(*arguments)
+        _setup_context(ctx, arguments, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _autograd(ctx, dy)
 
 
 class _UnderTransforms(torch.autograd.Function):

@@ -6,6 +6,7 @@ Planner, variants and kernels: `docs/backends.md`.
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -37,11 +38,17 @@ def _why_not_here() -> str | None:
     return plan.too_old(newest) if newest < plan.OLDEST else toolchain.why_not()
 
 
-def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem) -> Tensor:
-    """As `reference.propagate`."""
+@cache
+def _launch() -> ModuleType:
+    """Imported at the first call; an import statement takes its time at every call."""
     from . import launch
 
-    return launch.propagate(x, taps, lam, gate, problem)
+    return launch
+
+
+def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem) -> Tensor:
+    """As `reference.propagate`."""
+    return _launch().propagate(x, taps, lam, gate, problem)
 
 
 def propagate_backward(
@@ -54,6 +61,4 @@ def propagate_backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> Gradients:
     """As `reference.propagate_backward`."""
-    from . import launch
-
-    return launch.propagate_backward(dy, x, taps, lam, gate, problem, needs)
+    return _launch().propagate_backward(dy, x, taps, lam, gate, problem, needs)

@@ -68,7 +68,8 @@ def _run(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], problem: Pr
     assert x is not None
     index = x.get_device()
     addresses: list[tuple[int, int]] = []
-    key: list[object] = [problem, names, index]
+    # The operator hands out one object for equal problems, and a call that is ready keeps it alive.
+    key: list[object] = [id(problem), names, index]
     bits = 0
     for place, tensor in zip(_PLACES[names], tensors, strict=True):
         if tensor is None:
@@ -82,22 +83,26 @@ def _run(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], problem: Pr
         # Rare: PyTorch's allocator aligns to more. Each tensor's own alignment tells such calls apart.
         key += [address & -address & (ALIGNMENT - 1) for _, address in addresses]
     if driver.current_device() == index:
-        _call(tuple(key), names, tensors).run(addresses, x)
+        call = _ready.get(tuple(key)) or _make_ready(tuple(key), problem, names, tensors, index)
+        call.run(addresses, x)
     else:
         with torch.cuda.device(index):
-            _call(tuple(key), names, tensors).run(addresses, x)
+            call = _ready.get(tuple(key)) or _make_ready(tuple(key), problem, names, tensors, index)
+            call.run(addresses, x)
 
 
-def _call(key: tuple[object, ...], names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> Call:
-    call = _ready.get(key)
-    if call is None:
-        while len(_ready) >= CAPACITY:
-            _ready.pop(next(iter(_ready)), None)
-        present = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
-        problem, _, index = key[:3]
-        assert isinstance(problem, Problem)
-        assert isinstance(index, int)
-        call = _ready[key] = Call(problem, present, index)
+def _make_ready(
+    key: tuple[object, ...],
+    problem: Problem,
+    names: tuple[str, ...],
+    tensors: tuple[Tensor | None, ...],
+    index: int,
+) -> Call:
+    present = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    call = Call(problem, present, index)
+    while len(_ready) >= CAPACITY:
+        _ready.pop(next(iter(_ready)), None)
+    _ready[key] = call
     return call
 
 
@@ -116,6 +121,7 @@ class Call:
             raise RuntimeError(f"gspn2: {too_old(device.capability)}; pass backend='reference'")
         views = {name: View.of(tensor) for name, tensor in tensors.items()}
         self.plan = choose(Case(problem, device, views, backward="dy" in views))
+        self.problem = problem
         self.index = index
         # Where each scratch buffer starts within one allocation.
         self.scratch: list[tuple[int, int]] = []
