@@ -11,6 +11,8 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 GUARD = 16 * PAGE
+# MAP_NORESERVE, which the module of Python 3.11 does not name on Linux.
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
 READ, WRITE = 1, 2
 # Above this size the bytes of a storage are not told apart one by one.
 LARGE = 1 << 26
@@ -31,7 +33,7 @@ def _guarded(size: int) -> Tensor:
     """`size` bytes of 0xFF (NaN in every dtype) whose end is as near to forbidden pages as it can be."""
     rounded = -(-size // 128) * 128
     pages = -(-max(rounded, 1) // PAGE) * PAGE
-    memory = mmap.mmap(-1, pages + 2 * GUARD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    memory = mmap.mmap(-1, pages + 2 * GUARD, flags=PRIVATE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     libc = ctypes.CDLL(None, use_errno=True)
     for guard in (address, address + GUARD + pages):
@@ -142,3 +144,11 @@ class Memory:
         for name in self.outputs & self.tensors.keys():
             if self.originals[name].numel():
                 self.originals[name].copy_(self.tensors[name])
+
+
+def sparse(tensor: Tensor, stride: int) -> Tensor:
+    """A copy of a contiguous tensor whose first axis steps by `stride` elements; no memory lies between."""
+    strides = (stride, *tensor.contiguous().stride()[1:])
+    length = (tensor.shape[0] - 1) * stride + tensor[0].numel()
+    memory = mmap.mmap(-1, length * tensor.itemsize, flags=PRIVATE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)

@@ -1,0 +1,1 @@
+"""Cases beyond `problems.COMMON`: NAME.py with `CASES: tuple[Small, ...]` adds those of variant NAME."""

@@ -1,0 +1,82 @@
+"""Every CUDA kernel on the CPU, by the emulator: the reference's results, whatever the order of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cuda_emulator import compiler, emulate
+from cuda_emulator.emulator import Inputs, case_of
+from cuda_emulator.problems import COMMON, Small, extra, truth
+from gspn2.backends.cuda import plan
+from helpers import max_error, relative_l2
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
+
+# Results are rounded once: these are the errors of that, and in float32 of the sums.
+TOLERANCE = {torch.float32: (3e-6, 3e-6), torch.bfloat16: (2.5e-3, 2**-8), torch.float16: (4e-4, 2**-11)}
+
+
+def takes(variant: str, small: Small, backward: bool) -> bool:
+    """Does the variant take the case?"""
+    case = small.case()
+    dy = case.dy if backward else None
+    inputs = Inputs(case.x, case.logits, case.lam, case.gate, dy, small.needs)
+    planned, _ = case_of(inputs, small.problem(case), small.device)
+    return plan.variants()[variant].why_not(planned) is None
+
+
+def runs() -> Iterator[object]:
+    for variant in plan.variants():
+        for small in (*COMMON, *extra(variant)):
+            for backward in (False, True):
+                wanted = small.backward if backward else small.forward
+                if wanted and takes(variant, small, backward):
+                    name = f"{variant}-{'backward' if backward else 'forward'}-{small}"
+                    yield pytest.param(variant, small, backward, id=name)
+
+
+RUNS = list(runs()) if compiler() else []
+
+
+@pytest.mark.parametrize(("variant", "small", "backward"), RUNS)
+def test_kernels(variant: str, small: Small, backward: bool) -> None:
+    case = small.case()
+    problem = small.problem(case)
+    expected = truth(case, problem, small.needs)
+    # Two orders of threads for each case; over the cases all six kinds occur.
+    first = RUNS_SEED[variant, small, backward]
+    found = [
+        emulate(
+            case.x,
+            case.logits,
+            case.lam,
+            case.gate,
+            problem,
+            plan.variants()[variant],
+            dy=case.dy if backward else None,
+            needs=small.needs,
+            seed=seed,
+            device=small.device,
+        )
+        for seed in (first, first + 5)
+    ]
+    assert found[0].keys() == {name for name in expected if (name != "y") == backward}
+    l2, largest = TOLERANCE[small.dtype]
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]) or tensor.isnan().any(), (
+            f"{name} depends on the order of threads"
+        )
+        assert max_error(tensor, expected[name]) <= largest, name
+        assert relative_l2(tensor, expected[name]) <= l2, name
+
+
+RUNS_SEED = {tuple(run.values): i for i, run in enumerate(RUNS)}
+
+
+@pytest.mark.skipif(not RUNS, reason="nothing to run")
+@pytest.mark.parametrize("variant", plan.variants())
+def test_every_variant_is_tried(variant: str) -> None:
+    assert any(run.values[0] == variant for run in RUNS)
