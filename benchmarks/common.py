@@ -131,6 +131,8 @@ def _commit() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
+    if which("git") is None:
+        return ""
     found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return found.stdout.strip()
 

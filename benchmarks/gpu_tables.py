@@ -198,8 +198,9 @@ def _is_first(case: Case) -> bool:
     return case["size"] == [16, 8, 1024, 1024] and case["dtype"] == "bfloat16"
 
 
-def _goals() -> list[Goal]:
-    goals = [
+def goals() -> list[Goal]:
+    """Every target of the operator on a GPU."""
+    found = [
         _scan("`line_scan`, taps for each channel, down and up", "per-channel", ("down", "up"), True),
         _scan("`line_scan`, taps for each channel, right and left", "per-channel", ("right", "left"), True),
         _scan("`line_scan`, shared taps, each direction", "shared", ("down", "up", "right", "left")),
@@ -207,19 +208,19 @@ def _goals() -> list[Goal]:
     for taps in ("shared", "per-channel"):
         for which in _PASSES:
             what = f"`propagate`, four directions, {taps} taps, {which}"
-            goals.append(
+            found.append(
                 Goal(what, "propagate", which, lambda case, taps=taps: case["taps"] == taps, taps == "shared")
             )
     for which in _PASSES:
-        goals.append(Goal(f"over GSPN-1 at 16, 8, 1024, 1024, {which}", "gspn1", which, _is_first, True))
-        goals.append(Goal(f"over GSPN-1, all others, {which}", "gspn1", which, lambda c: not _is_first(c)))
+        found.append(Goal(f"over GSPN-1 at 16, 8, 1024, 1024, {which}", "gspn1", which, _is_first, True))
+        found.append(Goal(f"over GSPN-1, all others, {which}", "gspn1", which, lambda c: not _is_first(c)))
     for size in ([1, 8, 1024, 1024], [1, 32, 128, 128], [1, 32, 64, 64], [1, 8, 64, 64]):
         four = "four directions" if size == [1, 8, 64, 64] else "one direction"
         what = f"few planes: {md.size(size)}, {four}"
         among = lambda case, size=size: case["size"] == size  # noqa: E731
-        goals.append(Goal(what, "few_planes", "forward", among, size == [1, 8, 1024, 1024]))
+        found.append(Goal(what, "few_planes", "forward", among, size == [1, 8, 1024, 1024]))
     return [
-        *goals,
+        *found,
         *(Goal(f"sizes of models, time over the floor, {w}", "models", w, short=True) for w in _PASSES),
         Goal("an eager call, time on the host", "calls", "eager", short=True),
         Goal("a replayed CUDA graph, beyond the kernel", "calls", "replay"),
@@ -230,7 +231,7 @@ def _goals() -> list[Goal]:
 def summary(results: dict[str, Result], short: bool = False) -> str:
     """Every target, the range that was measured, and whether it is met."""
     rows = []
-    for goal in _goals():
+    for goal in goals():
         if short and not goal.short:
             continue
         cases = [case for case in _good(results[goal.section]) if goal.among(case)]
