@@ -1,4 +1,4 @@
-"""`gspn2 info`: what is installed, and which backend would run. Needs the core dependencies only."""
+"""`gspn2 info`: what is installed, which backend would run, and how. Needs the core dependencies only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import json
 import os
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import complain, optional, positive
+
+if TYPE_CHECKING:
+    from ..backends import Problem
 
 PACKAGES = (
     "torch",
     "numpy",
     "numba",
+    "cuda-core",
     "timm",
     "torchvision",
     "safetensors",
@@ -27,6 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 EPILOG = """examples:
   gspn2 info
   gspn2 info --problem 1,8,512,512 --dtype bfloat16 --directions down,up
+  gspn2 info --problem 32,64,64,64 --dtype bfloat16 --layout channels --device cuda --backward
   gspn2 info --problem 32,64,56,56 --groups 64 --device cuda --json"""
 
 
@@ -53,6 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk", type=optional(positive), metavar="N", help="lines between restarts (default: none)"
     )
+    parser.add_argument(
+        "--line-scan", action="store_true", help="line_scan: one direction, weights as given, no gate"
+    )
+    cuda = parser.add_argument_group("on cuda")
+    cuda.add_argument(
+        "--layout",
+        choices=("planes", "channels"),
+        default="planes",
+        help="contiguous planes, or channels innermost, as models have them (default: planes)",
+    )
+    cuda.add_argument("--backward", action="store_true", help="plan the gradients")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -133,6 +149,8 @@ def _problem(args: argparse.Namespace) -> dict[str, Any]:
             f"--directions: expected some of {','.join(DIRECTIONS)}, none twice, got {args.directions}"
         )
     batch, channels, height, width = args.problem
+    if args.line_scan and len(directions) > 1:
+        raise ValueError(f"--directions: line_scan has one, got {args.directions}")
     if channels % args.groups:
         raise ValueError(f"--groups: expected a divisor of C = {channels}, got {args.groups}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +159,7 @@ def _problem(args: argparse.Namespace) -> dict[str, Any]:
     problem = Problem(
         directions=directions,
         chunk=args.chunk,
-        normalize=True,
+        normalize=not args.line_scan,
         batch=batch,
         channels=channels,
         groups=args.groups,
@@ -160,7 +178,17 @@ def _problem(args: argparse.Namespace) -> dict[str, Any]:
         "chunk": args.chunk,
         "runs": next(name for name, reason in declined.items() if reason is None),
         "why_not": declined,
+        "plan": _plan(problem, args),
     }
+
+
+def _plan(problem: Problem, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The launch plan of the CUDA backend, if the problem is one for it."""
+    if problem.device != "cuda" or args.dtype == "float64":
+        return None
+    from .planning import planned
+
+    return planned(problem, args.layout, backward=args.backward)
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -185,4 +213,8 @@ def _text(report: dict[str, Any]) -> str:
     for name, reason in problem["why_not"].items():
         state = "runs" if name == problem["runs"] else "can run" if reason is None else f"no: {reason}"
         lines.append(f"  {name:<13}{state}")
+    if problem["plan"] is not None:
+        from .planning import text
+
+        lines += text(problem["plan"])
     return "\n".join(lines)
