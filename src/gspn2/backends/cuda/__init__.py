@@ -59,6 +59,7 @@ def propagate_backward(
     gate: Tensor | None,
     problem: Problem,
     needs: tuple[bool, bool, bool, bool],
+    hidden: Tensor | None = None,
 ) -> Gradients:
     """As `reference.propagate_backward`."""
-    return _launch().propagate_backward(dy, x, taps, lam, gate, problem, needs)
+    return _launch().propagate_backward(dy, x, taps, lam, gate, problem, needs, hidden)

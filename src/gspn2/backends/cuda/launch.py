@@ -26,7 +26,7 @@ ALIGNMENT = 128
 SCRATCH_ALIGNMENT = 512
 
 _FORWARD = ("x", "taps", "lam", "gate", "y")
-_BACKWARD = ("x", "taps", "lam", "gate", "dy", "dx", "dtaps", "dlam", "dgate")
+_BACKWARD = ("x", "taps", "lam", "gate", "y", "dy", "dx", "dtaps", "dlam", "dgate")
 _PLACES: dict[tuple[str, ...], tuple[int, ...]] = {
     names: tuple(params.place(name) for name in names) for names in (_FORWARD, _BACKWARD)
 }
@@ -50,15 +50,16 @@ def propagate_backward(
     gate: Tensor | None,
     problem: Problem,
     needs: tuple[bool, bool, bool, bool],
+    hidden: Tensor | None = None,
 ) -> Gradients:
-    """As `reference.propagate_backward`."""
+    """As `reference.propagate_backward`; kernels find `hidden` as y."""
     inputs = (x, taps, lam, gate)
     dx, dtaps, dlam, dgate = (
         torch.empty_like(tensor) if tensor is not None and needed else None
         for tensor, needed in zip(inputs, needs, strict=True)
     )
     if problem.batch and not (dx is dtaps is dlam is dgate is None):
-        _run(_BACKWARD, (*inputs, dy, dx, dtaps, dlam, dgate), problem)
+        _run(_BACKWARD, (*inputs, hidden, dy, dx, dtaps, dlam, dgate), problem)
     return dx, dtaps, dlam, dgate
 
 
