@@ -1,0 +1,275 @@
+// What the resident kernels share: how operands lie in shared memory, and how a warp scans them there.
+//
+// A block takes a task: one image and some of its channels, in some or all directions. Two steps before and after the
+// scans do everything that is not serial: operands are put in order in shared memory, taps normalised, by all threads;
+// then each scan is run by one warp that holds a whole line in registers, PLACES places a lane, so that neighbours come
+// by shuffle and no line costs a barrier.
+//
+// Macros: PACK      channels in a unit, the item of shared memory: 2 (one 16-bit pair of channels) or 1
+//         PLACES    places of a line in a lane: 2, 4 or 8; a line has at most 32 * PLACES
+#pragma once
+#include "common.cuh"
+
+#if STORAGE == 0 || PACK == 2
+typedef u32 unit_t;
+#else
+typedef unsigned short unit_t;
+#endif
+
+// Weights made here from 16-bit logits are kept as two 16-bit numbers, `before` and `after`, truncated; what they lack
+// is given to `here` = 1 - before - after, so that the three stay row-stochastic to the last bit of a float. bfloat16:
+// float16 numbers (error below 2^-11 of each, a fraction of what rounding the logits cost). float16: multiples of 2^-16.
+#define TAP_PAIR (NORMALIZE && STORAGE != 0)
+
+#define LINE_WORDS (PLACES * (int)sizeof(unit_t) / 4)
+#if TAP_PAIR
+#define TAP_WORDS PLACES
+#define TAP_PLANES 1
+#define TAP_BYTES 4  // of a place
+#else
+// Three planes, one for each tap.
+#define TAP_PLANE_WORDS (PLACES * (int)sizeof(storage_t) / 4)
+#define TAP_WORDS (3 * TAP_PLANE_WORDS)
+#define TAP_PLANES 3
+#define TAP_BYTES (3 * (int)sizeof(storage_t))
+#endif
+
+// Units ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 bits_of(storage_t v) {
+#if STORAGE == 0
+  return __float_as_uint(v);
+#elif STORAGE == 1
+  return __bfloat16_as_ushort(v);
+#else
+  return __half_as_ushort(v);
+#endif
+}
+
+__device__ __forceinline__ float widen_bits(u32 bits) {
+#if STORAGE == 0
+  return __uint_as_float(bits);
+#elif STORAGE == 1
+  return __uint_as_float(bits << 16);
+#else
+  return __half2float(__ushort_as_half((unsigned short)bits));
+#endif
+}
+
+__device__ __forceinline__ float widen_low(u32 word) { return widen_bits(word & 0xffffu); }
+__device__ __forceinline__ float widen_high(u32 word) {
+#if STORAGE == 1
+  return __uint_as_float(word & 0xffff0000u);
+#else
+  return widen_bits(word >> 16);
+#endif
+}
+
+template <int WORDS>
+__device__ __forceinline__ void load_words(const unsigned char* p, u32 (&w)[WORDS]) {
+  if constexpr (WORDS == 1) {
+    w[0] = *(const u32*)p;
+  } else if constexpr (WORDS == 2) {
+    const uint2 v = *(const uint2*)p;
+    w[0] = v.x, w[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4) {
+      const uint4 v = *(const uint4*)(p + 4 * i);
+      w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
+    }
+  }
+}
+
+template <int WORDS>
+__device__ __forceinline__ void store_words(unsigned char* p, const u32 (&w)[WORDS]) {
+  if constexpr (WORDS == 1) {
+    *(u32*)p = w[0];
+  } else if constexpr (WORDS == 2) {
+    *(uint2*)p = make_uint2(w[0], w[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4) *(uint4*)(p + 4 * i) = make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]);
+  }
+}
+
+// A lane's places of a line, every channel of the unit.
+typedef float Lane[PACK][PLACES];
+
+__device__ __forceinline__ void widen_lane(const u32 (&w)[LINE_WORDS], Lane& out) {
+#pragma unroll
+  for (int v = 0; v < PLACES; v++) {
+#if STORAGE == 0
+    out[0][v] = __uint_as_float(w[v]);
+#elif PACK == 2
+    out[0][v] = widen_low(w[v]);
+    out[1][v] = widen_high(w[v]);
+#else
+    out[0][v] = v % 2 ? widen_high(w[v / 2]) : widen_low(w[v / 2]);
+#endif
+  }
+}
+
+// Float32 results of a lane, in the planes of `unit_t` that operands leave behind: a pair of channels fills two planes
+// with one channel each, a single 16-bit channel two planes with its upper and lower halves.
+#if STORAGE == 0
+#define RESULT_PLANES 1
+#else
+#define RESULT_PLANES 2
+#endif
+
+__device__ __forceinline__ void store_result(unsigned char* p, long long plane, const Lane& r) {
+#if STORAGE == 0 || PACK == 2
+#pragma unroll
+  for (int c = 0; c < PACK; c++) {
+    u32 w[LINE_WORDS];
+#pragma unroll
+    for (int v = 0; v < PLACES; v++) w[v] = __float_as_uint(r[c][v]);
+    store_words(p + c * plane, w);
+  }
+#else
+  u32 high[LINE_WORDS], low[LINE_WORDS];
+#pragma unroll
+  for (int v = 0; v < PLACES; v += 2) {
+    const u32 even = __float_as_uint(r[0][v]), odd = __float_as_uint(r[0][v + 1]);
+    high[v / 2] = __byte_perm(even, odd, 0x7632);
+    low[v / 2] = __byte_perm(even, odd, 0x5410);
+  }
+  store_words(p, high);
+  store_words(p + plane, low);
+#endif
+}
+
+// One place of a result, channel c of the unit.
+__device__ __forceinline__ float load_result(const unsigned char* p, long long plane, int c) {
+#if STORAGE == 0 || PACK == 2
+  return __uint_as_float(*(const u32*)(p + c * plane));
+#else
+  return __uint_as_float((u32)*(const unsigned short*)p << 16 | *(const unsigned short*)(p + plane));
+#endif
+}
+
+// Taps ----------------------------------------------------------------------------------------------------------
+
+// `tap_weights` of common.cuh for 16-bit logits, in fewer instructions: the same shift by m, in powers of two.
+__device__ __forceinline__ Taps weights_of(Taps a, bool has_before, bool has_after) {
+#if TAP_PAIR
+  const float log2e = 1.44269502f, missing = -3e38f;
+  a.before = has_before ? a.before : missing;
+  a.after = has_after ? a.after : missing;
+  const float m = fmin_nan(fmax_nan(fmax_nan(a.before, a.after), a.here), 0.f) * log2e;
+  const float e = exp2_fast(m);
+  // At most 2^60: products stay finite, and a weight below 2^-60 of another is as good as 0.
+  const float before = e + exp2_fast(fmin_nan(fmaf(a.before, -log2e, m), 60.f));
+  const float here = e + exp2_fast(fmin_nan(fmaf(a.here, -log2e, m), 60.f));
+  const float after = e + exp2_fast(fmin_nan(fmaf(a.after, -log2e, m), 60.f));
+  const float w_before = here * after, w_here = before * after, w_after = before * here;
+  const float scale = reciprocal(w_before + w_here + w_after);
+  return {w_before * scale, w_here * scale, w_after * scale};
+#else
+  return tap_weights(a, has_before, has_after);
+#endif
+}
+
+#if TAP_PAIR && STORAGE == 1
+__device__ __forceinline__ float truncate_to_half(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+
+__device__ __forceinline__ u32 pack_taps(const Taps& w) {
+  const __half2 pair = __floats2half2_rn(truncate_to_half(w.before), truncate_to_half(w.after));
+  return (u32)__half_as_ushort(__low2half(pair)) | (u32)__half_as_ushort(__high2half(pair)) << 16;
+}
+
+__device__ __forceinline__ Taps unpack_taps(u32 word) {
+  const float before = __half2float(__ushort_as_half((unsigned short)(word & 0xffffu)));
+  const float after = __half2float(__ushort_as_half((unsigned short)(word >> 16)));
+  return {before, 1.f - before - after, after};
+}
+#elif TAP_PAIR
+// Both cannot be nearly 1: that code stands for NaN.
+#define NAN_TAPS 0xffffffffu
+
+__device__ __forceinline__ u32 pack_taps(const Taps& w) {
+  const u32 before = min((u32)(w.before * 65536.f), 65535u), after = min((u32)(w.after * 65536.f), 65535u);
+  return w.here == w.here ? before | after << 16 : NAN_TAPS;
+}
+
+__device__ __forceinline__ Taps unpack_taps(u32 word) {
+  // 2^23 + n has the bits of n at its end.
+  const float before = fmaf(__uint_as_float(0x4b000000u | (word & 0xffffu)), 0x1p-16f, -128.f);
+  const float after = fmaf(__uint_as_float(0x4b000000u | word >> 16), 0x1p-16f, -128.f);
+  return {before, word == NAN_TAPS ? __uint_as_float(0x7fffffffu) : 1.f - before - after, after};
+}
+#endif
+
+// Stores the weights of one place. `plane`: bytes from one tap to the next where they are three planes.
+__device__ __forceinline__ void store_taps(unsigned char* p, int index, int plane, const Taps& w) {
+#if TAP_PAIR
+  ((u32*)p)[index] = pack_taps(w);
+#else
+  ((storage_t*)p)[index] = narrow(w.before);
+  ((storage_t*)(p + plane))[index] = narrow(w.here);
+  ((storage_t*)(p + 2 * plane))[index] = narrow(w.after);
+#endif
+}
+
+struct LaneTaps {
+  float before[PLACES], here[PLACES], after[PLACES];
+};
+
+__device__ __forceinline__ void widen_taps(const u32 (&w)[TAP_WORDS], LaneTaps& out) {
+#pragma unroll
+  for (int v = 0; v < PLACES; v++) {
+#if TAP_PAIR
+    const Taps taps = unpack_taps(w[v]);
+    out.before[v] = taps.before, out.here[v] = taps.here, out.after[v] = taps.after;
+#elif STORAGE == 0
+    out.before[v] = __uint_as_float(w[v]);
+    out.here[v] = __uint_as_float(w[TAP_PLANE_WORDS + v]);
+    out.after[v] = __uint_as_float(w[2 * TAP_PLANE_WORDS + v]);
+#else
+    const u32 before = w[v / 2], here = w[TAP_PLANE_WORDS + v / 2], after = w[2 * TAP_PLANE_WORDS + v / 2];
+    out.before[v] = v % 2 ? widen_high(before) : widen_low(before);
+    out.here[v] = v % 2 ? widen_high(here) : widen_low(here);
+    out.after[v] = v % 2 ? widen_high(after) : widen_low(after);
+#endif
+  }
+}
+
+// Tasks ---------------------------------------------------------------------------------------------------------
+
+// x / n for x * n < 2^32.
+struct Divisor {
+  u32 n, magic;
+};
+__device__ __forceinline__ Divisor divisor(int n) { return {(u32)n, n == 1 ? 0u : (u32)(0x100000000ull / (u32)n) + 1u}; }
+__device__ __forceinline__ int quotient(int x, const Divisor& d) { return d.n == 1 ? x : (int)__umulhi((u32)x, d.magic); }
+
+// Channels [c0, c0 + channels) of image b and their tap groups [g0, g0 + groups).
+struct Task {
+  int b, c0, g0, channels, groups;
+};
+
+__device__ __forceinline__ Task task_of(const Params& p, int index, int channels) {
+  const int parts = p.channels / channels, per_group = p.channels / p.groups;
+  const int b = index / parts, c0 = (index - b * parts) * channels;
+  return {b, c0, c0 / per_group, channels, channels > per_group ? channels / per_group : 1};
+}
+
+__device__ __forceinline__ const storage_t* at(const View& v, int b, int d, int c, int row, int column) {
+  return v.data + b * v.b + d * v.d + c * v.c + row * v.h + column * v.w;
+}
+
+// Pairs of channels of a tensor are words of memory.
+__device__ __forceinline__ bool paired(const View& v) {
+  return v.c == 1 && (((u64)v.data >> 1 | (u64)v.b | (u64)v.d | (u64)v.h | (u64)v.w) & 1) == 0;
+}
+
+// The unit at p: a channel, or channels c and c + 1.
+__device__ __forceinline__ unit_t load_unit(const storage_t* p, long long channel_step, bool paired) {
+#if PACK == 2
+  if (paired) return __ldg((const u32*)p);
+  return bits_of(__ldg(p)) | bits_of(__ldg(p + channel_step)) << 16;
+#else
+  return (unit_t)bits_of(__ldg(p));
+#endif
+}
