@@ -125,8 +125,13 @@ def propagate_backward(
     gate: Tensor | None,
     problem: Problem,
     needs: tuple[bool, bool, bool, bool],
+    hidden: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of sum(y dy) in x, taps, lam and gate; None where `needs` says so or the input is None."""
+    """Gradients of sum(y dy) in x, taps, lam and gate; None where `needs` says so or the input is None.
+
+    hidden: for a single direction without gate, y as forward returned it, which is h rounded to storage. A
+    backend may use it instead of computing h again; this one does not.
+    """
     dtype = accumulation_dtype(x.dtype)
     dx = torch.zeros(x.shape, dtype=dtype, device=x.device)
     dtaps = torch.empty_like(taps) if needs[1] else None

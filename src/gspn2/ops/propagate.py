@@ -31,7 +31,8 @@ _library.define(
 )
 _library.define(
     "propagate_backward(Tensor dy, Tensor x, Tensor taps, Tensor? lam, Tensor? gate, int[] directions,"
-    " SymInt chunk, bool normalize, str? backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    " SymInt chunk, bool normalize, str? backend, bool[] needs, Tensor? hidden=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -106,17 +107,18 @@ def _backward(
     normalize: bool,
     backend: str | None,
     needs: Sequence[bool],
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     problem = _problem(x, taps, directions, chunk, normalize)
     implementation = select(problem, backend)
-    gradients = implementation.propagate_backward(dy, x, taps, lam, gate, problem, tuple(needs))
+    gradients = implementation.propagate_backward(dy, x, taps, lam, gate, problem, tuple(needs), hidden)
     return tuple(_absent(x) if gradient is None else gradient for gradient in gradients)
 
 
 def _backward_fake(
     dy: Tensor, x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    needs = rest[-1]
+    needs = rest[4]
     return tuple(
         torch.empty_like(tensor) if tensor is not None and needed else _absent(x)
         for tensor, needed in zip((x, taps, lam, gate), needs, strict=True)
@@ -143,15 +145,24 @@ class _Saved:
 
 def _setup_context(ctx: _Saved, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, taps, lam, gate, ctx.directions, ctx.chunk, ctx.normalize, ctx.backend = inputs
-    ctx.save_for_backward(x, taps, lam, gate)
+    hidden = output if _is_hidden_state(x, gate, ctx.directions) else None
+    ctx.save_for_backward(x, taps, lam, gate, hidden)
+
+
+def _is_hidden_state(x: Tensor, gate: Tensor | None, directions: Sequence[int]) -> bool:
+    """Is the output the state itself, so that keeping it spares backward from computing it again?
+
+    Only for CUDA, where that time is memory traffic. The state is then known as it was rounded.
+    """
+    return gate is None and len(directions) == 1 and x.device.type == "cuda"
 
 
 def _autograd(ctx: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, taps, lam, gate = ctx.saved_tensors
+    x, taps, lam, gate, hidden = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    options = (ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs)
+    options = (ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs, hidden)
     arguments: tuple[Any, ...] = (dy, x, taps, lam, gate, *options)
-    if not torch.is_grad_enabled() and plain(dy, x, taps, lam, gate):
+    if not torch.is_grad_enabled() and plain(dy, x, taps, lam, gate, hidden):
         gradients = _backward(*arguments)
     elif _under_transforms():
         gradients = _GradientsUnderTransforms.apply(*arguments)
@@ -245,8 +256,10 @@ def _backward_vmap(
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
     tensors = [_fold(tensor, dim, size) for tensor, dim in zip(args[:5], in_dims[:5], strict=True)]
-    gradients = torch.ops.gspn2.propagate_backward(*tensors, *args[5:])
-    present = [tensor is not None and needed for tensor, needed in zip(tensors[1:], args[-1], strict=True)]
+    needs = args[9]
+    hidden = _fold(args[10], in_dims[10], size) if len(args) > 10 else None
+    gradients = torch.ops.gspn2.propagate_backward(*tensors, *args[5:10], hidden)
+    present = [tensor is not None and needed for tensor, needed in zip(tensors[1:], needs, strict=True)]
     unfolded = tuple(
         gradient.unflatten(0, (size, -1)) if there else gradient
         for gradient, there in zip(gradients, present, strict=True)

@@ -41,6 +41,7 @@ def propagate_backward(
     gate: Tensor | None,
     problem: Problem,
     needs: tuple[bool, bool, bool, bool],
+    hidden: Tensor | None = None,
 ) -> Gradients:
     """As `reference.propagate_backward`."""
     from . import launch

@@ -56,6 +56,7 @@ def propagate_backward(
     gate: Tensor | None,
     problem: Problem,
     needs: tuple[bool, bool, bool, bool],
+    hidden: Tensor | None = None,
 ) -> Gradients:
     """As `reference.propagate_backward`."""
     dx, dtaps, dlam, dgate = (
