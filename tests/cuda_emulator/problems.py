@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -78,6 +79,7 @@ class Small:
         ]
         return "-".join(part for part in parts if part)
 
+    @functools.cache  # noqa: B019 (a few small cases, each used by every variant)
     def case(self) -> Case:
         """The tensors. Taps of neighbours that do not exist are NaN: nobody may look at them."""
         case = make_case(
