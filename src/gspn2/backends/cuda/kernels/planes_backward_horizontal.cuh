@@ -1,0 +1,378 @@
+// Backward of horizontal scans of planes: lines are columns, and memory runs along the scan. A segment is as wide as
+// the piece of a row that is fetched at once. Two or more lanes fetch the 16-byte chunks of one row's piece, so that
+// whole sectors travel; a thread then reads the chunks of its own rows into registers and takes one column after
+// another out of them. Gradients go the same way back: columns are packed in registers and replace, in shared memory,
+// the operand they belong to, until the piece is complete.
+#pragma once
+#include "planes_backward.cuh"
+
+constexpr int CHUNKS = S * SIZE / 16;    // of a row's piece
+static_assert(S * SIZE % 16 == 0 && 32 % CHUNKS == 0, "pieces are whole chunks");
+constexpr int UNIT = 32 * N * S * SIZE;  // bytes of a warp's piece of one operand
+constexpr int WARP_BYTES = (2 * DOUBLE + SINGLE) * UNIT + S * STATE_LINE * 4;
+
+struct Work {
+  Scan scan;
+  unsigned char* memory;  // of this warp
+  float* states;
+  int b, group, channel, member;
+};
+
+// One plane a block: all that the addresses depend on but rows and columns is the same for every thread.
+__device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t, int member) {
+  Work w;
+  w.scan = scan;
+  w.memory = shared_memory() + t.warp * WARP_BYTES;
+  w.states = (float*)(w.memory + (2 * DOUBLE + SINGLE) * UNIT);
+  w.member = member;
+  w.b = blockIdx.x / p.groups;
+  w.group = blockIdx.x - w.b * p.groups;
+  w.channel = w.group * (p.channels / p.groups) + member;
+  return w;
+}
+
+__device__ __forceinline__ int segments_of(const Scan& scan) { return (scan.lines + S - 1) / S; }
+// The columns of a segment: first in memory, the scan's number of the first line, and how many there are (whole
+// chunks).
+struct Columns {
+  int left, first, count;
+};
+__device__ __forceinline__ Columns columns_of(const Scan& scan, int segment) {
+  const int left = (REVERSED ? segments_of(scan) - 1 - segment : segment) * S;
+  const int count = min(S, scan.lines - left);
+  return {left, REVERSED ? scan.lines - left - count : left, count};
+}
+
+// Chunk q (in memory order) of the n-th row of the thread in `lane`. Eight lanes that read theirs at once hit
+// different banks, and so do eight lanes of a fetch.
+__device__ __forceinline__ int chunk_at(int n, int lane, int q) {
+  const int swizzle = CHUNKS == 1 ? 0 : lane / (8 / min(CHUNKS, 8)) % CHUNKS;
+  return ((n * 32 + lane) * CHUNKS + (q ^ swizzle)) * 16;
+}
+__device__ __forceinline__ unsigned char* double_at(const Work& w, int segment, int op) {
+  return w.memory + ((segment & 1) * DOUBLE + op) * UNIT;
+}
+__device__ __forceinline__ unsigned char* single_at(const Work& w, int op) { return w.memory + (2 * DOUBLE + op) * UNIT; }
+__device__ __forceinline__ unsigned char* operand_at(const Work& w, int segment, int op) {
+  return op < DOUBLE ? double_at(w, segment, op) : single_at(w, op - DOUBLE);
+}
+
+// A lane's share of a warp's piece: chunk `q` of the rows of some lanes.
+template <typename Body>
+__device__ __forceinline__ void for_chunks(const Work& w, const Thread& t, Body body) {
+  constexpr int TOGETHER = 32 / CHUNKS;  // rows at a time
+  const int q = t.lane % CHUNKS;
+#pragma unroll
+  for (int i = 0; i < N * CHUNKS; i++) {
+    const int n = i / CHUNKS, lane = i % CHUNKS * TOGETHER + t.lane / CHUNKS;
+    const int row = (t.warp * 32 + lane) * N + n;
+    body(chunk_at(n, lane, q), row, q * EACH);
+  }
+}
+
+__device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thread& t, int segment, int op) {
+  const Columns columns = columns_of(w.scan, segment);
+  const unsigned char* from = source_of(p, op, w.b, w.group, w.channel) + columns.left * SIZE;
+  unsigned char* to = operand_at(w, segment, op);
+  const int pitch = source_pitch(p, op);
+  for_chunks(w, t, [&](int chunk, int row, int column) {
+    const bool there = row < w.scan.places && column < columns.count;
+    copy_async<16>(to + chunk, at_row(from, row, pitch) + column * SIZE, there ? 16 : 0);
+  });
+}
+__device__ __forceinline__ void fetch_double(const Params& p, const Work& w, const Thread& t, int segment) {
+#pragma unroll
+  for (int op = 0; op < DOUBLE; op++) fetch(p, w, t, segment, op);
+}
+__device__ __forceinline__ void fetch_single(const Params& p, const Work& w, const Thread& t, int segment) {
+  const int ops = DOUBLE + (reads_sums(p) ? SINGLE : SINGLE - SUMS);
+#pragma unroll
+  for (int op = DOUBLE; op < DOUBLE + SINGLE; op++)
+    if (op < ops) fetch(p, w, t, segment, op);
+}
+
+// One chunk of each of a thread's rows.
+struct Rows {
+  Packed<EACH> row[N];
+};
+__device__ __forceinline__ Rows read_rows(const unsigned char* piece, int lane, int q) {
+  Rows rows;
+#pragma unroll
+  for (int n = 0; n < N; n++) read_words(rows.row[n].words, piece + chunk_at(n, lane, q));
+  return rows;
+}
+__device__ __forceinline__ void write_rows(unsigned char* piece, int lane, int q, const Rows& rows) {
+#pragma unroll
+  for (int n = 0; n < N; n++) write_words(piece + chunk_at(n, lane, q), rows.row[n].words);
+}
+__device__ __forceinline__ Taps taps_of(const Rows& before, const Rows& here, const Rows& after, int n, int e) {
+  return {before.row[n][e], here.row[n][e], after.row[n][e]};
+}
+
+// Columns that are still to be packed: with 16-bit storage two at a time.
+struct Column {
+  float pending[N];
+};
+__device__ __forceinline__ void put_column(Rows& rows, Column& other, int e, const float (&v)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#if STORAGE == 0
+    rows.row[n].words[e] = __float_as_uint(v[n]);
+#else
+    // Back to front in scan order: of a pair, the second column comes first, or the first if reversed.
+    const bool complete = (e & 1) == REVERSED;
+    if (complete)
+      rows.row[n].words[e / 2] = REVERSED ? narrow_pair(other.pending[n], v[n]) : narrow_pair(v[n], other.pending[n]);
+    else
+      other.pending[n] = v[n];
+#endif
+  }
+}
+
+// The lines of a segment in scan order; with `keep`, the state that enters each stays in shared memory.
+__device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N], Edges& edges,
+                                             bool keep) {
+  const Columns columns = columns_of(w.scan, segment);
+  int phase = columns.first % p.chunk;
+#pragma unroll 1
+  for (int i = 0; i < CHUNKS; i++) {
+    const int q = REVERSED ? CHUNKS - 1 - i : i;
+    if (q * EACH >= columns.count) continue;
+    const Rows x = read_rows(double_at(w, segment, X), t.lane, q);
+#if HAS_LAM
+    const Rows lam = read_rows(double_at(w, segment, LAM), t.lane, q);
+#endif
+    const Rows before = read_rows(double_at(w, segment, TAPS), t.lane, q);
+    const Rows here = read_rows(double_at(w, segment, TAPS + 1), t.lane, q);
+    const Rows after = read_rows(double_at(w, segment, TAPS + 2), t.lane, q);
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const int e = REVERSED ? EACH - 1 - k : k;
+      if (keep) put_state(w.states, i * EACH + k, t.lane, h);
+      float u[N];
+      Taps taps[N];
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+#if HAS_LAM
+        u[n] = x.row[n][e] * lam.row[n][e];
+#else
+        u[n] = x.row[n][e];
+#endif
+        taps[n] = taps_of(before, here, after, n, e);
+      }
+      forward_line(t, h, edges, u, taps, phase == 0);
+      if (++phase == p.chunk) phase = 0;
+    }
+  }
+}
+
+// The gradients of a piece, from shared memory to where they belong.
+__device__ __forceinline__ void write_piece(const Params& p, const Work& w, const Thread& t, int segment) {
+  const Columns columns = columns_of(w.scan, segment);
+  const bool last_member = w.member + 1 == p.channels / p.groups;
+#pragma unroll
+  for (int op = 0; op < DOUBLE + SINGLE; op++) {
+    if (!is_wanted(p, op) || (op >= TAPS && op < DOUBLE && !last_member)) continue;
+    unsigned char* to = sink_of(p, op, w.b, w.group, w.channel) + columns.left * SIZE;
+    const unsigned char* from = operand_at(w, segment, op);
+    const int pitch = sink_pitch(p, op);
+    for_chunks(w, t, [&](int chunk, int row, int column) {
+      Packed<EACH> packed;
+      read_words(packed.words, from + chunk);
+      if (row < w.scan.places && column < columns.count) store_words(at_row(to, row, pitch) + column * SIZE, packed.words);
+    });
+  }
+}
+
+// dx of a column, added to what the directions before this one left.
+struct Sum {
+  Rows upper, lower;     // for float32 `upper` alone
+  Column other;
+};
+__device__ __forceinline__ void add_sums(const Params& p, const Sum& sum, int e, float (&dx)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#if STORAGE == 0
+    dx[n] += sum.upper.row[n][e];
+#else
+    dx[n] += joined(sum.upper.row[n].words[e / 2], sum.lower.row[n].words[e / 2], e);
+#endif
+  }
+}
+#if STORAGE != 0
+__device__ __forceinline__ void put_sums(Sum& sum, int e, const float (&v)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    if ((e & 1) == REVERSED) {
+      const Pair halves = REVERSED ? split(sum.other.pending[n], v[n]) : split(v[n], sum.other.pending[n]);
+      sum.upper.row[n].words[e / 2] = halves.upper, sum.lower.row[n].words[e / 2] = halves.lower;
+    } else {
+      sum.other.pending[n] = v[n];
+    }
+  }
+}
+#endif
+
+// Operands of the walk back and the gradients that replace them, of one chunk of columns.
+struct Chunk {
+  Rows x, before, here, after, dy;
+  Column other_x, other_before, other_here, other_after;
+#if HAS_LAM
+  Rows lam;
+  Column other_lam;
+#endif
+#if HAS_GATE
+  Rows gate;
+  Column other_gate;
+#endif
+#if HAS_SUMS
+  Sum sum;
+#endif
+};
+
+__device__ __forceinline__ void read_chunk(const Params& p, const Work& w, const Thread& t, int segment, int q, Chunk& c) {
+  c.x = read_rows(double_at(w, segment, X), t.lane, q);
+#if HAS_LAM
+  c.lam = read_rows(double_at(w, segment, LAM), t.lane, q);
+#endif
+  c.before = read_rows(double_at(w, segment, TAPS), t.lane, q);
+  c.here = read_rows(double_at(w, segment, TAPS + 1), t.lane, q);
+  c.after = read_rows(double_at(w, segment, TAPS + 2), t.lane, q);
+  c.dy = read_rows(single_at(w, DY), t.lane, q);
+#if HAS_GATE
+  c.gate = read_rows(single_at(w, GATE), t.lane, q);
+#endif
+#if HAS_SUMS
+  if (reads_sums(p)) {
+    c.sum.upper = read_rows(single_at(w, SUM), t.lane, q);
+    if (SUMS == 2) c.sum.lower = read_rows(single_at(w, SUM + 1), t.lane, q);
+  }
+#endif
+}
+
+__device__ __forceinline__ void write_chunk(const Params& p, const Work& w, const Thread& t, int segment, int q, const Chunk& c) {
+  write_rows(double_at(w, segment, X), t.lane, q, c.x);
+#if HAS_LAM
+  write_rows(double_at(w, segment, LAM), t.lane, q, c.lam);
+#endif
+  if (p.dtaps.data != nullptr) {
+    write_rows(double_at(w, segment, TAPS), t.lane, q, c.before);
+    write_rows(double_at(w, segment, TAPS + 1), t.lane, q, c.here);
+    write_rows(double_at(w, segment, TAPS + 2), t.lane, q, c.after);
+  }
+#if HAS_GATE
+  write_rows(single_at(w, GATE), t.lane, q, c.gate);
+#endif
+#if HAS_SUMS && STORAGE != 0
+  if (wants_sums(p)) {
+    write_rows(single_at(w, SUM), t.lane, q, c.sum.upper);
+    write_rows(single_at(w, SUM + 1), t.lane, q, c.sum.lower);
+  }
+#endif
+}
+
+__device__ __forceinline__ void put_tap_gradient(const Params& p, const Work& w, const Thread& t, Chunk& c, int e, int line,
+                                                 Taps (&dw)[N], const Taps (&taps)[N]) {
+  if (!sum_channels(p, line, w.member, dw)) return;
+  float before[N], here[N], after[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const Taps da = tap_gradient(taps[n], dw[n], has_before(t, n), has_after(t, n));
+    before[n] = da.before, here[n] = da.here, after[n] = da.after;
+  }
+  put_column(c.before, c.other_before, e, before);
+  put_column(c.here, c.other_here, e, here);
+  put_column(c.after, c.other_after, e, after);
+}
+
+__device__ __forceinline__ void put_input_gradient(const Params& p, Chunk& c, int e, float (&dx)[N]) {
+#if HAS_SUMS
+  if (reads_sums(p)) add_sums(p, c.sum, e, dx);
+#if STORAGE != 0
+  if (wants_sums(p)) {
+    put_sums(c.sum, e, dx);
+    return;
+  }
+#endif
+#endif
+  put_column(c.x, c.other_x, e, dx);
+}
+
+// One line of the walk back: column e of the chunk.
+__device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread& t, Chunk& c, int e, int s, int line, bool hidden,
+                                          bool restart, float (&h)[N], float (&carried)[N]) {
+  float g[N], x[N], lam[N];
+  Taps taps[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const float dy = c.dy.row[n][e];
+#if HAS_GATE
+    g[n] = inside(t, n, fmaf(c.gate.row[n][e], dy, carried[n]));
+    h[n] *= dy;
+#else
+    g[n] = inside(t, n, dy + carried[n]);
+#endif
+    x[n] = c.x.row[n][e];
+#if HAS_LAM
+    lam[n] = c.lam.row[n][e];
+#endif
+    taps[n] = taps_of(c.before, c.here, c.after, n, e);
+    carried[n] = 0.f;
+  }
+#if HAS_GATE
+  put_column(c.gate, c.other_gate, e, h);
+#endif
+  Shown shown = {0.f, 0.f};
+  if (!restart) {
+    Taps weight[N];
+    weights(t, taps, weight);
+    shown = carry_line(t, carried, g, weight);
+  }
+  publish(t, shown);
+  if (hidden) {
+    const Edges edges = get_state(w.states, WARP_BYTES / 4, s, t, h);
+    if (p.dtaps.data != nullptr) {
+      Taps dw[N] = {};
+      if (!restart) weight_gradients(dw, g, h, edges);
+      put_tap_gradient(p, w, t, c, e, line, dw, taps);
+    }
+  }
+#if HAS_LAM
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    x[n] *= g[n];
+    g[n] *= lam[n];
+  }
+  put_column(c.lam, c.other_lam, e, x);
+#endif
+  put_input_gradient(p, c, e, g);
+  const Edges from = settle(t, shown);
+  carried[0] += from.before;
+  carried[N - 1] += from.after;
+}
+
+// The lines of a segment from last to first. `h` is the state after the last, `carried` what later lines handed on.
+__device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N],
+                                          float (&carried)[N]) {
+  const Columns columns = columns_of(w.scan, segment);
+  const bool hidden = p.dtaps.data != nullptr || p.dgate.data != nullptr;
+  int line = columns.first + columns.count - 1, phase = line % p.chunk;
+#pragma unroll 1
+  for (int i = CHUNKS - 1; i >= 0; i--) {
+    const int q = REVERSED ? CHUNKS - 1 - i : i;
+    if (q * EACH >= columns.count) continue;
+    Chunk c;
+    read_chunk(p, w, t, segment, q, c);
+#pragma unroll
+    for (int k = EACH - 1; k >= 0; k--) {
+      const int e = REVERSED ? EACH - 1 - k : k;
+      const bool restart = phase == 0;
+      back_line(p, w, t, c, e, i * EACH + k, line, hidden, restart, h, carried);
+      phase = restart ? p.chunk - 1 : phase - 1;
+      line--;
+    }
+    write_chunk(p, w, t, segment, q, c);
+  }
+  __syncwarp();
+  write_piece(p, w, t, segment);
+}
