@@ -28,11 +28,16 @@ def results(small: Small) -> dict[str, Tensor]:
     return truth(case, small.problem(case), small.needs)
 
 
+def hidden(small: Small) -> Tensor | None:
+    """The state handed to backward, rounded to storage."""
+    return results(small)["y"].to(small.dtype) if small.hidden else None
+
+
 def takes(variant: str, small: Small, backward: bool) -> bool:
     """Does the variant take the case? One that fails to say so takes it, and fails in the test."""
     case = small.case()
     dy = case.dy if backward else None
-    inputs = Inputs(case.x, case.logits, case.lam, case.gate, dy, small.needs)
+    inputs = Inputs(case.x, case.logits, case.lam, case.gate, dy, small.needs, hidden(small))
     planned, _ = case_of(inputs, small.problem(case), small.device)
     try:
         return plan.variants()[variant].why_not(planned) is None
@@ -78,6 +83,7 @@ def test_kernels(variant: str, small: Small, backward: bool) -> None:
             needs=small.needs,
             seed=seed,
             device=small.device,
+            hidden=hidden(small),
         )
         for seed in (first, first + 5)
     ]

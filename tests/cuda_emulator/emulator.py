@@ -196,7 +196,8 @@ def run_plan(
         KernelError: what a kernel did wrong, also writes to an input or outside of an output's elements.
     """
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    memory = Memory(present, outputs={"y", "dx", "dtaps", "dlam", "dgate"})
+    outputs = {"dx", "dtaps", "dlam", "dgate"} if "dy" in present else {"y"}
+    memory = Memory(present, outputs)
     scratch = [memory.scratch(size, f"scratch {i}") for i, size in enumerate(plan.scratch)]
     for i, launch in enumerate(plan.launches):
         packed = params.pack(problem, memory.tensors, scratch, launch.knobs)
@@ -217,6 +218,7 @@ class Inputs:
     gate: Tensor | None
     dy: Tensor | None
     needs: tuple[bool, bool, bool, bool]
+    hidden: Tensor | None = None
 
 
 def case_of(inputs: Inputs, problem: Problem, device: Device) -> tuple[Case, dict[str, Tensor]]:
@@ -229,6 +231,8 @@ def case_of(inputs: Inputs, problem: Problem, device: Device) -> tuple[Case, dic
         asked = dict(zip(("x", "taps", "lam", "gate"), inputs.needs, strict=True))
         outputs = {f"d{name}": tensor for name, tensor in tensors.items() if asked[name]}
         tensors["dy"] = inputs.dy
+        if inputs.hidden is not None:
+            tensors["y"] = inputs.hidden
     tensors |= {name: torch.empty_like(like).fill_(torch.nan) for name, like in outputs.items()}
     # Alignment is that of memory on the device, where `Memory` puts them.
     views = {name: View.of(tensor) for name, tensor in Memory(tensors, outputs=set()).tensors.items()}
@@ -246,12 +250,14 @@ def emulate(
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
     seed: int = 0,
     device: Device | None = None,
+    hidden: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """y, or with dy the gradients asked for: by name "y" or "dx", "dtaps", "dlam", "dgate".
 
     Args:
         variant: a module of `backends.cuda.variants`; None for the planner's choice.
         seed: of the order in which threads run.
+        hidden: with dy, what forward returned for a single direction without gate; kernels find it as y.
 
     Raises:
         Declined: `variant` does not take the case; the message is its reason.
@@ -259,9 +265,10 @@ def emulate(
     """
     device = device or Device()
     problem = replace(problem, device="cuda")
-    case, tensors = case_of(Inputs(x, taps, lam, gate, dy, needs), problem, device)
+    case, tensors = case_of(Inputs(x, taps, lam, gate, dy, needs, hidden), problem, device)
     run_plan(plan_of(case, variant), problem, tensors, seed, device)
-    return {name: t for name, t in tensors.items() if name in ("y", "dx", "dtaps", "dlam", "dgate")}
+    outputs = ("y",) if dy is None else ("dx", "dtaps", "dlam", "dgate")
+    return {name: tensors[name] for name in outputs if name in tensors}
 
 
 class Declined(Exception):

@@ -39,6 +39,7 @@ class Small:
         device: the GPU that is planned for.
         dy: "like x" or "expanded" (of strides 0).
         forward, backward: which of the two is run.
+        hidden: backward is handed the state that forward returned.
     """
 
     height: int = 5
@@ -58,6 +59,7 @@ class Small:
     dy: str = "like x"
     forward: bool = True
     backward: bool = True
+    hidden: bool = False
 
     def __str__(self) -> str:
         """What differs from the defaults, for the name of a test."""
@@ -76,6 +78,7 @@ class Small:
             "" if self.needs == ALL else "needs=" + "".join("x-"[not need] for need in self.needs),
             "" if self.device == NEW else f"sm{self.device.capability[0]}x{self.device.multiprocessors}",
             "" if self.dy == "like x" else "dy_expanded",
+            "hidden" if self.hidden else "",
         ]
         return "-".join(part for part in parts if part)
 
@@ -221,6 +224,8 @@ COMMON: tuple[Small, ...] = (
     Small(8, 16, needs=(True, False, True, False), dtype=BF16, forward=False),
     Small(8, 16, needs=(False, False, False, True), dtype=BF16, forward=False),
     Small(8, 16, dy="expanded", dtype=BF16, forward=False),
+    Small(20, 16, directions=("up",), gate=False, hidden=True, chunk=7, dtype=BF16, forward=False),
+    Small(9, 33, directions=("right",), normalize=False, gate=False, hidden=True, groups=4, forward=False),
     Small(24, 40, channels=16, batch=2, device=SMALL, dtype=BF16),
     Small(24, 40, channels=16, device=OLD, dtype=BF16),
     Small(24, 24, channels=16, layout="channels_last", device=OLD, dtype=BF16),
