@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +32,6 @@ from cuda_helpers import (
     line_scan,
     memory_given_back,  # noqa: F401
     needs_device,
-    poisoned,
     run_variant,
     truth,
 )
@@ -253,37 +259,70 @@ def large(layout: str, directions: tuple[str, str]) -> Case:
     return Case(**tensors, directions=directions, chunk=SEGMENT)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("layout", "directions"), [("planes", ("down", "left")), ("channel_innermost", ("up", "right"))]
 )
-def test_more_than_2_to_the_31_elements(layout: str, directions: tuple[str, str], variant: str) -> None:
+def test_more_than_2_to_the_31_elements(layout: str, directions: tuple[str, str]) -> None:
     """With restarts every 64 lines a patch depends on nothing more than 64 places away: patches are checked.
 
-    In the corners of the image, around its middle and around element 2^31 of a plane's row.
+    In the corners of the image, in its middle, and with all that is written finite everywhere.
     """
-    if ON_GPU and torch.cuda.mem_get_info()[0] < 75 * 2**30:
-        pytest.skip("needs 75 GiB of free device memory")
-    case = large(layout, directions)
-    assert not ON_GPU or min(tensor.numel() for tensor in case.tensors().values()) > 2**31
-    with forced(variant) as ran, poisoned():
-        found = results(case)
-    if variant not in ran.values():
-        pytest.skip(f"{variant} takes neither pass")
-    wrong = []
-    last = SIDE - 3 * SEGMENT
-    middle = SIDE // SEGMENT // 2 * SEGMENT
-    for top, left in ((0, 0), (0, last), (last, 0), (last, last), (middle, last), (middle, middle)):
-        whole = (..., slice(top, top + 3 * SEGMENT), slice(left, left + 3 * SEGMENT))
-        patch = case.map(lambda tensor, whole=whole: tensor[whole].contiguous())
-        inner = (..., inside(top), inside(left))
-        expected = truth(patch)
-        yardstick = eager_errors(patch, expected)
-        exact = {name: tensor[inner] for name, tensor in expected.items()}
-        part = {name: tensor[whole][inner] for name, tensor in found.items()}
-        wrong += [f"({top}, {left}): {fault}" for fault in faults(part, exact, yardstick, patch)]
-    assert all(tensor.sum().isfinite() for tensor in found.values()), "an element is NaN or was not written"
+    with large_memory():
+        case = large(layout, directions)
+        assert not ON_GPU or min(tensor.numel() for tensor in case.tensors().values()) > 2**31
+        checks = [patch_of(case, top, left) for top, left in PATCHES]
+        wrong = []
+        for variant in VARIANTS:
+            found = run_variant(variant, case)
+            if found is None:
+                continue
+            for (where, exact, yardstick), corner in zip(checks, PATCHES, strict=True):
+                part = {name: tensor[where] for name, tensor in found.items()}
+                wrong += [f"{variant}, {corner}: {f}" for f in faults(part, exact, yardstick, case)]
+            # A NaN that was not overwritten, in steps: isfinite of all at once would not fit.
+            finite = [rows.isfinite().all() for t in found.values() for rows in t.split(1024, dim=-2)]
+            if not torch.stack(finite).all():
+                wrong.append(f"{variant}: an element was not written")
+            del found
     assert not wrong, "\n".join(wrong)
+
+
+LAST, MIDDLE = SIDE - 3 * SEGMENT, SIDE // SEGMENT // 2 * SEGMENT
+PATCHES = ((0, 0), (0, LAST), (LAST, 0), (LAST, LAST), (MIDDLE, LAST), (MIDDLE, MIDDLE))
+
+
+def patch_of(
+    case: Case, top: int, left: int
+) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, tuple[float, float]]]:
+    """Where the inside of the patch is in the image, what belongs there, and eager PyTorch's errors."""
+    around = (..., slice(top, top + 3 * SEGMENT), slice(left, left + 3 * SEGMENT))
+    patch = case.map(lambda tensor: tensor[around].contiguous())
+    expected = truth(patch)
+    rows, columns = inside(top), inside(left)
+    where = (
+        ...,
+        slice(top + rows.start, top + rows.stop),
+        slice(left + columns.start, left + columns.stop),
+    )
+    exact = {name: tensor[..., rows, columns].clone() for name, tensor in expected.items()}
+    return where, exact, eager_errors(patch, expected)
+
+
+@contextmanager
+def large_memory() -> Iterator[None]:
+    """One process at a time, and only once the others have left enough memory."""
+    with (Path(tempfile.gettempdir()) / "gspn2-large-test.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patience = time.monotonic() + 60
+        while ON_GPU and torch.cuda.mem_get_info()[0] < 80 * 2**30:
+            if time.monotonic() > patience:
+                pytest.skip("needs 80 GiB of free device memory")
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            if ON_GPU:
+                torch.cuda.empty_cache()
 
 
 def inside(start: int) -> slice:

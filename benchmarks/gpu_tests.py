@@ -1,0 +1,225 @@
+"""The correctness tests on one GPU, and NVIDIA's compute-sanitizer over every variant.
+
+    python benchmarks/gpu_tests.py                          all parts: about five minutes at most
+    python benchmarks/gpu_tests.py tests memcheck           these
+    python benchmarks/gpu_tests.py tests -- -k vectors -x   what follows goes to pytest
+
+Parts: tests (`pytest -m gpu`), memcheck, racecheck, initcheck, synccheck. Each has its own time limit (--limit
+tests=180) and its whole output in a log of its own. The summary OUT/tests.json (default:
+benchmarks/results/h200) is written after every part; a part that outlasts its limit is ended and counts as far
+as it got. The exit code is 1 if anything failed, was not clean or did not end. Where there is no git,
+GSPN2_COMMIT says what was tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from common import RESULTS, ROOT, machine
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+LIMITS = {"tests": 200.0, **dict.fromkeys(TOOLS, 75.0)}
+# A sanitizer begins no new case this long before its limit.
+SPARE_SECONDS = 25
+WORKERS = min(8, os.cpu_count() or 1)
+Summary = dict[str, Any]
+
+
+def run(command: list[str], log: Path, limit: float, extra: dict[str, str] | None = None) -> Summary:
+    """A command with its output in a file: exit code, seconds, and whether its time was up."""
+    environment = {**os.environ, **(extra or {})}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
+    )
+    environment["PYTHONUNBUFFERED"] = "1"
+    begin = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        timed_out = not ended(process, limit)
+        if timed_out:
+            # pytest still lists its failures when it is interrupted.
+            process.send_signal(signal.SIGINT)
+            ended(process, 10)
+        end_group(process)
+    shown = [Path(command[0]).name, *command[1:]]
+    return {
+        "command": " ".join(
+            part.removeprefix(f"{ROOT}/").replace(sys.executable, "python") for part in shown
+        ),
+        "exit_code": process.returncode,
+        "seconds": round(time.monotonic() - begin, 1),
+        "timed_out": timed_out,
+    }
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """What the process has started ends with it."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+# The tests
+
+OUTCOME = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<first>[A-Z]+) (?P<its>tests/\S.*?)"
+    r"|(?P<name>tests/\S.*?) (?P<then>PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b.*)\s*$"
+)
+
+
+def tests(log: Path, limit: float, arguments: list[str]) -> Summary:
+    """`pytest -m gpu`, counted line by line, so that an early end loses only what had not run."""
+    parallel = ["-n", str(WORKERS)] if find_spec("xdist") else []
+    marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path.relative_to(ROOT)) for path in marked]  # collecting the others would cost every worker
+    options = ["-m", "gpu", "-v", "--tb=short", "--durations=15", *parallel, *arguments]
+    summary = run([sys.executable, "-m", "pytest", *files, *options], log, limit)
+    return summary | count_outcomes(log.read_text(errors="replace"))
+
+
+def count_outcomes(output: str) -> Summary:
+    """From pytest's verbose output: numbers by outcome, names of what failed, and the slowest tests."""
+    outcomes: dict[str, str] = {}
+    for line in output.splitlines():
+        match = OUTCOME.match(line)
+        if match:
+            name, outcome = (
+                (match["its"], match["first"]) if match["first"] else (match["name"], match["then"])
+            )
+            outcomes[name] = outcome
+    counts = Counter(outcomes.values())
+    bad = sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
+    reasons = re.findall(r"^SKIPPED \[(\d+)\] \S+ (.*)$", output, re.MULTILINE)
+    slowest = re.findall(r"^([\d.]+)s (?:call|setup) +(tests/\S.*)$", output, re.MULTILINE)
+    crashed = re.search(r"worker '?gw\d+'? crashed|Fatal Python error", output)
+    return {
+        "passed": counts["PASSED"],
+        "failed": counts["FAILED"] + counts["ERROR"],
+        "skipped": counts["SKIPPED"],
+        "expected_failures": counts["XFAIL"] + counts["XPASS"],
+        "failures": bad,
+        "skip_reasons": [f"{count}: {reason}" for count, reason in reasons],
+        "slowest": [f"{seconds} s {name.strip()}" for seconds, name in slowest[:10]],
+        "crashed": crashed is not None,
+    }
+
+
+def tests_good(summary: Summary) -> bool:
+    whole = summary["exit_code"] == 0 and not summary["timed_out"]
+    return whole and summary["passed"] > 0 and summary["failed"] == 0
+
+
+# The sanitizers
+
+
+def sanitizer(tool: str) -> Callable[[Path, float, list[str]], Summary]:
+    def part(log: Path, limit: float, _: list[str]) -> Summary:
+        """compute-sanitizer over tests/cuda_sanitizer.py."""
+        if which("compute-sanitizer") is None:
+            return {"error": "compute-sanitizer is not on the PATH"}
+        script = [str(ROOT / "tests" / "cuda_sanitizer.py"), "--seconds", f"{limit - SPARE_SECONDS:g}"]
+        command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", sys.executable, *script]
+        summary = run(command, log, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        return summary | read_sanitizer(log.read_text(errors="replace"))
+
+    return part
+
+
+def read_sanitizer(output: str) -> Summary:
+    """Number of errors (None when the tool did not get to its summary), messages, and the script's words."""
+    found = re.search(r"^=+ ERROR SUMMARY: (\d+) error", output, re.MULTILINE)
+    # racecheck counts hazards: "N hazards displayed (E errors, W warnings)".
+    races = re.search(r"^=+ RACECHECK SUMMARY: (\d+) hazard", output, re.MULTILINE)
+    numbers = [int(match[1]) for match in (found, races) if match]
+    said = re.findall(
+        r"^=+ ((?:Error|Warning|Invalid|Uninitialized|Barrier|Program|Race|Host).*)$", output, re.MULTILINE
+    )
+    summary: Summary = {"errors": sum(numbers) if numbers else None}
+    summary["messages"] = [f"{count}: {text}" for text, count in Counter(said).most_common(10)]
+    lines = [line for line in output.splitlines() if line.startswith('{"ran"')]
+    return summary | (json.loads(lines[-1]) if lines else {"wrong": None})
+
+
+def sanitizer_good(summary: Summary) -> bool:
+    return summary.get("errors") == 0 and summary.get("wrong") == [] and not summary["timed_out"]
+
+
+PARTS: dict[str, Callable[[Path, float, list[str]], Summary]] = {
+    "tests": tests,
+    **{tool: sanitizer(tool) for tool in TOOLS},
+}
+
+
+def main() -> int:
+    arguments, extra = sys.argv[1:], []
+    if "--" in arguments:
+        at = arguments.index("--")
+        arguments, extra = arguments[:at], arguments[at + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"out of {', '.join(PARTS)}")
+    parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS")
+    parser.add_argument("--out", type=Path, default=RESULTS / "h200", help="folder of tests.json")
+    parser.add_argument("--logs", type=Path, default=None, help="folder of the logs")
+    parser.add_argument("--device", default="cuda", help="cpu: a try of this script, with the CPU backend")
+    args = parser.parse_args(arguments)
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
+    limits = LIMITS | {part: float(seconds) for part, seconds in (one.split("=") for one in args.limit)}
+    logs = args.logs or Path(tempfile.mkdtemp(prefix="gspn2-tests-"))
+    for folder in (logs, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    if args.device != "cuda":
+        os.environ["GSPN2_TEST_DEVICE"] = args.device
+
+    results: dict[str, Summary] = {"machine": machine(args.device), "parts": {}}
+    good = True
+    for name in args.parts:
+        summary = PARTS[name](logs / f"{name}.log", limits[name], extra)
+        summary["good"] = (
+            (tests_good if name == "tests" else sanitizer_good)(summary) if "exit_code" in summary else False
+        )
+        good &= summary["good"]
+        results["parts"][name] = summary
+        (args.out / "tests.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(
+            f"{name}: {json.dumps({key: summary[key] for key in summary if key != 'command'}, indent=1)}",
+            flush=True,
+        )
+    print(f"wrote {args.out / 'tests.json'}, logs in {logs}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Every variant of the CUDA kernels on small problems, for NVIDIA's compute-sanitizer.
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src
+    compute-sanitizer --tool memcheck  python tests/cuda_sanitizer.py
+    compute-sanitizer --tool racecheck python tests/cuda_sanitizer.py
+    compute-sanitizer --tool initcheck python tests/cuda_sanitizer.py
+    compute-sanitizer --tool synccheck python tests/cuda_sanitizer.py
+
+PyTorch's allocator cuts tensors out of large blocks, which hides accesses beyond a tensor: without the
+variable the script refuses to run. Only the project's kernels run on the GPU: tensors are made on the CPU and
+copied whole, storage and all, and results are compared there. So initcheck sees who wrote what, and no report
+is about anyone else's kernel. `--seconds` bounds the time, after which no further case is begun; first come
+cases that differ in everything. The last line is a summary in JSON; the exit code is 1 if a result was wrong.
+(`benchmarks/gpu_tests.py` runs all four tools.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from cuda_helpers import ALL_LAYOUTS, VARIANTS, Declined, forced
+from gspn2.backends import Problem
+from helpers import Case, make_case, relative_l2, truth
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
+LAYOUTS = ("planes", "channel_innermost", "strided", "cropped", "misaligned")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One problem: small, but more than one tile, stage, warp or chunk of something."""
+
+    batch: int
+    channels: int
+    groups: int
+    height: int
+    width: int
+    chunk: int | None = None
+
+
+SIZES = (
+    Size(2, 4, 1, 14, 14),
+    Size(1, 3, 1, 37, 140),
+    Size(2, 8, 8, 40, 64, chunk=18),
+    Size(1, 64, 1, 20, 24),
+    Size(1, 2, 1, 130, 33),
+    Size(2, 32, 4, 9, 32, chunk=5),
+)
+
+
+class Uploaded:
+    """Copies of CPU tensors on the GPU with the same memory layout, views of one storage included."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, Tensor] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.storages:
+            whole = torch.empty(0, dtype=tensor.dtype).set_(storage)
+            self.storages[storage.data_ptr()] = whole.cuda()
+        return self.storages[storage.data_ptr()].as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
+
+
+def forward(case: Case, problem: Problem) -> dict[str, Tensor]:
+    from gspn2.backends.cuda import launch
+
+    return {"y": launch.propagate(case.x, case.logits, case.lam, case.gate, problem)}
+
+
+def backward(case: Case, problem: Problem) -> dict[str, Tensor]:
+    from gspn2.backends.cuda import launch
+
+    inputs = case.tensors()
+    needs = (True, True, "lam" in inputs, "gate" in inputs)
+    gradients = launch.propagate_backward(case.dy, case.x, case.logits, case.lam, case.gate, problem, needs)
+    names = ("dx", "dlogits", "dlam", "dgate")
+    return {name: tensor for name, tensor in zip(names, gradients, strict=True) if tensor is not None}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="only these")
+    args = parser.parse_args()
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: PyTorch's allocator hides accesses beyond a tensor")
+    begin = time.monotonic()
+    variants = args.variants.split(",")
+    truths: dict[tuple[Size, torch.dtype], tuple[Case, dict[str, Tensor]]] = {}
+    ran = {f"{variant} {name}": 0 for variant in variants for name in ("forward", "backward")}
+    wrong: list[str] = []
+    complete = True
+    for size, dtype, layout in in_diagonals():
+        if time.monotonic() - begin > args.seconds:
+            complete = False
+            break
+        if (size, dtype) not in truths:
+            truths[size, dtype] = posed(size, dtype)
+        case, expected = truths[size, dtype]
+        uploaded = ALL_LAYOUTS[layout](case).map(Uploaded())
+        problem = Problem.of(uploaded.x, uploaded.logits, case.directions, case.chunk, normalize=True)
+        for variant, operator in product(variants, (forward, backward)):
+            with forced(variant, strictly=True):
+                try:
+                    found = operator(uploaded, problem)
+                except Declined:
+                    continue
+            ran[f"{variant} {operator.__name__}"] += 1
+            for name, tensor in found.items():
+                error = relative_l2(tensor.cpu(), expected[name])
+                if not error <= TOLERANCE[dtype]:
+                    wrong.append(f"{variant}, {layout}, {dtype}, {size}: {name} {error:.3g}")
+                    print(f"wrong: {wrong[-1]}", flush=True)
+    seconds = round(time.monotonic() - begin, 1)
+    print(json.dumps({"ran": ran, "wrong": wrong, "complete": complete, "seconds": seconds}), flush=True)
+    return 1 if wrong else 0
+
+
+def in_diagonals() -> list[tuple[Size, torch.dtype, str]]:
+    """Every combination, neighbours in the list differing in all three."""
+    dtypes = list(TOLERANCE)
+    combinations = product(range(len(SIZES)), range(len(dtypes)), range(len(LAYOUTS)))
+    order = sorted(combinations, key=lambda c: ((c[1] - c[0]) % len(dtypes), (c[2] - c[0]) % len(LAYOUTS)))
+    return [(SIZES[size], dtypes[dtype], LAYOUTS[layout]) for size, dtype, layout in order]
+
+
+def posed(size: Size, dtype: torch.dtype) -> tuple[Case, dict[str, Tensor]]:
+    """The problem and what belongs there, on the CPU."""
+    case = make_case(
+        size.batch, size.channels, size.height, size.width, size.groups, chunk=size.chunk, dtype=dtype
+    )
+    return case, truth(case)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
