@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gspn2
 from gspn2.backends import DIRECTIONS, Problem, reference
+from gspn2.ops.propagate import _is_hidden_state
 
 GSPN1 = json.loads(Path(__file__).with_name("gspn1.json").read_text())
 PLANES, PIXELS = "planes", "channels innermost"
@@ -183,10 +184,15 @@ def operator_calls(
             return gspn2.line_scan(x, lam[:, 0], taps[:, 0], direction=case.directions[0], backend=backend)
         return gspn2.propagate(x, taps, lam, gate, directions=case.directions, backend=backend)
 
+    # As autograd does it: a single scan's output is kept for its backward.
+    hidden: dict[int, Tensor] = {}
+
     def backward(i: int) -> tuple[Tensor, ...]:
         x, taps, lam, gate, dy = inputs[i]
+        if i not in hidden and _is_hidden_state(x, gate, indices):
+            hidden[i] = forward(i)
         needs = [True, True, lam is not None, gate is not None]
-        settings = (indices, 0, not case.scan, backend, needs)
+        settings = (indices, 0, not case.scan, backend, needs, hidden.get(i))
         return torch.ops.gspn2.propagate_backward(dy, x, taps, lam, gate, *settings)
 
     return {"forward": forward, "backward": backward}
