@@ -12,9 +12,13 @@
 //   INTERLEAVED with OWN_TAPS, 1: the three taps of a channel are adjacent; 0: the channels of a tap are
 //   TAP_GROUPS  groups of taps that a block meets (without OWN_TAPS)
 //   TAP_LINES   lines of taps that are normalised together, at least 2 (without OWN_TAPS)
-//   CLUSTER     1: blocks work together in clusters (sm_90)
+//   THREADS     of a block, exactly; MIN_BLOCKS of them on a multiprocessor
+//   ROLES, SPLIT  blocks of a cluster (sm_90) share the work: 1, 2 or 4 roles; 1: each role's lines are split
+//   HALO        places recomputed on either side of a split, and lines between two exchanges; 0 without SPLIT
 #pragma once
 #include "common.cuh"
+
+#define CLUSTER (ROLES > 1 || SPLIT)
 
 constexpr int V = VECTOR / (int)sizeof(storage_t);  // channels of a vector
 constexpr int WORDS = VECTOR / 4;
@@ -31,17 +35,24 @@ struct __align__(16) Weights {
   float before, here, after, unused;
 };
 
+#if STORAGE == 1
+__device__ __forceinline__ u32 bits(storage_t v) { return __bfloat16_as_ushort(v); }
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+#elif STORAGE == 2
+__device__ __forceinline__ u32 bits(storage_t v) { return __half_as_ushort(v); }
+__device__ __forceinline__ float low(u32 pair) { return __half2float(__ushort_as_half((unsigned short)(pair & 0xffffu))); }
+__device__ __forceinline__ float high(u32 pair) { return __half2float(__ushort_as_half((unsigned short)(pair >> 16))); }
+#endif
+
 __device__ __forceinline__ void unpack(const Vector& v, float* e) {
 #pragma unroll
   for (int i = 0; i < WORDS; i++) {
 #if STORAGE == 0
     e[i] = __uint_as_float(v.word[i]);
-#elif STORAGE == 1
-    e[2 * i] = __uint_as_float(v.word[i] << 16);
-    e[2 * i + 1] = __uint_as_float(v.word[i] & 0xffff0000u);
 #else
-    e[2 * i] = __half2float(__ushort_as_half((unsigned short)(v.word[i] & 0xffffu)));
-    e[2 * i + 1] = __half2float(__ushort_as_half((unsigned short)(v.word[i] >> 16)));
+    e[2 * i] = low(v.word[i]);
+    e[2 * i + 1] = high(v.word[i]);
 #endif
   }
 }
@@ -54,10 +65,10 @@ __device__ __forceinline__ Vector pack(const float* e) {
     v.word[i] = __float_as_uint(e[i]);
 #elif STORAGE == 1
     const __nv_bfloat162 pair = __floats2bfloat162_rn(e[2 * i], e[2 * i + 1]);
-    v.word[i] = (u32)__bfloat16_as_ushort(pair.x) | (u32)__bfloat16_as_ushort(pair.y) << 16;
+    v.word[i] = bits(pair.x) | bits(pair.y) << 16;
 #else
     const __half2 pair = __floats2half2_rn(e[2 * i], e[2 * i + 1]);
-    v.word[i] = (u32)__half_as_ushort(pair.x) | (u32)__half_as_ushort(pair.y) << 16;
+    v.word[i] = bits(pair.x) | bits(pair.y) << 16;
 #endif
   }
   return v;
@@ -82,14 +93,18 @@ __device__ __forceinline__ void store_floats(Floats* to, int pitch, const float*
   }
 }
 
+// From a thread's own values to those of a thread beside it, or to the zeros at the start of the row if there is no
+// such place.
+__device__ __forceinline__ int beside(bool exists, int step) { return exists ? step : -(VECTORS + (int)threadIdx.x); }
+
 // The knobs that place a block.
 struct Layout {
-  int roles, splits, halo, channel_blocks;
-  int run[2];  // places of a split along a row, along a column
+  int splits, channel_blocks;
+  int row_run, column_run;  // places of a split along a row, along a column
 };
 
 __device__ __forceinline__ Layout layout_of(const Params& p) {
-  return {p.knobs[0], p.knobs[1], p.knobs[2], p.knobs[3], {p.knobs[4], p.knobs[5]}};
+  return {SPLIT ? p.knobs[0] : 1, p.knobs[1], p.knobs[2], p.knobs[3]};
 }
 
 // What a thread is during the whole launch. `role` and `split` tell apart the blocks of a cluster; a vector
@@ -101,7 +116,7 @@ struct Self {
 };
 
 __device__ __forceinline__ Self self_of(const Params& p, const Layout& layout) {
-  const int size = layout.roles * layout.splits;
+  const int size = ROLES * layout.splits;
   const int index = blockIdx.x / size, rank = blockIdx.x % size;
   Self me;
   me.role = rank / layout.splits;
@@ -115,18 +130,18 @@ __device__ __forceinline__ Self self_of(const Params& p, const Layout& layout) {
 }
 
 // The places of a block in one direction: it answers for [own, end) and scans [start, stop), which has up to
-// `halo` places more on either side, whose states are brought up to date every `halo` lines.
+// HALO places more on either side, whose states are brought up to date every HALO lines.
 struct Run {
   int own, end, start, stop;
 };
 
 __device__ __forceinline__ Run run_of(const Layout& layout, const Scan& s, int split) {
-  const int q = layout.run[s.vertical ? 0 : 1], halo = layout.splits > 1 ? layout.halo : 0;
+  const int q = s.vertical ? layout.row_run : layout.column_run;
   Run r;
   r.own = min(split * q, s.places);
   r.end = min(r.own + q, s.places);
-  r.start = max(r.own - halo, 0);
-  r.stop = r.own < r.end ? min(r.end + halo, s.places) : r.start;
+  r.start = max(r.own - HALO, 0);
+  r.stop = r.own < r.end ? min(r.end + HALO, s.places) : r.start;
   return r;
 }
 
@@ -167,7 +182,11 @@ struct TapStages {
   int places, first, all;  // of the block; place along the line of the first; places of the whole line
   int begin, end;         // lines of this phase
   int item[TAP_ITEMS];    // which (line, group, place) this thread turns
-  storage_t raw[TAP_ITEMS][3];
+#if STORAGE == 0
+  float raw[TAP_ITEMS][3];
+#else
+  u32 raw[TAP_ITEMS][2];
+#endif
 
   __device__ __forceinline__ void start(const Params& p, const Scan& s, const Run& r, int b, int d, int group_, int begin_,
                                         int end_, Weights* shared) {
@@ -177,7 +196,7 @@ struct TapStages {
     places = r.stop - r.start, first = r.start, all = s.places, begin = begin_, end = end_;
 #pragma unroll
     for (int i = 0; i < TAP_ITEMS; i++) {
-      const int index = threadIdx.x + i * blockDim.x;
+      const int index = threadIdx.x + i * THREADS;
       const int row = places > 0 ? index / places : TAP_LINES * TAP_GROUPS;
       // Row and place in one word: most threads hold several.
       item[i] = row < TAP_LINES * TAP_GROUPS ? row << 16 | (index - row * places) : -1;
@@ -191,9 +210,12 @@ struct TapStages {
       const int at = begin + stage * TAP_LINES + row / TAP_GROUPS;
       if (item[i] < 0 || at >= end) continue;
       const storage_t* a = data + at * line + (first + l) * place + row % TAP_GROUPS * group;
-      raw[i][0] = __ldg(a);
-      raw[i][1] = __ldg(a + k);
-      raw[i][2] = __ldg(a + 2 * k);
+#if STORAGE == 0
+      raw[i][0] = __ldg(a), raw[i][1] = __ldg(a + k), raw[i][2] = __ldg(a + 2 * k);
+#else
+      raw[i][0] = bits(__ldg(a)) | bits(__ldg(a + k)) << 16;
+      raw[i][1] = bits(__ldg(a + 2 * k));
+#endif
     }
   }
 
@@ -202,7 +224,11 @@ struct TapStages {
     for (int i = 0; i < TAP_ITEMS; i++) {
       const int row = item[i] >> 16, l = item[i] & 0xffff;
       if (item[i] < 0 || begin + stage * TAP_LINES + row / TAP_GROUPS >= end) continue;
-      const Taps a = {widen(raw[i][0]), widen(raw[i][1]), widen(raw[i][2])};
+#if STORAGE == 0
+      const Taps a = {raw[i][0], raw[i][1], raw[i][2]};
+#else
+      const Taps a = {low(raw[i][0]), high(raw[i][0]), low(raw[i][1])};
+#endif
       const Taps w = tap_weights(a, first + l > 0, first + l + 1 < all);
       weights[((stage & 1) * TAP_LINES * TAP_GROUPS + row) * places + l] = {w.before, w.here, w.after, 0.f};
     }

@@ -4,7 +4,7 @@
 // forwards, its partner scans the second half backwards; then they hand over their states and turn round, so that
 // each meets the half it has just read. Four roles: both axes do so at the same time.
 //
-// More macros: DEPTH lines of the ring, at least 2; SUM 1 if there is more than one direction; THREADS, MIN_BLOCKS.
+// More macros: DEPTH lines of the ring, at least 2; SUM 1 if there is more than one direction.
 // Knobs: those of Layout.
 // Scratch: 0 float32 sums over directions (16-bit storage), 1 those of the horizontal directions (four roles).
 #include "pixels.cuh"
@@ -17,33 +17,21 @@ constexpr int TAPS = 1 + HAS_LAM + HAS_GATE;
 #endif
 constexpr int EDGES = PLACES > 1 ? 2 : 1;  // places of a thread that others look at
 
-// Shared memory, in this order. Pitches are in elements of the type; `threads` is the size of the block.
-struct Memory {
-  int threads, pitch;
-  Vector* ring;      // [DEPTH][OPERANDS][PLACES][threads]
-  Floats* sums;      // [DEPTH][PLACES][PARTS][threads]
-  Floats* published;  // [2][EDGES][PARTS][pitch]: states of the places at a thread's edges
-  Floats* carried;   // [PLACES][PARTS][threads]: from the partner
-  Floats* halo;      // [2][2][halo][PARTS][VECTORS]: from the neighbours on either side
-  Weights* weights;
-};
+// Where things are in shared memory, in bytes; weights of shared taps come last.
+constexpr int PITCH = THREADS + 2 * VECTORS;
+constexpr int FLOATS = 4 * V * PLACES * THREADS;
+constexpr int SLOT = OPERANDS * PLACES * THREADS * VECTOR;
+constexpr int SUMS_AT = DEPTH * SLOT;                             // [DEPTH][PLACES][PARTS][THREADS]
+constexpr int PUBLISHED_AT = SUMS_AT + SUM * DEPTH * FLOATS;      // [2][EDGES][PARTS][PITCH]: states at a thread's edges
+constexpr int CARRIED_AT = PUBLISHED_AT + 8 * V * EDGES * PITCH;  // [PLACES][PARTS][THREADS]: from the partner
+constexpr int HALO_AT = CARRIED_AT + (ROLES > 1) * FLOATS;        // [2][2][HALO][PARTS][VECTORS]: from both neighbours
+constexpr int WEIGHTS_AT = HALO_AT + SPLIT * 16 * V * HALO * VECTORS;
 
-__device__ __forceinline__ Memory memory_of(const Layout& layout) {
-  Memory m;
-  m.threads = blockDim.x;
-  m.pitch = m.threads + 2 * VECTORS;
-  m.ring = (Vector*)shared_memory();
-  m.sums = (Floats*)(m.ring + DEPTH * OPERANDS * PLACES * m.threads);
-  m.weights = (Weights*)(m.sums + SUM * DEPTH * PLACES * PARTS * m.threads);
-#if OWN_TAPS
-  m.published = (Floats*)m.weights;
-#else
-  const int longest = max(layout.run[0], layout.run[1]) + (layout.splits > 1 ? 2 * layout.halo : 0);
-  m.published = (Floats*)(m.weights + 2 * TAP_LINES * TAP_GROUPS * longest);
-#endif
-  m.carried = m.published + 2 * EDGES * PARTS * m.pitch;
-  m.halo = m.carried + (layout.roles > 1) * PLACES * PARTS * m.threads;
-  return m;
+__device__ __forceinline__ Floats* published(int parity) {
+  return (Floats*)(shared_memory() + PUBLISHED_AT) + parity * EDGES * PARTS * PITCH + VECTORS + threadIdx.x;
+}
+__device__ __forceinline__ Floats* carried(int q) {
+  return (Floats*)(shared_memory() + CARRIED_AT) + q * PARTS * THREADS + threadIdx.x;
 }
 
 // Lines [begin, end) of direction d. `add` to the sums that are there; `last`: the sum is y; `resume`: the state
@@ -57,10 +45,10 @@ struct Phase {
 
 // One thread's part in a phase.
 struct Scanner {
-  Memory m;
   Run run;
   Scan s;
   int place;               // along the line, the thread's first
+  int before_at, after_at;  // published neighbours, from the thread's own
   bool exists[PLACES], own[PLACES];
   Stream x, lam, gate, y;  // x, lam, gate: the next line to copy; y: the next to write
 #if OWN_TAPS
@@ -71,12 +59,12 @@ struct Scanner {
   Sums read, write;
 #endif
 
-  __device__ __forceinline__ void start(const Params& p, const Layout& layout, const Self& me, const Memory& memory,
-                                        const Phase& phase) {
-    m = memory;
+  __device__ __forceinline__ void start(const Params& p, const Layout& layout, const Self& me, const Phase& phase) {
     s = scan_of(p, phase.d);
     run = run_of(layout, s, me.split);
     place = run.start + me.column * PLACES;
+    before_at = beside(place > 0, -VECTORS);
+    after_at = beside(place + PLACES < s.places, VECTORS);
 #pragma unroll
     for (int q = 0; q < PLACES; q++) {
       exists[q] = me.present && place + q < run.stop;
@@ -102,10 +90,10 @@ struct Scanner {
   }
 
   __device__ __forceinline__ Vector* ring(int slot, int operand, int q) const {
-    return m.ring + ((slot * OPERANDS + operand) * PLACES + q) * m.threads + threadIdx.x;
+    return (Vector*)(shared_memory() + slot * SLOT) + (operand * PLACES + q) * THREADS + threadIdx.x;
   }
   __device__ __forceinline__ Floats* ring_sum(int slot, int q) const {
-    return m.sums + (slot * PLACES + q) * PARTS * m.threads + threadIdx.x;
+    return (Floats*)(shared_memory() + SUMS_AT + slot * FLOATS) + q * PARTS * THREADS + threadIdx.x;
   }
 
   // Sets a line's operands on their way, and goes on to the next line.
@@ -124,7 +112,7 @@ struct Scanner {
       if (add)
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
-          copy_async<4 * F>(ring_sum(slot, q) + part * m.threads, read.at + q * read.place + part * F, own[q] ? 4 * F : 0);
+          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * F, own[q] ? 4 * F : 0);
 #endif
     }
     x.at += x.line;
@@ -187,19 +175,19 @@ struct Scanner {
 
   // The states at a thread's edges, for the threads beside it.
   __device__ __forceinline__ void publish(int parity, const float (&h)[PLACES][V]) const {
-    Floats* mine = m.published + parity * EDGES * PARTS * m.pitch + VECTORS + threadIdx.x;
-    store_floats(mine, m.pitch, h[0]);
-    if (PLACES > 1) store_floats(mine + PARTS * m.pitch, m.pitch, h[PLACES - 1]);
+    Floats* mine = published(parity);
+    store_floats(mine, PITCH, h[0]);
+    if (PLACES > 1) store_floats(mine + PARTS * PITCH, PITCH, h[PLACES - 1]);
   }
 
-  // h = taps over the previous line's h, plus u. Beside the first and the last thread lie zeros.
+  // h = taps over the previous line's h, plus u.
   __device__ __forceinline__ void step(int parity, const float (&u)[PLACES][V], const float (&weight)[PLACES][PER_PLACE],
                                        float (&h)[PLACES][V]) const {
-    const Floats* firsts = m.published + parity * EDGES * PARTS * m.pitch + VECTORS + threadIdx.x;
-    const Floats* lasts = firsts + (EDGES - 1) * PARTS * m.pitch;
+    const Floats* firsts = published(parity);
+    const Floats* lasts = firsts + (EDGES - 1) * PARTS * PITCH;
     float before[V], after[V];
-    load_floats(lasts - VECTORS, m.pitch, before);
-    load_floats(firsts + VECTORS, m.pitch, after);
+    load_floats(lasts + before_at, PITCH, before);
+    load_floats(firsts + after_at, PITCH, after);
 #pragma unroll
     for (int q = 0; q < PLACES; q++)
 #pragma unroll
@@ -211,6 +199,12 @@ struct Scanner {
         h[q][v] = fmaf(w.before, before[v], sum);
         before[v] = here;
       }
+    // A place that is none must not hand a neighbour's infinity back as 0 * inf.
+    if (PLACES > 1)
+#pragma unroll
+      for (int q = 0; q < PLACES; q++)
+#pragma unroll
+        for (int v = 0; v < V; v++) h[q][v] = exists[q] ? h[q][v] : 0.f;
   }
 
   // y, or the sum so far, of the line that was computed; goes on to the next.
@@ -221,7 +215,7 @@ struct Scanner {
 #pragma unroll
       for (int v = 0; v < V; v++) out[v] = 0.f;
 #if SUM
-      if (add) load_floats(ring_sum(slot, q), m.threads, out);
+      if (add) load_floats(ring_sum(slot, q), THREADS, out);
 #endif
 #if HAS_GATE
       float g[V];
@@ -246,30 +240,30 @@ struct Scanner {
   }
 };
 
-#if CLUSTER
+#if SPLIT
 // Neighbouring splits give each other the states that their halos need. Two buffers take turns, so one barrier is
 // enough.
 __device__ __forceinline__ void exchange_halos(const Layout& layout, const Self& me, const Scanner& scan, int parity,
                                                float (&h)[PLACES][V]) {
   const Run& r = scan.run;
   const int rank = me.role * layout.splits + me.split;
-  const int side = layout.halo * PARTS * VECTORS;
-  Floats* from_before = scan.m.halo + parity * 2 * side;
+  constexpr int side = HALO * PARTS * VECTORS;
+  Floats* from_before = (Floats*)(shared_memory() + HALO_AT) + parity * 2 * side;
 #pragma unroll
   for (int q = 0; q < PLACES; q++) {
     const int j = scan.place + q;
     if (!scan.own[q]) continue;
-    if (me.split > 0 && j < r.own + layout.halo)
+    if (me.split > 0 && j < r.own + HALO)
       store_floats(cluster_map(from_before + side + (j - r.own) * PARTS * VECTORS + me.vector, rank - 1), VECTORS, h[q]);
-    if (r.stop > r.end && j >= r.end - layout.halo)
-      store_floats(cluster_map(from_before + (j - r.end + layout.halo) * PARTS * VECTORS + me.vector, rank + 1), VECTORS, h[q]);
+    if (r.stop > r.end && j >= r.end - HALO)
+      store_floats(cluster_map(from_before + (j - r.end + HALO) * PARTS * VECTORS + me.vector, rank + 1), VECTORS, h[q]);
   }
   cluster_barrier();
 #pragma unroll
   for (int q = 0; q < PLACES; q++) {
     const int j = scan.place + q;
     if (!scan.exists[q] || scan.own[q]) continue;
-    const Floats* from = j < r.own ? from_before + (j - r.own + layout.halo) * PARTS * VECTORS
+    const Floats* from = j < r.own ? from_before + (j - r.own + HALO) * PARTS * VECTORS
                                    : from_before + side + (j - r.end) * PARTS * VECTORS;
     load_floats(from + me.vector, VECTORS, h[q]);
   }
@@ -277,10 +271,10 @@ __device__ __forceinline__ void exchange_halos(const Layout& layout, const Self&
 #endif
 
 // The lines of a phase. `h` is the state before the first of them, unless the scan starts there.
-__device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me, const Memory& memory,
+__device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me,
                                           const Phase& phase, float (&h)[PLACES][V]) {
   Scanner scan;
-  scan.start(p, layout, me, memory, phase);
+  scan.start(p, layout, me, phase);
   const int lines = phase.end - phase.begin;
 #pragma unroll
   for (int line = 0; line < DEPTH; line++) {
@@ -292,13 +286,13 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
   const int first_group = (me.channel - me.vector * V) / group_channels;
   const int group = TAP_GROUPS > 1 ? min(me.vector * V / group_channels, TAP_GROUPS - 1) : 0;
   TapStages stages;
-  stages.start(p, scan.s, scan.run, me.b, phase.d, first_group, phase.begin, phase.end, memory.weights);
+  stages.start(p, scan.s, scan.run, me.b, phase.d, first_group, phase.begin, phase.end, (Weights*)(shared_memory() + WEIGHTS_AT));
   stages.fetch(0);
   stages.turn(0);
   stages.fetch(1);
 #endif
-#if CLUSTER
-  if (phase.resume && layout.splits > 1) exchange_halos(layout, me, scan, 1, h);
+#if SPLIT
+  if (phase.resume) exchange_halos(layout, me, scan, 1, h);
 #endif
   scan.publish(0, h);
   copy_wait<DEPTH - 1>();
@@ -312,7 +306,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
 #endif
 
   int since = phase.begin % p.chunk;  // lines since the last restart
-  int until = layout.halo, exchanged = 0;
+  int until = HALO, exchanged = 0;
   int slot = 0;
   for (int line = 0; line < lines; line++) {
 #if !OWN_TAPS
@@ -330,9 +324,9 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
       scan.step(line & 1, u, weight, h);
     }
     since = since + 1 == p.chunk ? 0 : since + 1;
-#if CLUSTER
+#if SPLIT
     if (--until == 0) {
-      until = layout.halo;
+      until = HALO;
       if (exchanged < phase.exchanges) exchange_halos(layout, me, scan, exchanged++ & 1, h);
     }
 #endif
@@ -351,7 +345,8 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
     slot = next;
     __syncthreads();
   }
-#if CLUSTER
+#if SPLIT
+#pragma unroll 1
   while (exchanged++ < phase.exchanges) cluster_barrier();
 #endif
   copy_wait<0>();
@@ -366,14 +361,14 @@ __device__ __forceinline__ void clear(float (&h)[PLACES][V]) {
     for (int v = 0; v < V; v++) h[q][v] = 0.f;
 }
 
-#if CLUSTER
 // How often halos are exchanged while the longest part of a phase has `lines` lines.
 __device__ __forceinline__ int exchanges_of(const Layout& layout, int lines) {
-  return layout.splits > 1 ? (lines - 1) / layout.halo : 0;
+  return SPLIT ? (lines - 1) / HALO : 0;
 }
 
+#if ROLES > 1
 // Both directions of an axis, by two roles that meet in the middle: `forwards` and `backwards` are their indices.
-__device__ __forceinline__ void run_axis(const Params& p, const Layout& layout, const Self& me, const Memory& memory,
+__device__ __forceinline__ void run_axis(const Params& p, const Layout& layout, const Self& me,
                                          int forwards, int backwards, bool add, bool last, void* sums) {
   const int lines = scan_of(p, forwards).lines, middle = (lines + 1) / 2;
   const int half = me.role & 1, partner = (me.role ^ 1) * layout.splits + me.split;
@@ -382,7 +377,7 @@ __device__ __forceinline__ void run_axis(const Params& p, const Layout& layout, 
   Phase phase;
   phase.sums = sums;
   // With four roles the other axis runs along, through the same barriers.
-  phase.exchanges = exchanges_of(layout, layout.roles == 4 ? (max(p.height, p.width) + 1) / 2 : middle);
+  phase.exchanges = exchanges_of(layout, ROLES == 4 ? (max(p.height, p.width) + 1) / 2 : middle);
 #pragma unroll 1
   for (int turn = 0; turn < 2; turn++) {
     phase.d = half == turn ? forwards : backwards;
@@ -391,27 +386,28 @@ __device__ __forceinline__ void run_axis(const Params& p, const Layout& layout, 
     phase.add = add || turn == 1;
     phase.last = last && turn == 1;
     phase.resume = turn == 1;
-    run_phase(p, layout, me, memory, phase, h);
+    run_phase(p, layout, me, phase, h);
     if (turn == 0) {
 #pragma unroll
       for (int q = 0; q < PLACES; q++)
-        store_floats(cluster_map(memory.carried + q * PARTS * memory.threads + threadIdx.x, partner), memory.threads, h[q]);
+        store_floats(cluster_map(carried(q), partner), THREADS, h[q]);
     }
     cluster_barrier();
     if (turn == 0) {
 #pragma unroll
-      for (int q = 0; q < PLACES; q++) load_floats(memory.carried + q * PARTS * memory.threads + threadIdx.x, memory.threads, h[q]);
+      for (int q = 0; q < PLACES; q++) load_floats(carried(q), THREADS, h[q]);
     }
   }
 }
 
+#if ROLES == 4
 // y = the vertical directions' sums + the horizontal ones', shared out over the blocks of the cluster.
 __device__ __forceinline__ void add_axes(const Params& p, const Layout& layout, const Self& me) {
   const Scan rows = {p.height, p.width, true, false};
   const int pixels = p.height * p.width, rank = me.role * layout.splits + me.split;
-  const int step = layout.roles * layout.splits * (blockDim.x / VECTORS);
-  if (!me.present || me.column >= blockDim.x / VECTORS) return;
-  for (int i = rank * (blockDim.x / VECTORS) + me.column; i < pixels; i += step) {
+  const int step = ROLES * layout.splits * (THREADS / VECTORS);
+  if (!me.present || me.column >= THREADS / VECTORS) return;
+  for (int i = rank * (THREADS / VECTORS) + me.column; i < pixels; i += step) {
     const int row = i / p.width, column = i - row * p.width;
     const Stream y = stream_of(p.y, rows, me.b, 0, me.channel, row, column);
     const Sums second = sums_of(p, p.scratch[1], rows, me.b, me.channel, row, column);
@@ -428,6 +424,7 @@ __device__ __forceinline__ void add_axes(const Params& p, const Layout& layout, 
   }
 }
 #endif
+#endif
 
 // The index of a direction (0 down, 1 up, 2 right, 3 left) among those of the problem, or -1.
 __device__ __forceinline__ int index_of(const Params& p, int direction) {
@@ -439,41 +436,35 @@ __device__ __forceinline__ int index_of(const Params& p, int direction) {
 KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
   const Layout layout = layout_of(p);
   const Self me = self_of(p, layout);
-  const Memory memory = memory_of(layout);
-  for (int i = threadIdx.x; i < 2 * EDGES * PARTS * memory.pitch; i += blockDim.x) {
+  for (int i = threadIdx.x; i < 2 * EDGES * PARTS * PITCH; i += THREADS) {
     Floats zero;
 #pragma unroll
     for (int e = 0; e < F; e++) zero.e[e] = 0.f;
-    memory.published[i] = zero;
+    ((Floats*)(shared_memory() + PUBLISHED_AT))[i] = zero;
   }
   __syncthreads();
   void* const sums = STORAGE == 0 ? nullptr : p.scratch[0];
-#if CLUSTER
-  if (layout.roles > 1) {
-    const bool vertical = index_of(p, 0) >= 0, horizontal = index_of(p, 2) >= 0;
+#if ROLES > 1
+  const bool vertical = index_of(p, 0) >= 0, horizontal = index_of(p, 2) >= 0;
 #pragma unroll 1
-    for (int axis = 0; axis < 2; axis++) {
-      if (!(axis == 0 ? vertical : horizontal) || (layout.roles == 4 && me.role / 2 != axis)) continue;
-      const bool alone = layout.roles == 4;
-      run_axis(p, layout, me, memory, index_of(p, 2 * axis), index_of(p, 2 * axis + 1), !alone && axis == 1 && vertical,
-               !alone && (axis == 1 || !horizontal), alone && axis == 1 ? p.scratch[1] : sums);
-    }
-    if (layout.roles == 4) add_axes(p, layout, me);
-    return;
+  for (int axis = 0; axis < 2; axis++) {
+    if (!(axis == 0 ? vertical : horizontal) || (ROLES == 4 && me.role / 2 != axis)) continue;
+    run_axis(p, layout, me, index_of(p, 2 * axis), index_of(p, 2 * axis + 1), ROLES == 2 && axis == 1 && vertical,
+             ROLES == 2 && (axis == 1 || !horizontal), ROLES == 4 && axis == 1 ? p.scratch[1] : sums);
   }
+#if ROLES == 4
+  add_axes(p, layout, me);
 #endif
+#else
 #pragma unroll 1
   for (int d = 0; d < p.scans; d++) {
     float h[PLACES][V];
     clear(h);
     const int lines = scan_of(p, d).lines;
-    Phase phase = {d, 0, lines, d > 0, d + 1 == p.scans, false, sums, 0};
-#if CLUSTER
-    phase.exchanges = exchanges_of(layout, lines);
-#endif
-    run_phase(p, layout, me, memory, phase, h);
+    run_phase(p, layout, me, {d, 0, lines, d > 0, d + 1 == p.scans, false, sums, exchanges_of(layout, lines)}, h);
 #if CLUSTER
     cluster_barrier();
 #endif
   }
+#endif
 }

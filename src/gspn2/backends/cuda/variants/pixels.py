@@ -1,10 +1,10 @@
 """Channels adjacent in memory: channels_last, and views into one packed (B, H, W, P) tensor.
 
-A block scans a run of places of a line, some vectors of channels wide; both axes are coalesced as they are. The
-kernels say how (`kernels/pixels*.cu`); here it is decided who does what:
+A block scans a run of places of a line, some vectors of channels wide; both axes are coalesced as they are.
+The kernels say how (`kernels/pixels*.cu`); here it is decided who does what:
 
-- **roles**: with both directions of an axis, two blocks start at opposite ends and meet in the middle; with few
-  blocks both axes run at the same time (four roles).
+- **roles**: with both directions of an axis, two blocks start at opposite ends and meet in the middle; with
+  few blocks both axes run at the same time (four roles).
 - **splits**: a line's places over several blocks, which recompute `HALO` places on either side and exchange
   states every `HALO` lines.
 
@@ -24,6 +24,9 @@ MOST_THREADS = 512
 """Of a block: more would leave a thread less than 128 registers."""
 
 LARGEST_CLUSTER = 8
+MOST_TAPS = 4
+"""Of a thread: taps that wait in its registers."""
+
 SECTOR = 32
 """Bytes that a read moves at least."""
 
@@ -67,7 +70,7 @@ class Tiling:
 
 
 def why_not(case: Case) -> str | None:
-    """Channels must be adjacent, in vectors of at least 4 bytes, and a line must fit the threads of a block."""
+    """Channels must be adjacent, in vectors of at least 4 bytes; a line must fit the threads of a block."""
     if case.backward:
         return "backward of channel-innermost tensors is not written yet"
     problem = case.problem
@@ -101,7 +104,7 @@ def plan(case: Case) -> Plan:
         depth -= 1
     kernel = Kernel("pixels_forward.cu", "pixels_forward", _defines(case, tiling, lines, depth))
     blocks = _channel_blocks(case, tiling)
-    knobs = (tiling.roles, tiling.splits, tiling.halo, blocks, *tiling.runs)
+    knobs = (tiling.splits, blocks, *tiling.runs)
     launch = Launch(
         kernel,
         problem.batch * blocks * tiling.cluster,
@@ -116,9 +119,6 @@ def plan(case: Case) -> Plan:
 
 
 def _defines(case: Case, tiling: Tiling, tap_lines: int, depth: int) -> tuple[tuple[str, int], ...]:
-    threads = 64
-    while threads < tiling.threads:
-        threads *= 2
     own = _own_taps(case)
     return (
         *options(case),
@@ -129,11 +129,13 @@ def _defines(case: Case, tiling: Tiling, tap_lines: int, depth: int) -> tuple[tu
         ("INTERLEAVED", int(own and case.views["taps"].k == 1)),
         ("TAP_GROUPS", _tap_groups(case, tiling)),
         ("TAP_LINES", tap_lines),
-        ("CLUSTER", int(tiling.cluster > 1)),
+        ("ROLES", tiling.roles),
+        ("SPLIT", int(tiling.splits > 1)),
+        ("HALO", tiling.halo),
         ("DEPTH", depth),
         ("SUM", int(_sums(case))),
-        ("THREADS", threads),
-        ("MIN_BLOCKS", max(1, MOST_THREADS // threads)),
+        ("THREADS", tiling.threads),
+        ("MIN_BLOCKS", max(1, MOST_THREADS // tiling.threads)),
     )
 
 
@@ -171,12 +173,19 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tili
     for places in (1, 2, 4):
         threads = -(-longest // places) * vectors
         if threads <= MOST_THREADS:
-            tiling = Tiling(vector, vectors, places, roles, splits, runs, -(-threads // 32) * 32)
+            tiling = Tiling(vector, vectors, places, roles, splits, runs, _rounded(threads))
             lines = _tap_lines(case, tiling)
             ring = tiling.threads * places * (vector * _ring_operands(case) + _float_bytes(case, tiling))
             if _fixed_memory(case, tiling, lines) + 2 * ring <= case.device.shared_memory:
                 return tiling
     return None
+
+
+def _rounded(threads: int) -> int:
+    """Whole warps, of few different numbers: a kernel is compiled for one."""
+    warps = -(-threads // 32)
+    step = 1 << max(0, warps.bit_length() - 3)
+    return 32 * (-(-warps // step) * step)
 
 
 def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
@@ -284,8 +293,8 @@ def _tap_groups(case: Case, tiling: Tiling) -> int:
 
 
 def _tap_lines(case: Case, tiling: Tiling) -> int:
-    """Lines of taps in a stage: many cover the latency of memory, few fit."""
-    rows = 16 // max(1, _tap_groups(case, tiling))
+    """Lines of taps in a stage: many cover the latency of memory, few fit registers and shared memory."""
+    rows = MOST_TAPS * tiling.vectors // (tiling.places * _tap_groups(case, tiling))
     return max(2, min(8, rows, 1024 // tiling.longest))
 
 
@@ -307,8 +316,9 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("VECTOR", 16), ("SUM", 1))
     shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1), ("TAP_LINES", 8))
     own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1), ("TAP_LINES", 2))
-    small = (("VECTORS", 2), ("PLACES", 1), ("CLUSTER", 0), ("DEPTH", 4), ("THREADS", 128), ("MIN_BLOCKS", 4))
-    large = (("VECTORS", 1), ("PLACES", 2), ("CLUSTER", 0), ("DEPTH", 4), ("THREADS", 512), ("MIN_BLOCKS", 1))
+    cluster = (("ROLES", 1), ("SPLIT", 0), ("HALO", 0))
+    small = (("VECTORS", 2), ("PLACES", 1), *cluster, ("DEPTH", 4), ("THREADS", 128), ("MIN_BLOCKS", 4))
+    large = (("VECTORS", 1), ("PLACES", 2), *cluster, ("DEPTH", 4), ("THREADS", 512), ("MIN_BLOCKS", 1))
     return [
         (Kernel("pixels_forward.cu", "pixels_forward", (*plain, *taps, *size)), True)
         for taps in (shared, own)
