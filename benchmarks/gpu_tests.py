@@ -4,10 +4,10 @@
     python benchmarks/gpu_tests.py tests memcheck           these
     python benchmarks/gpu_tests.py tests -- -k vectors -x   what follows goes to pytest
 
-Parts: tests (`pytest -m gpu`), memcheck, racecheck, initcheck, synccheck. Each has its own time limit (--limit
-tests=180) and its whole output in a log of its own. The summary OUT/tests.json (default:
-benchmarks/results/h200) is written after every part; a part that outlasts its limit is ended and counts as far
-as it got. The exit code is 1 if anything failed, was not clean or did not end. Where there is no git,
+Parts: tests (`pytest -m gpu`), memcheck, racecheck, initcheck, synccheck. Each has its own time limit
+(--limit tests=180) and its whole output in a log of its own. The summary OUT/tests.json (default:
+benchmarks/results/h200) is written after every part; a part that outlasts its limit is ended and counts as
+far as it got. The exit code is 1 if anything failed, was not clean or did not end. Where there is no git,
 GSPN2_COMMIT says what was tested.
 """
 
