@@ -22,6 +22,9 @@ from .geometry import Kernel
 SOURCES = Path(__file__).parent / "kernels"
 HEADER = "cuda_bf16.h"
 STANDARD = "c++17"
+UNREFERENCED = 177
+"""The warning about variables that one set of macros uses and another does not."""
+
 INSTALL = 'pip install "gspn2[cuda]"'
 
 
@@ -129,6 +132,7 @@ def compile_kernel(kernel: Kernel, made_for: Target) -> Compiled:
         define_macro=[(name, str(value)) for name, value in kernel.defines],
         include_path=[str(SOURCES), str(_cuda_include())],
         ptxas_options=["-v"] if made_for.kind == "cubin" else None,
+        diag_suppress=UNREFERENCED,
     )
     log = StringIO()
     try:
@@ -139,10 +143,11 @@ def compile_kernel(kernel: Kernel, made_for: Target) -> Compiled:
             f"gspn2: NVRTC {_nvrtc_version()} cannot compile {kernel.source} for {made_for.name} "
             f"with {macros}: {error}\n{log.getvalue()}".rstrip()
         ) from error
+    messages = log.getvalue().replace("\0", "")
     content = bytes(made.code)
     if made_for.kind == "ptx" and not content.endswith(b"\0"):
         content += b"\0"
-    return Compiled(content, resources(log.getvalue()), log.getvalue())
+    return Compiled(content, resources(messages), messages)
 
 
 def resources(log: str) -> Resources | None:

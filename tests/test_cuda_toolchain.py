@@ -1,0 +1,322 @@
+"""Compiling kernels without a GPU: all sources for all architectures, the disk cache, what may be missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gspn2.backends.cuda import disk, plan, toolchain
+from gspn2.backends.cuda.geometry import Kernel
+from gspn2.backends.cuda.toolchain import Target, compile_kernel
+
+needs_nvrtc = pytest.mark.skipif(toolchain.why_not() is not None, reason=str(toolchain.why_not()))
+
+MAIN = (9, 0)
+OTHERS = ((8, 0), (8, 6), (8, 9), (10, 0), (12, 0))
+
+TINY = Kernel("tiny.cu", "tiny", (("STORAGE", 1), ("VALUE", 7)))
+SOURCE = """
+#include "common.cuh"
+KERNEL(32, 1) tiny(CONSTANT_PARAMS p) { p.y.data[threadIdx.x] = narrow(VALUE); }
+"""
+
+
+@cache
+def representative(variant: str) -> list[tuple[Kernel, bool]]:
+    return plan.variants()[variant].representative_kernels()
+
+
+def oldest(variant: str) -> tuple[int, int]:
+    return getattr(plan.variants()[variant], "CAPABILITY", plan.OLDEST)
+
+
+def main_cases() -> Iterator[tuple[str, int]]:
+    for variant in plan.variants():
+        yield from ((variant, number) for number in range(len(representative(variant))))
+
+
+def other_cases() -> Iterator[tuple[tuple[int, int], str, int]]:
+    """One kernel of each source for each architecture but the main one."""
+    for variant in plan.variants():
+        sources = [kernel.source for kernel, _ in representative(variant)]
+        for source in dict.fromkeys(sources):
+            for capability in OTHERS:
+                if capability >= oldest(variant):
+                    yield capability, variant, sources.index(source)
+
+
+def assert_compiles(capability: tuple[int, int], variant: str, number: int) -> None:
+    kernel, hot = representative(variant)[number]
+    compiled = compile_kernel(kernel, Target("sm_{}{}".format(*capability)))
+    assert compiled.code[:4] == b"\x7fELF"
+    assert "warning" not in compiled.log
+    used = compiled.resources
+    assert used is not None
+    assert used.shared == 0, "all shared memory is dynamic"
+    if hot:
+        assert (used.spill_stores, used.spill_loads) == (0, 0), f"{kernel} spills: {used}"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("variant", "number"), list(main_cases()))
+def test_kernels_compile_for_hopper_and_hot_ones_spill_nothing(variant: str, number: int) -> None:
+    assert_compiles(MAIN, variant, number)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("capability", "variant", "number"), list(other_cases()), ids=str)
+def test_sources_compile_for_the_other_architectures(
+    capability: tuple[int, int], variant: str, number: int
+) -> None:
+    assert_compiles(capability, variant, number)
+
+
+def test_every_source_is_compiled_by_some_test() -> None:
+    covered = {kernel.source for variant in plan.variants() for kernel, _ in representative(variant)}
+    assert covered == {path.name for path in toolchain.SOURCES.glob("*.cu")}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of sources that holds `TINY`, and an empty disk cache. Returns the source's path."""
+    sources = tmp_path / "kernels"
+    sources.mkdir()
+    for header in toolchain.SOURCES.glob("*.cuh"):
+        (sources / header.name).write_text(header.read_text(encoding="utf-8"), encoding="utf-8")
+    (sources / TINY.source).write_text(SOURCE)
+    monkeypatch.setattr(toolchain, "SOURCES", sources)
+    monkeypatch.setenv("GSPN2_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(disk, "_warned", set())
+    toolchain._headers_digest.cache_clear()
+    yield sources / TINY.source
+    toolchain._headers_digest.cache_clear()
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("tiny")
+def test_resources_are_those_of_the_kernel() -> None:
+    compiled = compile_kernel(TINY, Target("sm_90"))
+    assert compiled.resources is not None
+    assert 0 < compiled.resources.registers < 64
+    assert compiled.resources.stack == compiled.resources.spill_loads == 0
+    assert toolchain.resources("no report") is None
+
+
+def test_the_assemblers_report_is_read() -> None:
+    log = (
+        "ptxas info    : Function properties for f\n"
+        "ptxas         .     16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 512 bytes smem, 1056 bytes cmem[0]\n"
+    )
+    assert toolchain.resources(log) == toolchain.Resources(40, 16, 24, 32, 512)
+
+
+@needs_nvrtc
+def test_an_error_shows_the_source_the_macros_and_the_compilers_log(tiny: Path) -> None:
+    tiny.write_text(SOURCE.replace("narrow(VALUE)", "narrow(VALEU)"))
+    with pytest.raises(RuntimeError) as caught:
+        toolchain.code(TINY, Target("sm_90"))
+    message = str(caught.value)
+    assert "cannot compile tiny.cu for sm_90 with -DSTORAGE=1 -DVALUE=7" in message
+    assert 'tiny.cu(3): error: identifier "VALEU" is undefined' in message
+
+
+def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_architectures", lambda: ((8, 0), (9, 0), (10, 0), (12, 0)))
+    assert toolchain.target((9, 0)) == Target("sm_90")
+    assert toolchain.target((12, 1)) == Target("sm_120"), "code runs on newer devices of its generation"
+    assert toolchain.target((13, 0)) == Target("compute_120", "ptx")
+    with pytest.raises(RuntimeError, match=r"no architecture as old as 7\.5"):
+        toolchain.target((7, 5))
+
+
+# The disk cache
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
+    """Kernels that were compiled, by a compiler that takes no time."""
+    done: list[Kernel] = []
+
+    def compiled(kernel: Kernel, made_for: Target) -> toolchain.Compiled:
+        done.append(kernel)
+        return toolchain.Compiled(f"code of {kernel} for {made_for}".encode(), None, "")
+
+    monkeypatch.setattr(toolchain, "compile_kernel", compiled)
+    monkeypatch.setattr(toolchain, "_nvrtc_version", lambda: "13.0")
+    return done
+
+
+def files() -> list[Path]:
+    return sorted(disk.folder().iterdir()) if disk.folder().exists() else []
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_kernel_is_compiled_once(compilations: list[Kernel]) -> None:
+    first = toolchain.code(TINY, Target("sm_90"))
+    assert toolchain.code(TINY, Target("sm_90")) == first
+    assert compilations == [TINY]
+    assert [path.name for path in files()] == [toolchain.key(TINY, Target("sm_90"))]
+
+
+def test_the_key_covers_all_that_the_code_depends_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_nvrtc_version", lambda: "13.0")
+    keys = [toolchain.key(TINY, Target("sm_90"))]
+
+    def changed() -> None:
+        toolchain._headers_digest.cache_clear()
+        keys.append(toolchain.key(TINY, Target("sm_90")))
+        assert len(set(keys)) == len(keys)
+
+    keys.append(toolchain.key(TINY, Target("sm_80")))
+    keys.append(toolchain.key(TINY, Target("compute_90", "ptx")))
+    keys.append(toolchain.key(Kernel("tiny.cu", "tiny", (("STORAGE", 1), ("VALUE", 8))), Target("sm_90")))
+    tiny.write_text(SOURCE + "// changed\n")
+    changed()
+    header = tiny.with_name("ptx.cuh")
+    header.write_text(header.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
+    changed()
+    tiny.with_name("new.cuh").write_text("// one more\n")
+    changed()
+    monkeypatch.setattr(toolchain, "_nvrtc_version", lambda: "13.1")
+    changed()
+    monkeypatch.setattr(toolchain, "STANDARD", "c++20")
+    changed()
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "foreign"])
+def test_a_damaged_file_is_compiled_anew(damage: str, compilations: list[Kernel]) -> None:
+    whole = toolchain.code(TINY, Target("sm_90"))
+    (path,) = files()
+    content = path.read_bytes()
+    flipped = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    path.write_bytes({"cut": content[:-5], "bit": flipped, "empty": b"", "foreign": b"x" * 300}[damage])
+    assert toolchain.code(TINY, Target("sm_90")) == whole
+    assert len(compilations) == 2
+    assert path.read_bytes() == content
+    assert files() == [path]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_a_usable_folder_kernels_are_compiled_and_that_is_said_once(
+    compilations: list[Kernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    monkeypatch.setenv("GSPN2_CACHE_DIR", str(in_the_way))
+    with pytest.warns(UserWarning, match="cannot keep its compiled CUDA kernels on disk.*GSPN2_CACHE_DIR"):
+        first = toolchain.code(TINY, Target("sm_90"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert toolchain.code(TINY, Target("sm_90")) == first
+    assert len(compilations) == 2
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="may write everywhere")
+def test_a_folder_without_permission(compilations: list[Kernel]) -> None:
+    disk.folder().mkdir(parents=True)
+    disk.folder().chmod(0o500)
+    with pytest.warns(UserWarning, match="cannot keep"):
+        toolchain.code(TINY, Target("sm_90"))
+    assert len(compilations) == 1
+
+
+WRITER = """
+from gspn2.backends.cuda import disk
+codes = [bytes([n]) * (100_000 + n) for n in range(4)]
+for _ in range(5):
+    for n, code in enumerate(codes):
+        found = disk.load(f"key{n}")
+        assert found in (None, code)
+        disk.store(f"key{n}", code)
+        assert disk.load(f"key{n}") == code
+"""
+
+
+@pytest.mark.usefixtures("tiny")
+def test_processes_share_the_folder() -> None:
+    """Nobody ever reads half a file, and no drafts are left."""
+    writers = [subprocess.Popen([sys.executable, "-W", "error", "-c", WRITER]) for _ in range(3)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    assert [path.name for path in files()] == [f"key{n}" for n in range(4)]
+
+
+def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GSPN2_CACHE_DIR", str(tmp_path))
+    assert disk.folder() == tmp_path / "kernels"
+    monkeypatch.setenv("GSPN2_CACHE_DIR", "")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert disk.folder() == tmp_path / "xdg" / "gspn2" / "kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert disk.folder() == Path.home() / ".cache" / "gspn2" / "kernels"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert disk.folder() == tmp_path / "local" / "gspn2" / "kernels"
+
+
+# What may be missing
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Nothing is known yet of what is installed, and afterwards neither."""
+    found = (toolchain.why_not, toolchain._cuda_include, toolchain._nvrtc_version)
+    for function in found:
+        function.cache_clear()
+    yield
+    for function in found:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: looked.append(name))
+    sentence = 'it needs cuda-core, which is not installed (pip install "gspn2[cuda]")'
+    assert toolchain.why_not() == sentence
+    times = len(looked)
+    assert toolchain.why_not() == sentence
+    assert len(looked) == times, "failure is remembered"
+    with pytest.raises(RuntimeError, match=r"cannot compile tiny\.cu: it needs cuda-core"):
+        compile_kernel(TINY, Target("sm_90"))
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("fresh")
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc
+
+    def missing() -> None:
+        raise RuntimeError("Failure finding libnvrtc.so\nsecond line")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    reason = toolchain.why_not()
+    assert reason is not None
+    assert (
+        "it needs NVRTC and cuda-bindings, and they do not load: Failure finding libnvrtc.so (pip" in reason
+    )
+
+
+@needs_nvrtc
+@pytest.mark.usefixtures("fresh")
+def test_without_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(toolchain, "_include_candidates", lambda: iter([tmp_path]))
+    reason = toolchain.why_not()
+    assert reason is not None
+    assert "it needs cuda_bf16.h" in reason
+    assert "CUDA_HOME" in reason
+
+
+def test_headers_of_a_toolkit_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert tmp_path / "include" in list(toolchain._include_candidates())
