@@ -88,6 +88,7 @@ EMULATED void mbarrier_wait(u64* bar, u32 parity) { emulator::mbarrier_wait(bar,
 EMULATED void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   emulator::bulk_copy(shared, global, bytes, bar);
 }
+EMULATED void copy_engine_fence() { emulator::may_switch(); }
 EMULATED void bulk_store_fence() { emulator::bulk_store_fence(); }
 EMULATED void bulk_store(void* global, const void* shared, u32 bytes) { emulator::bulk_store(global, shared, bytes); }
 EMULATED void bulk_store_commit() { emulator::bulk_store_commit(); }

@@ -15,12 +15,14 @@
 //   ALIGNMENT   bytes to which rows of all tensors are aligned: 16, 8 or 4
 //   VERTICAL    places of a thread in down and up; 0: none of these directions is asked for
 //   HORIZONTAL  the same of right and left
+//   BULK        1: rows of vertical scans are copied whole, by the copy engine (sm_90)
 //   SPAN        bytes of a row in a stage of a horizontal scan: 32, 64 or 128
 #pragma once
 #include "common.cuh"
 
 constexpr int SIZE = sizeof(storage_t);
 constexpr int VECTOR = 16 / SIZE;  // elements in 16 bytes
+constexpr int BARRIERS = BULK ? 128 : 0;  // bytes of shared memory: one mbarrier a stage
 constexpr int STATE_LINES = CLUSTER ? 4 : 2;
 constexpr int TENSORS = 1 + HAS_LAM + HAS_GATE;  // of a channel, besides taps and sums
 
@@ -30,17 +32,34 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
 
+// N stored elements as words: taken apart one by one, 16-bit types cost an instruction more each.
+template <int N>
+using Stored = Pack<u32, N * SIZE / 4>;
+
+template <int WORDS>
+__device__ __forceinline__ float element(const Pack<u32, WORDS>& stored, int e) {
+#if STORAGE == 0
+  return __uint_as_float(stored.v[e]);
+#elif STORAGE == 1
+  const u32 word = stored.v[e / 2];
+  return __uint_as_float(e & 1 ? word & 0xffff0000u : word << 16);
+#else
+  const u32 word = stored.v[e / 2];
+  return __half2float(__ushort_as_half((unsigned short)(e & 1 ? word >> 16 : word & 0xffffu)));
+#endif
+}
+
 // How the lines of vertical or of horizontal scans are cut: knobs.
 struct Cut {
-  int stage;        // lines between exchanges of blocks; they are in shared memory together
+  int stage;        // lines that are in shared memory together
   int run;          // lines between exchanges of warps
-  int own, beyond;  // places of a block, and beyond these on either side
+  int own, beyond;  // places of a block, and beyond these on either side: as many as lines between exchanges of blocks
   int window;       // places of a warp, and
   int lanes;        // lanes beyond these on either side
 };
 
 // What a block works on, and a thread's part of it. Knobs: blocks a line, channels a block, warps a channel,
-// floats of a line of states, segments of lines and lines of each, then Cut of vertical and horizontal scans.
+// segments of lines and lines of each, then Cut of vertical and of horizontal scans.
 struct Worker {
   int rank, blocks;             // of the cluster
   int b, channel, channels;     // image, first channel, how many
@@ -51,6 +70,7 @@ struct Worker {
   float* states;                // [STATE_LINES][channels][pitch]
   unsigned char* ring;
   int exchanges[2];             // so far, within the block and across blocks
+  int bulk_stages;              // so far
 
   // One direction:
   int begin, end;               // places the block holds
@@ -59,11 +79,22 @@ struct Worker {
   bool inside, owner;           // is it among the block's; is the thread its warp's own
 };
 
+__device__ __forceinline__ Cut cut_of(const Params& p, bool vertical) {
+  const int* k = p.knobs + (vertical ? 5 : 11);
+  return {k[0], k[1], k[2], k[3], k[4], k[5]};
+}
+
+// Floats of a line of states: what a block holds, and room for the end of the last thread.
+__device__ __forceinline__ int pitch_of(const Params& p) {
+  const Cut v = cut_of(p, true), h = cut_of(p, false);
+  return (max(v.own + 2 * v.beyond, h.own + 2 * h.beyond) + 15) / 8 * 8;
+}
+
 __device__ __forceinline__ Worker worker(const Params& p) {
   Worker t;
   t.blocks = p.knobs[0], t.channels = p.knobs[1];
-  const int warps = p.knobs[2], segments = p.knobs[4];
-  t.pitch = p.knobs[3];
+  const int warps = p.knobs[2], segments = p.knobs[3];
+  t.pitch = pitch_of(p);
   int index = blockIdx.x;
 #if CLUSTER
   t.rank = cluster_rank();
@@ -82,15 +113,11 @@ __device__ __forceinline__ Worker worker(const Params& p) {
   t.mine = warp / warps;
   t.warp = warp - t.mine * warps;
   t.lane = threadIdx.x % 32;
-  t.states = (float*)shared_memory();
-  t.ring = shared_memory() + (4 * STATE_LINES * t.channels * t.pitch + 127) / 128 * 128;
+  t.states = (float*)(shared_memory() + BARRIERS);
+  t.ring = shared_memory() + BARRIERS + (4 * STATE_LINES * t.channels * t.pitch + 127) / 128 * 128;
   t.exchanges[0] = t.exchanges[1] = 0;
+  t.bulk_stages = 0;
   return t;
-}
-
-__device__ __forceinline__ Cut cut_of(const Params& p, bool vertical) {
-  const int* k = p.knobs + (vertical ? 6 : 11);
-  return {k[0], k[1], k[2], k[0], k[3], k[4]};
 }
 
 __device__ __forceinline__ int strip_begin(const Cut& cut, int rank) { return max(0, rank * cut.own - cut.beyond); }
@@ -168,10 +195,10 @@ __device__ __forceinline__ void barrier(bool across) {
 __device__ __forceinline__ bool shared_line(const Cut& cut) { return CLUSTER || cut.lanes > 0; }
 
 template <int N>
-__device__ __forceinline__ void exchange_warps(Worker& t, const Cut& cut, float (&h)[N]) {
-  publish(t, cut, h, false);
-  barrier(false);
-  refresh(t, h, false);
+__device__ __forceinline__ void exchange(Worker& t, const Cut& cut, float (&h)[N], bool across) {
+  publish(t, cut, h, across);
+  barrier(across);
+  refresh(t, h, across);
 }
 
 // One line ------------------------------------------------------------------------------------------------------
@@ -218,15 +245,13 @@ __device__ __forceinline__ bool has_after(const Ends& ends, int e) {
 template <int N>
 __device__ __forceinline__ void scan_line(float (&h)[N], const float (&u)[N], const Taps (&w)[N], bool restart,
                                           const Ends& ends) {
-  float before = __shfl_up_sync(0xffffffffu, h[N - 1], 1), after = __shfl_down_sync(0xffffffffu, h[0], 1);
-  // A state outside of the image may be anything, and 0 times that is not always 0.
-  before = ends.before ? before : 0.f;
-  after = ends.after ? after : 0.f;
   if (restart) {
 #pragma unroll
     for (int e = 0; e < N; ++e) h[e] = u[e];
   } else {
-    advance(h, u, w, before, after);
+    const float before = __shfl_up_sync(0xffffffffu, h[N - 1], 1), after = __shfl_down_sync(0xffffffffu, h[0], 1);
+    // A state outside of the image may be anything, and 0 times that is not always 0.
+    advance(h, u, w, ends.before ? before : 0.f, ends.after ? after : 0.f);
   }
   if (RAGGED) {
 #pragma unroll

@@ -6,10 +6,20 @@
 
 KERNEL(THREADS, 1) planes_forward(CONSTANT_PARAMS p) {
   Worker t = worker(p);
+#if BULK
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) mbarrier_init((u64*)shared_memory() + s, blockDim.x / 32);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+#endif
   for (int d = 0; d < p.scans; ++d) {
     const Scan scan = scan_of(p, d);
     // Everybody is done with the ring, and the sums of the direction before are written.
-    if (SUMS && d > 0) barrier(true);
+    if (SUMS && d > 0) {
+      if (BULK) copy_engine_fence();
+      barrier(true);
+    }
 #if VERTICAL
     if (scan.vertical) scan_vertical<VERTICAL>(p, t, scan, d);
 #endif

@@ -27,7 +27,7 @@ struct HorizontalScan {
   int slots, tile;  // M, and bytes of a tensor's rows in a stage
   bool adds, last;  // is there a sum of earlier directions; does this direction complete it
 
-  typedef Pack<storage_t, VECTOR> Vector;
+  typedef Stored<VECTOR> Vector;
 
   __device__ __forceinline__ void copy_stage(int stage, int column0) const {
     unsigned char* ring = t.ring + stage % STAGES * stage_bytes(t, tile);
@@ -49,13 +49,19 @@ struct HorizontalScan {
     const storage_t* taps = from.taps + row * p.taps.h + column;
 #pragma unroll
     for (int k = 0; k < 3; ++k) copy_vector(shared + k * tile, taps + k * p.taps.k, bytes);
+#pragma unroll 1
     for (int c = 0; c < t.channels; ++c) {
       unsigned char* to = shared + channel_offset(c, tile);
       copy_vector(to, from.x + c * p.x.c + row * p.x.h + column, bytes);
       if (HAS_LAM) copy_vector(to + tile, from.lam + c * p.lam.c + row * p.lam.h + column, bytes);
       if (HAS_GATE) copy_vector(to + (TENSORS - 1) * tile, from.gate + c * p.gate.c + row * p.gate.h + column, bytes);
     }
-    if (!SUMS || !adds) return;
+    if (SUMS && adds) copy_sums(ring, slot, row, vector, column, bytes);
+  }
+
+  __device__ __forceinline__ void copy_sums(unsigned char* ring, int slot, int row, int vector, int column,
+                                            int bytes) const {
+#pragma unroll 1
     for (int c = 0; c < t.channels; ++c) {
       const float* sum = sums.data + c * sums.c + row * sums.h + column;
       unsigned char* to = ring + sums_offset(t, c, tile);
@@ -80,7 +86,7 @@ struct HorizontalScan {
 #if SUMS
     Pack<float, VECTOR> sum[N];
 #else
-    Vector y[N];
+    Pack<storage_t, VECTOR> y[N];
 #endif
   };
 
@@ -130,11 +136,11 @@ struct HorizontalScan {
     Taps w[N];
 #pragma unroll
     for (int r = 0; r < N; ++r) {
-      u[r] = widen(k.x[r].v[e]);
+      u[r] = element(k.x[r], e);
 #if HAS_LAM
-      u[r] *= widen(k.lam[r].v[e]);
+      u[r] *= element(k.lam[r], e);
 #endif
-      w[r] = tap_weights({widen(k.before[r].v[e]), widen(k.here[r].v[e]), widen(k.after[r].v[e])},
+      w[r] = tap_weights({element(k.before[r], e), element(k.here[r], e), element(k.after[r], e)},
                          has_before<N>(ends, r), has_after<N>(ends, r));
     }
     scan_line(h, u, w, restart, ends);
@@ -142,13 +148,28 @@ struct HorizontalScan {
     for (int r = 0; r < N; ++r) {
       float v = h[r];
 #if HAS_GATE
-      v *= widen(k.gate[r].v[e]);
+      v *= element(k.gate[r], e);
 #endif
 #if SUMS
       k.sum[r].v[e] += v;
 #else
       k.y[r].v[e] = narrow(v);
 #endif
+    }
+  }
+
+  // All columns of the block. Restarts are rare: what they cost is kept out of the usual path.
+  __device__ __forceinline__ void scan_block(Block& k, float (&h)[N], int& until_restart, const Ends& ends) const {
+    if (until_restart >= VECTOR) {
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) scan_column(k, REVERSED ? VECTOR - 1 - i : i, h, false, ends);
+      until_restart -= VECTOR;
+    } else {
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        scan_column(k, REVERSED ? VECTOR - 1 - i : i, h, until_restart == 0, ends);
+        until_restart = (until_restart == 0 ? p.chunk : until_restart) - 1;
+      }
     }
   }
 
@@ -164,7 +185,7 @@ struct HorizontalScan {
       if (!last) {
         store_places(sums.data + t.mine * sums.c + (t.first + r) * sums.h + column, k.sum[r], count);
       } else {
-        Vector pack;
+        Pack<storage_t, VECTOR> pack;
 #pragma unroll
         for (int e = 0; e < VECTOR; ++e) pack.v[e] = narrow(k.sum[r].v[e]);
         store_places(y + r * p.y.h, pack, count);
@@ -181,6 +202,7 @@ struct HorizontalScan {
     int column0 = (REVERSED ? first_stage + stages - 1 : first_stage) * COLUMNS;
     const Ends ends = ends_of<N>(t, scan.places);
     const bool writes = t.owner && t.first >= t.own_begin && t.first < t.own_end;
+#pragma unroll 1
     for (int s = 0; s < STAGES - 1; ++s) {
       if (s < stages) copy_stage(s, column0 + s * step);
       copy_commit();
@@ -190,6 +212,7 @@ struct HorizontalScan {
     for (int r = 0; r < N; ++r) h[r] = 0.f;
     // Columns beyond the image come first where the scan starts at its ragged end; the scan starts after them.
     int until_restart = REVERSED ? (VECTOR - end_column % VECTOR) % VECTOR : 0;
+#pragma unroll 1
     for (int s = 0; s < stages; ++s, column0 += step) {
       copy_wait<STAGES - 2>();
       const bool exchanges = s > 0 && shared_line(cut);
@@ -200,21 +223,20 @@ struct HorizontalScan {
       if (exchanges) refresh(t, h, true);
       const unsigned char* ring = t.ring + s % STAGES * stage_bytes(t, tile);
       const int vectors = min(ROW_VECTORS, (p.width - column0 + VECTOR - 1) / VECTOR);
-      int until_exchange = cut.run;
+      int until_exchange = cut.run, until_crossing = cut.beyond;
+#pragma unroll 1
       for (int j = 0; j < vectors; ++j) {
         if (until_exchange == 0) {
-          exchange_warps(t, cut, h);
+          const bool across = CLUSTER && until_crossing == 0;
+          exchange(t, cut, h, across);
           until_exchange = cut.run;
+          if (across) until_crossing = cut.beyond;
         }
-        until_exchange -= VECTOR;
+        until_exchange -= VECTOR, until_crossing -= VECTOR;
         const int vector = REVERSED ? vectors - 1 - j : j;
         Block block;
         read_block(ring, vector, block);
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-          scan_column(block, REVERSED ? VECTOR - 1 - i : i, h, until_restart == 0, ends);
-          until_restart = (until_restart == 0 ? p.chunk : until_restart) - 1;
-        }
+        scan_block(block, h, until_restart, ends);
         if (writes) write_block(block, column0 + vector * VECTOR, ends);
       }
     }
@@ -225,8 +247,8 @@ template <int N, bool REVERSED>
 __device__ __forceinline__ void scan_horizontal(const Params& p, Worker& t, const Scan& scan, int d) {
   const Cut cut = cut_of(p, false);
   take_places<N>(t, cut, scan.places);
-  const int slots = ((cut.own + 2 * CLUSTER * cut.beyond + N - 1) / N + 7) / 8 * 8;
-  const int first = t.segment * p.knobs[5], count = min(p.knobs[5], scan.lines - first);
+  const int slots = ((cut.own + 2 * cut.beyond + N - 1) / N + 7) / 8 * 8;
+  const int first = t.segment * p.knobs[4], count = min(p.knobs[4], scan.lines - first);
   HorizontalScan<N, REVERSED> run = {p,     t, scan, cut, sources_of(p, t, d), sums_of(p, t),
                                      slots, N * slots * SPAN, d > 0, d == p.scans - 1};
   const int first_column = REVERSED ? p.width - first - count : first;

@@ -106,6 +106,8 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 
                "l"(global), "r"(bytes), "r"(shared_address(bar))
                : "memory");
 }
+// What ordinary stores wrote to global memory may then, after a barrier, be read by bulk copies.
+__device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // The way back: shared memory to global memory, in groups like those of copy_async. Threads that wrote the
 // source call bulk_store_fence before a barrier, then one thread stores.
 __device__ __forceinline__ void bulk_store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
