@@ -43,10 +43,11 @@ OWNERS = {
     "diffusers": {"integrations": "anywhere"},
     "transformers": {"integrations": "anywhere"},
     "numba": {"backends": "anywhere"},
+    "cuda": {"backends": "lazily"},
 }
 
 OPTIONAL = (
-    *("timm", "torchvision", "numba", "llvmlite", "diffusers", "transformers", "safetensors"),
+    *("timm", "torchvision", "numba", "llvmlite", "cuda", "diffusers", "transformers", "safetensors"),
     *("matplotlib", "sklearn", "scipy", "rich", "PIL"),
 )
 

@@ -50,7 +50,8 @@ def propagate(
         directions: the scans to run, each out of "down", "up", "right", "left", none twice.
         chunk: the state restarts at 0 every `chunk` lines, counted from the line where a direction starts;
             None for one scan over the whole image. The last segment may be short.
-        backend: name of the implementation ("cpu", "reference"); None for the fastest that takes the problem.
+        backend: name of the implementation ("cuda", "cpu", "reference"); None for the fastest that takes the
+            problem.
 
     Returns:
         y (B, C, H, W), with the dtype of x and, where x is dense, its strides. State and sums are float32

@@ -1,0 +1,186 @@
+"""The planner: every variant on every size, the choices for the sizes that matter, and what `info` prints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gspn2.backends import DIRECTIONS, Problem
+from gspn2.backends.cuda import driver, params, plan
+from gspn2.backends.cuda.geometry import Case, Device, Kernel, Launch, Plan
+from gspn2.backends.cuda.layouts import LAYOUTS, imagined
+from gspn2.cli.main import main
+
+AMPERE = Device((8, 6), 84, 101376, 6 * 2**20)
+DEVICES = {"H200": Device(), "A100": Device((8, 0), 108, 166912, 40 * 2**20), "A40": AMPERE}
+BLACKWELL = Device((12, 0), 170, 101376, 96 * 2**20)
+
+SIZES = (
+    *[(1, 1, 1, 1), (1, 3, 1, 7), (2, 5, 7, 1), (1, 7, 13, 17), (3, 4, 31, 33), (2, 6, 127, 129)],
+    *[(256, 2, 56, 56), (256, 2, 14, 14), (32, 64, 64, 64), (1, 8, 64, 64), (1, 32, 128, 128)],
+    *[(16, 8, 1024, 1024), (1, 80, 1024, 1024), (256, 1, 1024, 1024), (1, 1152, 64, 64), (32, 196, 32, 32)],
+    *[(2, 3, 4096, 7), (1, 2, 5, 16384), (1, 64, 2048, 2048), (4, 16, 16384, 16384), (70000, 3, 2, 2)],
+)
+
+
+def posed(
+    size: tuple[int, int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    groups: int = 1,
+    directions: tuple[str, ...] = DIRECTIONS,
+    *,
+    normalize: bool = True,
+) -> Problem:
+    batch, channels, height, width = size
+    return Problem(directions, None, normalize, batch, channels, groups, height, width, dtype, "cuda")
+
+
+def assert_can_run(found: Plan, device: Device) -> None:
+    """What the driver would refuse, and what the parameters cannot hold."""
+    assert found.launches
+    assert len(found.scratch) <= params.SCRATCH
+    assert all(size >= 0 for size in found.scratch)
+    assert found.reasons
+    for launch in found.launches:
+        assert 0 < launch.grid <= driver.LARGEST_GRID
+        assert launch.grid % launch.cluster == 0
+        assert launch.cluster <= 16
+        assert launch.cluster == 1 or device.capability >= (9, 0)
+        assert 32 <= launch.block <= 1024
+        assert launch.block % 32 == 0
+        assert 0 <= launch.shared <= device.shared_memory
+        assert len(launch.knobs) <= params.KNOBS
+        assert all(-(2**31) <= knob < 2**31 for knob in launch.knobs)
+        assert all(isinstance(value, int) for _, value in launch.kernel.defines)
+        assert len(dict(launch.kernel.defines)) == len(launch.kernel.defines), "a macro twice"
+
+
+@pytest.mark.parametrize("device", [*DEVICES.values(), BLACKWELL], ids=[*DEVICES, "Blackwell"])
+@pytest.mark.parametrize("variant", plan.variants())
+def test_plans_can_run_on_the_device(variant: str, device: Device) -> None:
+    """Every size a variant takes, in both layouts and passes: with a reason where it declines."""
+    module = plan.variants()[variant]
+    kinds = itertools.product(SIZES, (torch.float32, torch.float16), LAYOUTS, (False, True), (False, True))
+    for size, dtype, layout, backward, shared in kinds:
+        problem = posed(size, dtype, 1 if shared else size[1])
+        case = imagined(problem, layout, device, backward=backward)
+        reason = module.why_not(case)
+        if reason is None:
+            found = module.plan(case)
+            assert found.variant == variant
+            assert_can_run(found, device)
+        else:
+            assert len(reason) > 10
+
+
+@pytest.mark.parametrize("variant", plan.variants())
+def test_directions_operands_and_uses(variant: str) -> None:
+    module = plan.variants()[variant]
+    subsets = [s for n in (1, 2) for s in itertools.combinations(DIRECTIONS, n)]
+    for directions, layout, backward, given in itertools.product(subsets, LAYOUTS, (False, True), range(4)):
+        for size in ((2, 8, 32, 48), (1, 8, 1024, 1024), (32, 16, 64, 64)):
+            problem = posed(size, directions=directions, normalize=len(directions) > 1 or given > 0)
+            options = {"lam": bool(given & 1), "gate": bool(given & 2)}
+            case = imagined(problem, layout, Device(), backward=backward, **options)
+            if module.why_not(case) is None:
+                assert_can_run(module.plan(case), Device())
+
+
+def test_the_generic_variant_comes_last_and_takes_everything() -> None:
+    assert list(plan.variants())[-1] == "generic"
+    for size, layout, backward in itertools.product(SIZES, LAYOUTS, (False, True)):
+        case = imagined(posed(size), layout, AMPERE, backward=backward)
+        assert plan.why_not(case)["generic"] is None
+        assert plan.choose(case, "generic").variant == "generic"
+
+
+def test_names_in_the_table() -> None:
+    case = imagined(posed((1, 8, 64, 64)), "planes", Device())
+    with pytest.raises(ValueError, match=r"variant: expected one of resident.*generic, got 'fast'"):
+        plan.choose(case, "fast")
+
+
+def test_the_first_that_takes_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(case: Case) -> Plan:
+        return Plan("second", (Launch(Kernel("a.cu", "a", ()), 1, 32, 0),))
+
+    table: dict[str, Any] = {
+        "first": SimpleNamespace(why_not=lambda case: "not on weekdays"),
+        "second": SimpleNamespace(why_not=lambda case: None, plan=made),
+        "third": SimpleNamespace(why_not=lambda case: None),
+    }
+    monkeypatch.setattr(plan, "variants", lambda: table)
+    case = imagined(posed((1, 8, 64, 64)), "planes", Device())
+    assert plan.choose(case).variant == "second"
+    assert plan.why_not(case) == {"first": "not on weekdays", "second": None, "third": None}
+    with pytest.raises(RuntimeError, match="variant 'first' cannot run this case: not on weekdays"):
+        plan.choose(case, "first")
+
+
+def test_imagined_layouts_are_those_of_real_tensors() -> None:
+    problem = posed((2, 4, 5, 6), torch.float32, 2)
+    views = imagined(problem, "planes", Device()).views
+    assert set(views) == {"x", "taps", "lam", "gate", "y"}
+    x, taps = torch.empty(2, 4, 5, 6), torch.empty(2, 4, 2, 3, 5, 6)
+    assert (views["x"].b, views["x"].c, views["x"].h, views["x"].w) == x.stride()
+    assert tuple(views["taps"].__dict__.values())[:6] == taps.stride()
+    views = imagined(problem, "channels", Device(), backward=True).views
+    assert set(views) == {"x", "taps", "lam", "gate", "dy", "dx", "dtaps", "dlam", "dgate"}
+    width = 2 * 4 * 4 + 4 * 2 * 3
+    assert (views["x"].c, views["x"].w, views["x"].h) == (1, 4, 24)
+    assert (views["gate"].c, views["gate"].d, views["gate"].w) == (1, 4, width)
+    assert (views["taps"].k, views["taps"].c, views["taps"].d, views["taps"].h) == (1, 3, 6, 6 * width)
+    assert views["dy"] == views["dx"] == views["x"]
+    assert views["gate"].alignment == 64, "4 directions of 4 channels of 4 bytes after lam"
+    few = imagined(problem, "planes", Device(), lam=False, gate=False).views
+    assert set(few) == {"x", "taps", "y"}
+
+
+# gspn2 info
+
+
+def info(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["info", "--device", "cuda", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_info_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = info(capsys, "--problem", "2,8,77,55", "--dtype", "bfloat16", "--layout", "channels")
+    if not torch.cuda.is_available():
+        assert "plan of the cuda backend, forward, layout channels, assuming an H200" in printed
+    case = imagined(posed((2, 8, 77, 55)), "channels", Device())
+    chosen = plan.choose(case)
+    assert f"  variant      {chosen.variant}" in printed
+    for reason in chosen.reasons:
+        assert reason in printed
+    for step in chosen.launches:
+        assert f"{step.kernel.function}: {step.grid:,} blocks" in printed
+        assert "STORAGE=1" in printed
+    for name, reason in plan.why_not(case).items():
+        assert reason is None or f"  {name:<13}no: {reason}" in printed
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = info(capsys, "--problem", "2,8,300,55", "--backward", "--json")
+    report = json.loads(printed)["problem"]["plan"]
+    assert report["pass"] == "backward"
+    assert report["launches"][0]["grid"] > 0
+    assert report["launches"][0]["defines"]["STORAGE"] == 0
+    assert set(report["declined"]) < set(plan.variants())
+    one = info(capsys, "--line-scan", "--directions", "left", "--json")
+    (first, *_) = json.loads(one)["problem"]["plan"]["launches"]
+    assert first["defines"]["NORMALIZE"] == first["defines"]["HAS_GATE"] == 0
+
+
+def test_info_has_no_plan_where_the_cuda_backend_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "plan of" not in info(capsys, "--dtype", "float64")
+    assert "float64 runs in the reference" in info(capsys, "--dtype", "float64")
+    assert main(["info", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problem"]["plan"] is None
+    assert main(["info", "--device", "cuda", "--line-scan"]) == 2
+    assert "--directions: line_scan has one" in capsys.readouterr().err
