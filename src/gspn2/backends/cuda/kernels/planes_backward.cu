@@ -15,66 +15,86 @@ __device__ __forceinline__ float* kept_of(const Params& p, const Work& w, int se
   return (float*)p.scratch[1] + ((long long)blockIdx.x * segments_of(w.scan) + segment) * N * blockDim.x;
 }
 
+// All copies of this thread but the latest PENDING groups are there, and so are those of the threads that read along:
+// of the warp, or with HAS_HIDDEN, whose states are read across warps, of the block.
+template <int PENDING>
+__device__ __forceinline__ void arrived() {
+  copy_wait<PENDING>();
+  if (WIDE && HAS_HIDDEN)
+    named_barrier(0, blockDim.x);
+  else
+    __syncwarp();
+}
+
 __device__ __forceinline__ void scan_forward(const Params& p, const Work& w, Thread& t) {
   float h[N] = {};
   Edges edges = {0.f, 0.f};
   const int last = segments_of(w.scan) - 1;
-  fetch_double(p, w, t, 0);
+  fetch<0, DOUBLE>(p, w, t, 0);
   copy_commit();
   for (int segment = 0; segment < last; segment++) {
-    fetch_double(p, w, t, segment + 1);
+    fetch<0, DOUBLE>(p, w, t, segment + 1);
     copy_commit();
-    copy_wait<1>();
-    __syncwarp();
+    arrived<1>();
     walk_forward(p, w, t, segment, h, edges, false);
+    exchange_halo(p, t, h);
     put_floats(kept_of(p, w, segment + 1), h);
+    if (SPLIT) {
+      const Shown shown = {h[0], h[N - 1]};
+      publish(t, shown);
+      edges = settle(t, shown);
+    }
     __syncwarp();
   }
 }
 
-__device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t, bool hidden) {
+__device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t, bool again) {
   float h[N] = {}, entering[N] = {}, carried[N] = {};
   const int last = segments_of(w.scan) - 1;
-  if (hidden && last > 0) get_floats(kept_of(p, w, last), entering);
+  if (again && last > 0) get_floats(kept_of(p, w, last), entering);
   for (int segment = last; segment >= 0; segment--) {
-    fetch_single(p, w, t, segment);
+    fetch<DOUBLE, OPERANDS>(p, w, t, segment);
     copy_commit();
-    copy_wait<1>();
-    __syncwarp();
-    if (segment > 0) fetch_double(p, w, t, segment - 1);
+    arrived<1>();
+    if (segment > 0) fetch<0, DOUBLE>(p, w, t, segment - 1);
     copy_commit();
-    if (hidden) {
+    if (again) {
 #pragma unroll
-      for (int n = 0; n < N; n++) h[n] = entering[n];
+      for (int n = 0; n < N; n++) h[n] = entering[n], entering[n] = 0.f;
       const Shown shown = {h[0], h[N - 1]};
       publish(t, shown);
       Edges edges = settle(t, shown);
       walk_forward(p, w, t, segment, h, edges, true);
-      if (segment > 1)
-        get_floats(kept_of(p, w, segment - 1), entering);
-      else
-#pragma unroll
-        for (int n = 0; n < N; n++) entering[n] = 0.f;
+      if (segment > 1) get_floats(kept_of(p, w, segment - 1), entering);
     }
-    copy_wait<1>();
-    __syncwarp();
+    if (!HAS_HIDDEN) arrived<1>();
     walk_back(p, w, t, segment, h, carried);
+    if (segment > 0) exchange_halo(p, t, carried);
     __syncwarp();
   }
 }
 
 KERNEL(THREADS, MIN_BLOCKS) planes_backward(CONSTANT_PARAMS p) {
   const Scan scan = scan_of(p, p.knobs[0]);
-  Thread t = thread_of(p, scan, threadIdx.x, (float*)(shared_memory() + blockDim.x / 32 * WARP_BYTES));
-  const bool hidden = p.dtaps.data != nullptr || p.dgate.data != nullptr;
+  const int warps = blockDim.x / 32;
+  float* edges = (float*)(shared_memory() + warps * WARP_BYTES);
+  Thread t = thread_of(p, scan, threadIdx.x, edges);
+  // Beyond the first and the last thread there is nothing, but it is looked at where a line goes on in other blocks.
+  for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
+#if SPLIT
+  cluster_barrier();  // every block is there before another one writes into its memory
+#else
+  named_barrier(0, blockDim.x);
+#endif
+  const bool again = needs_states(p) && !HAS_HIDDEN;
   for (int member = 0; member < p.channels / p.groups; member++) {
     const Work w = work_of(p, scan, t, member);
-    if (hidden) {
+    if (again) {
       scan_forward(p, w, t);
     } else {
-      fetch_double(p, w, t, segments_of(scan) - 1);
+      fetch<0, DOUBLE>(p, w, t, segments_of(scan) - 1);
       copy_commit();
     }
-    scan_back(p, w, t, hidden);
+    scan_back(p, w, t, again);
   }
 }

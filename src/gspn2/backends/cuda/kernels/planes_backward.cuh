@@ -11,9 +11,12 @@
 //   RAGGED      1: the last place of a line (a column, that is) is not the last of a thread
 //   SHARED      1: several channels have the same taps
 //   HAS_SUMS    1: several directions, so that dx is a sum over launches
-//   HAS_HIDDEN  1: the hidden state is at hand (`y` of forward), nothing is kept or computed again
-// Knobs: 0 direction (its index among the scans), 1 threads of a line (a power of two, or whole warps),
-//   2 elements of a row in the planes of partial sums.
+//   HAS_HIDDEN  1: the hidden state is at hand (`y` of forward): nothing is kept or computed again
+//   SPLIT       1: the blocks of a cluster share a line. Each has places beyond its own on either side, HALO of them:
+//               what it computes there goes wrong by one place a line from the outside, and is put right after every
+//               segment by the block that owns it
+// Knobs: 0 direction (its index among the scans), 1 threads of a block's part of a line (a power of two, or whole
+//   warps), 2 elements of a row in the planes of partial sums, 3 blocks of a line, 4 places that each of them owns.
 // Scratch: 0 partial sums of dx (`Sums`), 1 kept states, 2 float32 gradients of the taps, summed over channels so far.
 #pragma once
 #include "common.cuh"
@@ -24,8 +27,13 @@ constexpr int EACH = 16 / SIZE;  // elements of 16 bytes, the unit of asynchrono
 
 // Operands in shared memory. Those of both walks over a segment have two stages, so that the next segment's arrive
 // meanwhile; those of the walk back only are fetched during the walk forward, into one.
-constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DOUBLE = 4 + HAS_LAM;
-constexpr int DY = 0, GATE = 1, SUM = 1 + HAS_GATE, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, SINGLE = SUM + SUMS;
+constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DY = TAPS + 3, GATE = DY + 1, HIDDEN = GATE + HAS_GATE;
+constexpr int SUM = HIDDEN + HAS_HIDDEN, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, OPERANDS = SUM + SUMS;
+constexpr int DOUBLE = HAS_HIDDEN ? OPERANDS : DY, UNITS = DOUBLE + OPERANDS;
+static_assert(!(HAS_HIDDEN && (HAS_GATE || HAS_SUMS)), "the output is the state only of a single scan without gate");
+
+constexpr int ROUND = N > EACH ? N : EACH;
+constexpr int HALO = SPLIT ? (S + ROUND - 1) / ROUND * ROUND : 0;
 
 // Packed elements: 16-bit ones two a word.
 __device__ constexpr int words_of(int elements) { return elements * SIZE / 4; }
@@ -88,31 +96,70 @@ __device__ __forceinline__ float joined(u32 upper, u32 lower, int i) {
 // Where a thread is: the plane its line belongs to, and its places of the line.
 struct Thread {
   int lane, warp;
-  int slot;                   // of the plane, counted over the grid
-  int b, group;
-  int place, places;          // first place; places of a line
-  bool alive;                 // it has places
-  bool has_before, has_after; // does the line go on before its first place, after its last?
-  float* edges;               // [2][warps + 2][2]
-  int parity;
+  int b, group;                // of its plane
+  int place, places;           // first place; places of a line
+  int begin, end;              // places that the block holds,
+  int own_begin, own_end;      // and those it writes
+  bool alive, own;             // are the thread's among them
+  bool has_before, has_after;  // does the line go on before its first place, after its last?
+  float* edges;                // [2][warps + 2][2]
+  float* mail;                 // [2][2][HALO]
+  int parity, turn;
 };
 
-// Line `index` of the threads of the grid.
+__device__ __forceinline__ int blocks_of_line(const Params& p) { return SPLIT ? p.knobs[3] : 1; }
+
+// Thread `index` of the block.
 __device__ __forceinline__ Thread thread_of(const Params& p, const Scan& scan, int index, float* edges) {
-  const int width = p.knobs[1], per_block = max((int)blockDim.x / width, 1);
+  const int width = p.knobs[1], per_block = max((int)blockDim.x / width, 1), blocks = blocks_of_line(p);
   Thread t;
   t.lane = index % 32, t.warp = index / 32;
-  t.slot = blockIdx.x * per_block + index / width;
-  t.b = t.slot / p.groups;
-  t.group = t.slot - t.b * p.groups;
-  t.place = index % width * N;
+  const int slot = blockIdx.x / blocks * per_block + index / width;
+  t.b = slot / p.groups;
+  t.group = slot - t.b * p.groups;
   t.places = scan.places;
-  t.alive = t.b < p.batch && t.place < t.places;
+  t.begin = t.own_begin = 0, t.end = t.own_end = scan.places;
+#if SPLIT
+  t.own_begin = blockIdx.x % blocks * p.knobs[4];
+  t.own_end = min(scan.places, t.own_begin + p.knobs[4]);
+  t.begin = max(0, t.own_begin - HALO);
+  t.end = min(scan.places, t.own_end + HALO);
+#endif
+  t.place = t.begin + index % width * N;
+  t.alive = t.b < p.batch && t.place < t.end;
+  t.own = t.alive && t.place >= t.own_begin && t.place < t.own_end;
   t.has_before = t.place > 0;
   t.has_after = t.place + N < t.places;
   t.edges = edges;
-  t.parity = 0;
+  t.mail = edges + (blockDim.x / 32 + 2) * 4;
+  t.parity = t.turn = 0;
   return t;
+}
+
+// `v` of the places beyond the block's own, from the blocks that own them. All threads of the cluster take part.
+__device__ __forceinline__ void exchange_halo(const Params& p, Thread& t, float (&v)[N]) {
+#if SPLIT
+  const int blocks = p.knobs[3], rank = blockIdx.x % blocks;
+  float* from = t.mail + t.turn * 2 * HALO;
+  const int after_begin = t.place - t.own_begin, before_end = t.own_end - t.place;
+  if (t.own && rank > 0 && after_begin < HALO) {
+    float* to = cluster_map(from + HALO, cluster_rank() - 1) + after_begin;
+#pragma unroll
+    for (int n = 0; n < N; n++) to[n] = v[n];
+  }
+  if (t.own && rank + 1 < blocks && before_end <= HALO) {
+    float* to = cluster_map(from, cluster_rank() + 1) + HALO - before_end;
+#pragma unroll
+    for (int n = 0; n < N; n++) to[n] = v[n];
+  }
+  cluster_barrier();
+  if (t.alive && !t.own) {
+    from += t.place < t.own_begin ? t.place - t.begin : HALO + t.place - t.own_end;
+#pragma unroll
+    for (int n = 0; n < N; n++) v[n] = from[n];
+  }
+  t.turn ^= 1;
+#endif
 }
 
 __device__ __forceinline__ bool has_before(const Thread& t, int n) { return n > 0 || t.has_before; }
@@ -240,6 +287,19 @@ __device__ __forceinline__ void put_state(float* states, int s, int lane, const 
     *(Floats*)(states + state_index(s, n, lane)) = f;
   }
 }
+// What the neighbours of this thread hold of a line of states: `before` and `after`, read from other warps' memory,
+// count for the first and the last lane only.
+__device__ __forceinline__ Edges edges_of(const Thread& t, const float (&h)[N], const Edges& others) {
+  const float before = __shfl_up_sync(~0u, h[N - 1], 1), after = __shfl_down_sync(~0u, h[0], 1);
+  return {!t.has_before ? 0.f : WIDE && t.lane == 0 ? others.before : before,
+          !t.has_after ? 0.f : WIDE && t.lane == 31 ? others.after : after};
+}
+// Does the neighbour's state have to be read from the memory of the warp before, of the warp after?
+__device__ __forceinline__ bool asks_before(const Thread& t) { return WIDE && t.lane == 0 && t.warp > 0; }
+__device__ __forceinline__ bool asks_after(const Thread& t) {
+  return WIDE && t.lane == 31 && t.warp + 1 < (int)blockDim.x / 32;
+}
+
 // With the edges. `pitch`: floats from one warp's states to the next one's.
 __device__ __forceinline__ Edges get_state(const float* states, int pitch, int s, const Thread& t, float (&h)[N]) {
 #pragma unroll
@@ -248,17 +308,15 @@ __device__ __forceinline__ Edges get_state(const float* states, int pitch, int s
 #pragma unroll
     for (int i = 0; i < VEC; i++) h[n + i] = f.v[i];
   }
-  float before = __shfl_up_sync(~0u, h[N - 1], 1), after = __shfl_down_sync(~0u, h[0], 1);
-#if WIDE
-  if (t.lane == 0 && t.has_before) before = states[state_index(s, N - 1, 31) - pitch];
-  if (t.lane == 31 && t.has_after) after = states[state_index(s, 0, 0) + pitch];
-#endif
-  return {t.has_before ? before : 0.f, t.has_after ? after : 0.f};
+  Edges others = {0.f, 0.f};
+  if (asks_before(t)) others.before = states[state_index(s, N - 1, 31) - pitch];
+  if (asks_after(t)) others.after = states[state_index(s, 0, 0) + pitch];
+  return edges_of(t, h, others);
 }
 
 // Addresses -------------------------------------------------------------------------------------------------
 
-// Operand `op` (X.. or DOUBLE + DY..) of a plane: its first element. Partial sums of dx are dx itself for float32.
+// Operand `op` of a plane: its first element. Partial sums of dx are dx itself for float32.
 __device__ __forceinline__ unsigned char* plane_of(const View& v, int b, int d, int c, int k) {
   return (unsigned char*)(v.data + (b * v.b + d * v.d + c * v.c + k * v.k));
 }
@@ -270,19 +328,21 @@ __device__ __forceinline__ const unsigned char* source_of(const Params& p, int o
   const int d = p.knobs[0];
   if (op == X) return plane_of(p.x, b, 0, c, 0);
   if (HAS_LAM && op == LAM) return plane_of(p.lam, b, d, c, 0);
-  if (op < DOUBLE) return plane_of(p.taps, b, d, group, op - TAPS);
-  if (op == DOUBLE + DY) return plane_of(p.dy, b, 0, c, 0);
-  if (HAS_GATE && op == DOUBLE + GATE) return plane_of(p.gate, b, d, c, 0);
+  if (op < DY) return plane_of(p.taps, b, d, group, op - TAPS);
+  if (op == DY) return plane_of(p.dy, b, 0, c, 0);
+  if (HAS_GATE && op == GATE) return plane_of(p.gate, b, d, c, 0);
+  if (HAS_HIDDEN && op == HIDDEN) return plane_of(p.y, b, 0, c, 0);
   if (STORAGE == 0) return plane_of(p.dx, b, 0, c, 0);
-  return sums_of(p, b, c, op - DOUBLE - SUM);
+  return sums_of(p, b, c, op - SUM);
 }
 // Elements from one row to the next. They fit 32 bits: the plan sees to it.
 __device__ __forceinline__ int source_pitch(const Params& p, int op) {
   if (op == X) return (int)p.x.h;
   if (HAS_LAM && op == LAM) return (int)p.lam.h;
-  if (op < DOUBLE) return (int)p.taps.h;
-  if (op == DOUBLE + DY) return (int)p.dy.h;
-  if (HAS_GATE && op == DOUBLE + GATE) return (int)p.gate.h;
+  if (op < DY) return (int)p.taps.h;
+  if (op == DY) return (int)p.dy.h;
+  if (HAS_GATE && op == GATE) return (int)p.gate.h;
+  if (HAS_HIDDEN && op == HIDDEN) return (int)p.y.h;
   return STORAGE == 0 ? (int)p.dx.h : p.knobs[2];
 }
 
@@ -295,27 +355,34 @@ __device__ __forceinline__ bool wants_sums(const Params& p) {
 }
 __device__ __forceinline__ bool reads_sums(const Params& p) { return HAS_SUMS && p.dx.data != nullptr && !is_first(p); }
 
+// Are the states of the lines needed?
+__device__ __forceinline__ bool needs_states(const Params& p) { return p.dtaps.data != nullptr || p.dgate.data != nullptr; }
+// Is the operand read in this launch?
+__device__ __forceinline__ bool is_read(const Params& p, int op) {
+  if (HAS_HIDDEN && op == HIDDEN) return p.dtaps.data != nullptr;
+  return op < SUM || reads_sums(p);
+}
+
 __device__ __forceinline__ bool is_wanted(const Params& p, int op) {
   if (op == X) return p.dx.data != nullptr && (STORAGE == 0 || is_last(p));
   if (HAS_LAM && op == LAM) return p.dlam.data != nullptr;
-  if (op < DOUBLE) return p.dtaps.data != nullptr;
-  if (op == DOUBLE + DY) return false;
-  if (HAS_GATE && op == DOUBLE + GATE) return p.dgate.data != nullptr;
-  return wants_sums(p);
+  if (op < DY) return p.dtaps.data != nullptr;
+  if (HAS_GATE && op == GATE) return p.dgate.data != nullptr;
+  return SUMS == 2 && op >= SUM && wants_sums(p);
 }
 __device__ __forceinline__ unsigned char* sink_of(const Params& p, int op, int b, int group, int c) {
   const int d = p.knobs[0];
   if (op == X) return plane_of(p.dx, b, 0, c, 0);
   if (HAS_LAM && op == LAM) return plane_of(p.dlam, b, d, c, 0);
-  if (op < DOUBLE) return plane_of(p.dtaps, b, d, group, op - TAPS);
-  if (HAS_GATE && op == DOUBLE + GATE) return plane_of(p.dgate, b, d, c, 0);
-  return sums_of(p, b, c, op - DOUBLE - SUM);
+  if (op < DY) return plane_of(p.dtaps, b, d, group, op - TAPS);
+  if (HAS_GATE && op == GATE) return plane_of(p.dgate, b, d, c, 0);
+  return sums_of(p, b, c, op - SUM);
 }
 __device__ __forceinline__ int sink_pitch(const Params& p, int op) {
   if (op == X) return (int)p.dx.h;
   if (HAS_LAM && op == LAM) return (int)p.dlam.h;
-  if (op < DOUBLE) return (int)p.dtaps.h;
-  if (HAS_GATE && op == DOUBLE + GATE) return (int)p.dgate.h;
+  if (op < DY) return (int)p.dtaps.h;
+  if (HAS_GATE && op == GATE) return (int)p.dgate.h;
   return p.knobs[2];
 }
 __device__ __forceinline__ unsigned char* at_row(unsigned char* base, int row, int pitch) {

@@ -9,7 +9,7 @@
 constexpr int CHUNKS = S * SIZE / 16;    // of a row's piece
 static_assert(S * SIZE % 16 == 0 && 32 % CHUNKS == 0, "pieces are whole chunks");
 constexpr int UNIT = 32 * N * S * SIZE;  // bytes of a warp's piece of one operand
-constexpr int WARP_BYTES = (2 * DOUBLE + SINGLE) * UNIT + S * STATE_LINE * 4;
+constexpr int WARP_BYTES = UNITS * UNIT + (HAS_HIDDEN ? 0 : S * STATE_LINE * 4);
 
 struct Work {
   Scan scan;
@@ -23,10 +23,11 @@ __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const
   Work w;
   w.scan = scan;
   w.memory = shared_memory() + t.warp * WARP_BYTES;
-  w.states = (float*)(w.memory + (2 * DOUBLE + SINGLE) * UNIT);
+  w.states = (float*)(w.memory + UNITS * UNIT);
   w.member = member;
-  w.b = blockIdx.x / p.groups;
-  w.group = blockIdx.x - w.b * p.groups;
+  const int slot = blockIdx.x / blocks_of_line(p);
+  w.b = slot / p.groups;
+  w.group = slot - w.b * p.groups;
   w.channel = w.group * (p.channels / p.groups) + member;
   return w;
 }
@@ -49,12 +50,8 @@ __device__ __forceinline__ int chunk_at(int n, int lane, int q) {
   const int swizzle = CHUNKS == 1 ? 0 : lane / (8 / min(CHUNKS, 8)) % CHUNKS;
   return ((n * 32 + lane) * CHUNKS + (q ^ swizzle)) * 16;
 }
-__device__ __forceinline__ unsigned char* double_at(const Work& w, int segment, int op) {
-  return w.memory + ((segment & 1) * DOUBLE + op) * UNIT;
-}
-__device__ __forceinline__ unsigned char* single_at(const Work& w, int op) { return w.memory + (2 * DOUBLE + op) * UNIT; }
-__device__ __forceinline__ unsigned char* operand_at(const Work& w, int segment, int op) {
-  return op < DOUBLE ? double_at(w, segment, op) : single_at(w, op - DOUBLE);
+__device__ __forceinline__ unsigned char* piece_at(const Work& w, int segment, int op) {
+  return w.memory + (op < DOUBLE ? (segment & 1) * DOUBLE + op : DOUBLE + op) * UNIT;
 }
 
 // A lane's share of a warp's piece: chunk `q` of the rows of some lanes.
@@ -65,30 +62,26 @@ __device__ __forceinline__ void for_chunks(const Work& w, const Thread& t, Body 
 #pragma unroll
   for (int i = 0; i < N * CHUNKS; i++) {
     const int n = i / CHUNKS, lane = i % CHUNKS * TOGETHER + t.lane / CHUNKS;
-    const int row = (t.warp * 32 + lane) * N + n;
+    const int row = t.begin + (t.warp * 32 + lane) * N + n;
     body(chunk_at(n, lane, q), row, q * EACH);
   }
 }
 
-__device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thread& t, int segment, int op) {
+// Operands FIRST to LAST - 1 of a segment.
+template <int FIRST, int LAST>
+__device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thread& t, int segment) {
   const Columns columns = columns_of(w.scan, segment);
-  const unsigned char* from = source_of(p, op, w.b, w.group, w.channel) + columns.left * SIZE;
-  unsigned char* to = operand_at(w, segment, op);
-  const int pitch = source_pitch(p, op);
-  for_chunks(w, t, [&](int chunk, int row, int column) {
-    const bool there = row < w.scan.places && column < columns.count;
-    copy_async<16>(to + chunk, at_row(from, row, pitch) + column * SIZE, there ? 16 : 0);
-  });
-}
-__device__ __forceinline__ void fetch_double(const Params& p, const Work& w, const Thread& t, int segment) {
 #pragma unroll
-  for (int op = 0; op < DOUBLE; op++) fetch(p, w, t, segment, op);
-}
-__device__ __forceinline__ void fetch_single(const Params& p, const Work& w, const Thread& t, int segment) {
-  const int ops = DOUBLE + (reads_sums(p) ? SINGLE : SINGLE - SUMS);
-#pragma unroll
-  for (int op = DOUBLE; op < DOUBLE + SINGLE; op++)
-    if (op < ops) fetch(p, w, t, segment, op);
+  for (int op = FIRST; op < LAST; op++) {
+    if (!is_read(p, op)) continue;
+    const unsigned char* from = source_of(p, op, w.b, w.group, w.channel) + columns.left * SIZE;
+    unsigned char* to = piece_at(w, segment, op);
+    const int pitch = source_pitch(p, op);
+    for_chunks(w, t, [&](int chunk, int row, int column) {
+      const bool there = row < t.end && column < columns.count;
+      copy_async<16>(to + chunk, at_row(from, row, pitch) + column * SIZE, there ? 16 : 0);
+    });
+  }
 }
 
 // One chunk of each of a thread's rows.
@@ -138,13 +131,13 @@ __device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thr
   for (int i = 0; i < CHUNKS; i++) {
     const int q = REVERSED ? CHUNKS - 1 - i : i;
     if (q * EACH >= columns.count) continue;
-    const Rows x = read_rows(double_at(w, segment, X), t.lane, q);
+    const Rows x = read_rows(piece_at(w, segment, X), t.lane, q);
 #if HAS_LAM
-    const Rows lam = read_rows(double_at(w, segment, LAM), t.lane, q);
+    const Rows lam = read_rows(piece_at(w, segment, LAM), t.lane, q);
 #endif
-    const Rows before = read_rows(double_at(w, segment, TAPS), t.lane, q);
-    const Rows here = read_rows(double_at(w, segment, TAPS + 1), t.lane, q);
-    const Rows after = read_rows(double_at(w, segment, TAPS + 2), t.lane, q);
+    const Rows before = read_rows(piece_at(w, segment, TAPS), t.lane, q);
+    const Rows here = read_rows(piece_at(w, segment, TAPS + 1), t.lane, q);
+    const Rows after = read_rows(piece_at(w, segment, TAPS + 2), t.lane, q);
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
       const int e = REVERSED ? EACH - 1 - k : k;
@@ -171,15 +164,15 @@ __device__ __forceinline__ void write_piece(const Params& p, const Work& w, cons
   const Columns columns = columns_of(w.scan, segment);
   const bool last_member = w.member + 1 == p.channels / p.groups;
 #pragma unroll
-  for (int op = 0; op < DOUBLE + SINGLE; op++) {
-    if (!is_wanted(p, op) || (op >= TAPS && op < DOUBLE && !last_member)) continue;
+  for (int op = 0; op < OPERANDS; op++) {
+    if (!is_wanted(p, op) || (op >= TAPS && op < DY && !last_member)) continue;
     unsigned char* to = sink_of(p, op, w.b, w.group, w.channel) + columns.left * SIZE;
-    const unsigned char* from = operand_at(w, segment, op);
+    const unsigned char* from = piece_at(w, segment, op);
     const int pitch = sink_pitch(p, op);
     for_chunks(w, t, [&](int chunk, int row, int column) {
       Packed<EACH> packed;
       read_words(packed.words, from + chunk);
-      if (row < w.scan.places && column < columns.count) store_words(at_row(to, row, pitch) + column * SIZE, packed.words);
+      if (row >= t.own_begin && row < t.own_end && column < columns.count) store_words(at_row(to, row, pitch) + column * SIZE, packed.words);
     });
   }
 }
@@ -225,48 +218,54 @@ struct Chunk {
   Rows gate;
   Column other_gate;
 #endif
+#if HAS_HIDDEN
+  Rows hidden;
+#endif
 #if HAS_SUMS
   Sum sum;
 #endif
 };
 
 __device__ __forceinline__ void read_chunk(const Params& p, const Work& w, const Thread& t, int segment, int q, Chunk& c) {
-  c.x = read_rows(double_at(w, segment, X), t.lane, q);
+  c.x = read_rows(piece_at(w, segment, X), t.lane, q);
 #if HAS_LAM
-  c.lam = read_rows(double_at(w, segment, LAM), t.lane, q);
+  c.lam = read_rows(piece_at(w, segment, LAM), t.lane, q);
 #endif
-  c.before = read_rows(double_at(w, segment, TAPS), t.lane, q);
-  c.here = read_rows(double_at(w, segment, TAPS + 1), t.lane, q);
-  c.after = read_rows(double_at(w, segment, TAPS + 2), t.lane, q);
-  c.dy = read_rows(single_at(w, DY), t.lane, q);
+  c.before = read_rows(piece_at(w, segment, TAPS), t.lane, q);
+  c.here = read_rows(piece_at(w, segment, TAPS + 1), t.lane, q);
+  c.after = read_rows(piece_at(w, segment, TAPS + 2), t.lane, q);
+  c.dy = read_rows(piece_at(w, segment, DY), t.lane, q);
 #if HAS_GATE
-  c.gate = read_rows(single_at(w, GATE), t.lane, q);
+  c.gate = read_rows(piece_at(w, segment, GATE), t.lane, q);
+#endif
+#if HAS_HIDDEN
+  if (is_read(p, HIDDEN)) c.hidden = read_rows(piece_at(w, segment, HIDDEN), t.lane, q);
 #endif
 #if HAS_SUMS
   if (reads_sums(p)) {
-    c.sum.upper = read_rows(single_at(w, SUM), t.lane, q);
-    if (SUMS == 2) c.sum.lower = read_rows(single_at(w, SUM + 1), t.lane, q);
+    c.sum.upper = read_rows(piece_at(w, segment, SUM), t.lane, q);
+    if (SUMS == 2) c.sum.lower = read_rows(piece_at(w, segment, SUM + 1), t.lane, q);
   }
 #endif
 }
 
 __device__ __forceinline__ void write_chunk(const Params& p, const Work& w, const Thread& t, int segment, int q, const Chunk& c) {
-  write_rows(double_at(w, segment, X), t.lane, q, c.x);
+  write_rows(piece_at(w, segment, X), t.lane, q, c.x);
 #if HAS_LAM
-  write_rows(double_at(w, segment, LAM), t.lane, q, c.lam);
+  write_rows(piece_at(w, segment, LAM), t.lane, q, c.lam);
 #endif
   if (p.dtaps.data != nullptr) {
-    write_rows(double_at(w, segment, TAPS), t.lane, q, c.before);
-    write_rows(double_at(w, segment, TAPS + 1), t.lane, q, c.here);
-    write_rows(double_at(w, segment, TAPS + 2), t.lane, q, c.after);
+    write_rows(piece_at(w, segment, TAPS), t.lane, q, c.before);
+    write_rows(piece_at(w, segment, TAPS + 1), t.lane, q, c.here);
+    write_rows(piece_at(w, segment, TAPS + 2), t.lane, q, c.after);
   }
 #if HAS_GATE
-  write_rows(single_at(w, GATE), t.lane, q, c.gate);
+  write_rows(piece_at(w, segment, GATE), t.lane, q, c.gate);
 #endif
 #if HAS_SUMS && STORAGE != 0
   if (wants_sums(p)) {
-    write_rows(single_at(w, SUM), t.lane, q, c.sum.upper);
-    write_rows(single_at(w, SUM + 1), t.lane, q, c.sum.lower);
+    write_rows(piece_at(w, segment, SUM), t.lane, q, c.sum.upper);
+    write_rows(piece_at(w, segment, SUM + 1), t.lane, q, c.sum.lower);
   }
 #endif
 }
@@ -298,9 +297,52 @@ __device__ __forceinline__ void put_input_gradient(const Params& p, Chunk& c, in
   put_column(c.x, c.other_x, e, dx);
 }
 
-// One line of the walk back: column e of the chunk.
-__device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread& t, Chunk& c, int e, int s, int line, bool hidden,
+#if HAS_HIDDEN
+// Column `column` of a piece, one element of each of a thread's rows, and of the neighbours' across warps.
+__device__ __forceinline__ float element_at(const unsigned char* piece, int n, int lane, int column) {
+  return widen(((const storage_t*)(piece + chunk_at(n, lane, column / EACH)))[column % EACH]);
+}
+__device__ __forceinline__ Edges read_edges(const Thread& t, const unsigned char* piece, int column) {
+  Edges others = {0.f, 0.f};
+  if (asks_before(t)) others.before = element_at(piece - WARP_BYTES, N - 1, 31, column);
+  if (asks_after(t)) others.after = element_at(piece + WARP_BYTES, 0, 0, column);
+  return others;
+}
+#endif
+
+// The state that enters a line, with its edges: line k of chunk i in scan order.
+__device__ __forceinline__ Edges state_of(const Work& w, const Thread& t, int segment, const Chunk& c, int i, int k, float (&h)[N]) {
+#if HAS_HIDDEN
+  const unsigned char* piece = piece_at(w, segment, HIDDEN);
+  if (k > 0) {
+    const int q = REVERSED ? CHUNKS - 1 - i : i, e = REVERSED ? EACH - k : k - 1;
+#pragma unroll
+    for (int n = 0; n < N; n++) h[n] = c.hidden.row[n][e];
+    return edges_of(t, h, read_edges(t, piece, q * EACH + e));
+  }
+  if (i == 0) {
+    // It is the last column of the segment before, of which only the last to be scanned may be short.
+    if (segment == 0) return {0.f, 0.f};
+    piece = piece_at(w, segment - 1, HIDDEN);
+    copy_wait<0>();
+    if (WIDE)
+      named_barrier(0, blockDim.x);
+    else
+      __syncwarp();
+  }
+  const int column = REVERSED ? (CHUNKS - i) % CHUNKS * EACH : (i * EACH + S - 1) % S;
+#pragma unroll
+  for (int n = 0; n < N; n++) h[n] = element_at(piece, n, t.lane, column);
+  return edges_of(t, h, read_edges(t, piece, column));
+#else
+  return get_state(w.states, WARP_BYTES / 4, i * EACH + k, t, h);
+#endif
+}
+
+// One line of the walk back: the k-th column of the i-th chunk in scan order, which is its column e in memory.
+__device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread& t, Chunk& c, int segment, int i, int k, int line,
                                           bool restart, float (&h)[N], float (&carried)[N]) {
+  const int e = REVERSED ? EACH - 1 - k : k;
   float g[N], x[N], lam[N];
   Taps taps[N];
 #pragma unroll
@@ -329,8 +371,8 @@ __device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread
     shown = carry_line(t, carried, g, weight);
   }
   publish(t, shown);
-  if (hidden) {
-    const Edges edges = get_state(w.states, WARP_BYTES / 4, s, t, h);
+  if (needs_states(p)) {
+    const Edges edges = state_of(w, t, segment, c, i, k, h);
     if (p.dtaps.data != nullptr) {
       Taps dw[N] = {};
       if (!restart) weight_gradients(dw, g, h, edges);
@@ -355,7 +397,6 @@ __device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread
 __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N],
                                           float (&carried)[N]) {
   const Columns columns = columns_of(w.scan, segment);
-  const bool hidden = p.dtaps.data != nullptr || p.dgate.data != nullptr;
   int line = columns.first + columns.count - 1, phase = line % p.chunk;
 #pragma unroll 1
   for (int i = CHUNKS - 1; i >= 0; i--) {
@@ -365,9 +406,8 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     read_chunk(p, w, t, segment, q, c);
 #pragma unroll
     for (int k = EACH - 1; k >= 0; k--) {
-      const int e = REVERSED ? EACH - 1 - k : k;
       const bool restart = phase == 0;
-      back_line(p, w, t, c, e, i * EACH + k, line, hidden, restart, h, carried);
+      back_line(p, w, t, c, segment, i, k, line, restart, h, carried);
       phase = restart ? p.chunk - 1 : phase - 1;
       line--;
     }

@@ -7,7 +7,7 @@ constexpr int UNIT = 32 * N * SIZE;      // bytes of a warp's part of a line of 
 constexpr int PIECES = UNIT / 16;
 constexpr int BATCH = 32 / PIECES;       // lines that 32 pieces cover
 static_assert(PIECES <= 32 && S % BATCH == 0, "a warp copies whole lines, SEGMENT of them in whole batches");
-constexpr int WARP_BYTES = S * (2 * DOUBLE + SINGLE) * UNIT + S * STATE_LINE * 4;
+constexpr int WARP_BYTES = S * UNITS * UNIT + (HAS_HIDDEN ? 0 : S * STATE_LINE * 4);
 
 // What a warp works on in one channel.
 struct Work {
@@ -17,14 +17,14 @@ struct Work {
   int channel, member;
   // As a carrier of 16 bytes of each operand: which line of a batch, whether they are there, and where.
   int line, bytes;
-  const unsigned char* from[DOUBLE + SINGLE];
+  const unsigned char* from[OPERANDS];
 };
 
 __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t, int member) {
   Work w;
   w.scan = scan;
   w.memory = shared_memory() + t.warp * WARP_BYTES;
-  w.states = (float*)(w.memory + S * (2 * DOUBLE + SINGLE) * UNIT);
+  w.states = (float*)(w.memory + S * UNITS * UNIT);
   w.member = member;
   const int members = p.channels / p.groups;
   w.channel = t.group * members + member;
@@ -32,9 +32,9 @@ __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const
   w.line = t.lane / PIECES;
   const Thread carried = thread_of(p, scan, t.warp * 32 + first / N, t.edges);
   const int place = carried.place + first % N;
-  w.bytes = carried.b < p.batch && place < scan.places ? 16 : 0;
+  w.bytes = carried.b < p.batch && place < t.end ? 16 : 0;
 #pragma unroll
-  for (int op = 0; op < DOUBLE + SINGLE; op++)
+  for (int op = 0; op < OPERANDS; op++)
     w.from[op] = source_of(p, op, carried.b, carried.group, carried.group * members + member) + place * SIZE;
   return w;
 }
@@ -42,36 +42,28 @@ __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const
 __device__ __forceinline__ int row_of(const Scan& scan, int line) { return scan.reversed ? scan.lines - 1 - line : line; }
 __device__ __forceinline__ int segments_of(const Scan& scan) { return (scan.lines + S - 1) / S; }
 
-__device__ __forceinline__ unsigned char* double_at(const Work& w, int stage, int s, int op) {
-  return w.memory + ((stage * S + s) * DOUBLE + op) * UNIT;
-}
-__device__ __forceinline__ unsigned char* single_at(const Work& w, int s, int op) {
-  return w.memory + (2 * S * DOUBLE + s * SINGLE + op) * UNIT;
+__device__ __forceinline__ unsigned char* unit_at(const Work& w, int segment, int s, int op) {
+  const int unit = op < DOUBLE ? ((segment & 1) * S + s) * DOUBLE + op : 2 * S * DOUBLE + s * (OPERANDS - DOUBLE) + op - DOUBLE;
+  return w.memory + unit * UNIT;
 }
 
-__device__ __forceinline__ void fetch_double(const Params& p, const Work& w, const Thread& t, int segment) {
+// Operands FIRST to LAST - 1 of a segment.
+template <int FIRST, int LAST>
+__device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thread& t, int segment) {
+#pragma unroll 1
   for (int s = w.line; s < S; s += BATCH) {
     const int line = segment * S + s;
     if (line >= w.scan.lines) break;
     const int row = row_of(w.scan, line);
 #pragma unroll
-    for (int op = 0; op < DOUBLE; op++)
-      copy_async<16>(double_at(w, segment & 1, s, op) + t.lane % PIECES * 16, at_row(w.from[op], row, source_pitch(p, op)),
-                     w.bytes);
-  }
-}
-
-__device__ __forceinline__ void fetch_single(const Params& p, const Work& w, const Thread& t, int segment) {
-  const int ops = reads_sums(p) ? SINGLE : SINGLE - SUMS;
-  for (int s = w.line; s < S; s += BATCH) {
-    const int line = segment * S + s;
-    if (line >= w.scan.lines) break;
-    const int row = row_of(w.scan, line);
-#pragma unroll
-    for (int op = 0; op < SINGLE; op++)
-      if (op < ops)
-        copy_async<16>(single_at(w, s, op) + t.lane % PIECES * 16,
-                       at_row(w.from[DOUBLE + op], row, source_pitch(p, DOUBLE + op)), w.bytes);
+    for (int op = FIRST; op < LAST; op++) {
+      if (!is_read(p, op)) continue;
+      // The state that enters a line is that after the line before.
+      const bool entering = HAS_HIDDEN && op == HIDDEN;
+      copy_async<16>(unit_at(w, segment, s, op) + t.lane % PIECES * 16,
+                     at_row(w.from[op], entering ? row_of(w.scan, line - 1) : row, source_pitch(p, op)),
+                     entering && line == 0 ? 0 : w.bytes);
+    }
   }
 }
 
@@ -85,10 +77,10 @@ __device__ __forceinline__ void read_floats(const unsigned char* unit, int lane,
 #pragma unroll
   for (int n = 0; n < N; n++) v[n] = packed[n];
 }
-__device__ __forceinline__ void read_taps(const Work& w, int stage, int s, int lane, Taps (&taps)[N]) {
-  const Packed<N> before = read_places(double_at(w, stage, s, TAPS), lane);
-  const Packed<N> here = read_places(double_at(w, stage, s, TAPS + 1), lane);
-  const Packed<N> after = read_places(double_at(w, stage, s, TAPS + 2), lane);
+__device__ __forceinline__ void read_taps(const Work& w, int segment, int s, int lane, Taps (&taps)[N]) {
+  const Packed<N> before = read_places(unit_at(w, segment, s, TAPS), lane);
+  const Packed<N> here = read_places(unit_at(w, segment, s, TAPS + 1), lane);
+  const Packed<N> after = read_places(unit_at(w, segment, s, TAPS + 2), lane);
 #pragma unroll
   for (int n = 0; n < N; n++) taps[n] = {before[n], here[n], after[n]};
 }
@@ -102,13 +94,13 @@ __device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thr
     if (keep) put_state(w.states, s, t.lane, h);
     float u[N];
     Taps taps[N];
-    read_floats(double_at(w, segment & 1, s, X), t.lane, u);
+    read_floats(unit_at(w, segment, s, X), t.lane, u);
 #if HAS_LAM
-    const Packed<N> lam = read_places(double_at(w, segment & 1, s, LAM), t.lane);
+    const Packed<N> lam = read_places(unit_at(w, segment, s, LAM), t.lane);
 #pragma unroll
     for (int n = 0; n < N; n++) u[n] *= lam[n];
 #endif
-    read_taps(w, segment & 1, s, t.lane, taps);
+    read_taps(w, segment, s, t.lane, taps);
     forward_line(t, h, edges, u, taps, phase == 0);
     if (++phase == p.chunk) phase = 0;
   }
@@ -116,7 +108,7 @@ __device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thr
 
 // One output of a line: `v` in the place of operand `op`.
 __device__ __forceinline__ void write_line(const Params& p, const Work& w, const Thread& t, int op, int row, const Packed<N>& v) {
-  if (!t.alive) return;
+  if (!t.own) return;
   unsigned char* base = sink_of(p, op, t.b, t.group, w.channel) + t.place * SIZE;
   store_words(at_row(base, row, sink_pitch(p, op)), v.words);
 }
@@ -128,17 +120,17 @@ __device__ __forceinline__ void write_line(const Params& p, const Work& w, const
 }
 
 // dx of a line, added to what the directions before this one left.
-__device__ __forceinline__ void write_input_gradient(const Params& p, const Work& w, const Thread& t, int s, int row,
+__device__ __forceinline__ void write_input_gradient(const Params& p, const Work& w, const Thread& t, int segment, int s, int row,
                                                      float (&dx)[N]) {
 #if HAS_SUMS && STORAGE == 0
   if (reads_sums(p)) {
-    const Packed<N> sum = read_places(single_at(w, s, SUM), t.lane);
+    const Packed<N> sum = read_places(unit_at(w, segment, s, SUM), t.lane);
 #pragma unroll
     for (int n = 0; n < N; n++) dx[n] += sum[n];
   }
 #elif HAS_SUMS
   if (reads_sums(p)) {
-    const Packed<N> upper = read_places(single_at(w, s, SUM), t.lane), lower = read_places(single_at(w, s, SUM + 1), t.lane);
+    const Packed<N> upper = read_places(unit_at(w, segment, s, SUM), t.lane), lower = read_places(unit_at(w, segment, s, SUM + 1), t.lane);
 #pragma unroll
     for (int n = 0; n < N; n++) dx[n] += joined(upper.words[n / 2], lower.words[n / 2], n);
   }
@@ -149,8 +141,8 @@ __device__ __forceinline__ void write_input_gradient(const Params& p, const Work
       const Pair halves = split(dx[n], dx[n + 1]);
       upper.words[n / 2] = halves.upper, lower.words[n / 2] = halves.lower;
     }
-    write_line(p, w, t, DOUBLE + SUM, row, upper);
-    write_line(p, w, t, DOUBLE + SUM + 1, row, lower);
+    write_line(p, w, t, SUM, row, upper);
+    write_line(p, w, t, SUM + 1, row, lower);
     return;
   }
 #endif
@@ -171,26 +163,39 @@ __device__ __forceinline__ void write_tap_gradient(const Params& p, const Work& 
   write_line(p, w, t, TAPS + 2, row, after);
 }
 
+// The state that enters a line, with its edges.
+__device__ __forceinline__ Edges state_of(const Work& w, const Thread& t, int segment, int s, float (&h)[N]) {
+#if HAS_HIDDEN
+  const unsigned char* unit = unit_at(w, segment, s, HIDDEN);
+  read_floats(unit, t.lane, h);
+  Edges others = {0.f, 0.f};
+  if (asks_before(t)) others.before = widen(((const storage_t*)(unit - WARP_BYTES))[32 * N - 1]);
+  if (asks_after(t)) others.after = widen(*(const storage_t*)(unit + WARP_BYTES));
+  return edges_of(t, h, others);
+#else
+  return get_state(w.states, WARP_BYTES / 4, s, t, h);
+#endif
+}
+
 // The lines of a segment from last to first. `h` is the state after the last, `carried` what later lines handed on.
 __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N],
                                           float (&carried)[N]) {
-  const int first = segment * S, count = min(S, w.scan.lines - first), stage = segment & 1;
-  const bool hidden = p.dtaps.data != nullptr || p.dgate.data != nullptr;
+  const int first = segment * S, count = min(S, w.scan.lines - first);
   int phase = (first + count - 1) % p.chunk;
   for (int s = count - 1; s >= 0; s--) {
     const int line = first + s, row = row_of(w.scan, line);
     const bool restart = phase == 0;
-    const Packed<N> dy = read_places(single_at(w, s, DY), t.lane);
+    const Packed<N> dy = read_places(unit_at(w, segment, s, DY), t.lane);
     float g[N];
 #if HAS_GATE
-    const Packed<N> gate = read_places(single_at(w, s, GATE), t.lane);
+    const Packed<N> gate = read_places(unit_at(w, segment, s, GATE), t.lane);
 #pragma unroll
     for (int n = 0; n < N; n++) g[n] = inside(t, n, fmaf(gate[n], dy[n], carried[n]));
     if (p.dgate.data != nullptr) {
       float dgate[N];
 #pragma unroll
       for (int n = 0; n < N; n++) dgate[n] = h[n] * dy[n];
-      write_line(p, w, t, DOUBLE + GATE, row, dgate);
+      write_line(p, w, t, GATE, row, dgate);
     }
 #else
 #pragma unroll
@@ -200,15 +205,15 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     Shown shown = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < N; n++) carried[n] = 0.f;
-    read_taps(w, stage, s, t.lane, taps);
+    read_taps(w, segment, s, t.lane, taps);
     if (!restart) {
       Taps weight[N];
       weights(t, taps, weight);
       shown = carry_line(t, carried, g, weight);
     }
     publish(t, shown);
-    if (hidden) {
-      const Edges edges = get_state(w.states, WARP_BYTES / 4, s, t, h);
+    if (needs_states(p)) {
+      const Edges edges = state_of(w, t, segment, s, h);
       if (p.dtaps.data != nullptr) {
         Taps dw[N] = {};
         if (!restart) weight_gradients(dw, g, h, edges);
@@ -217,7 +222,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     }
 #if HAS_LAM
     if (p.dlam.data != nullptr) {
-      const Packed<N> x = read_places(double_at(w, stage, s, X), t.lane);
+      const Packed<N> x = read_places(unit_at(w, segment, s, X), t.lane);
       float dlam[N];
 #pragma unroll
       for (int n = 0; n < N; n++) dlam[n] = g[n] * x[n];
@@ -226,11 +231,11 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
 #endif
     if (p.dx.data != nullptr) {
 #if HAS_LAM
-      const Packed<N> lam = read_places(double_at(w, stage, s, LAM), t.lane);
+      const Packed<N> lam = read_places(unit_at(w, segment, s, LAM), t.lane);
 #pragma unroll
       for (int n = 0; n < N; n++) g[n] *= lam[n];
 #endif
-      write_input_gradient(p, w, t, s, row, g);
+      write_input_gradient(p, w, t, segment, s, row, g);
     }
     const Edges from = settle(t, shown);
     carried[0] += from.before;

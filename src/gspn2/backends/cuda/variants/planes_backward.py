@@ -1,12 +1,14 @@
 """Backward of planes: images whose columns are adjacent in memory, one launch a direction.
 
-A block owns a plane with whole lines. It scans forward and keeps the state at every segment, then takes the
-segments last to first: forward again with the states in shared memory, and back. `variants.planes` asks here for
-backward.
+A block owns a plane with whole lines, or the blocks of a cluster share a line. It scans forward and keeps the
+state at every segment, then takes the segments last to first: forward again with the states in shared memory,
+and back. Where forward saved its output, which is the state of a single scan, only the way back is left.
+`variants.planes` asks here for backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, View, options
@@ -20,22 +22,25 @@ UNIT = 16
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
 
+THREADS = (32, 64, 128, 256, 512, 576)
+"""Numbers of threads that kernels are compiled for: a block has at most as many."""
+
+RESIDENT = 512
+"""Threads of a multiprocessor that leave each of them 128 registers."""
+
 
 def why_not(case: Case) -> str | None:
     """It takes planes whose rows start at multiples of 16 bytes and whose lines fit in shared memory."""
     if not case.backward:
         return "it computes gradients only"
     for name, view in case.views.items():
-        reason = _unsuitable(case, name, view)
+        reason = None if name == "y" else _unsuitable(case, name, view)
         if reason is not None:
             return reason
     for direction in dict.fromkeys(case.problem.directions):
-        if _cut(case, direction) is None:
-            sizes = Sizes.of(case, direction)
-            return (
-                f"lines of {sizes.places} places in direction {direction!r} do not fit in shared memory: "
-                f"{_longest(case, direction)} places do"
-            )
+        if _best(case, direction) is None:
+            places = Sizes.of(case, direction).places
+            return f"lines of {places} places in direction {direction!r} do not fit in shared memory"
     return None
 
 
@@ -46,26 +51,26 @@ def plan(case: Case) -> Plan:
     kept = taps = 0
     reasons = ["gradients of planes, one direction a launch"]
     for index, direction in enumerate(problem.directions):
-        cut = _cut(case, direction)
+        cut = _best(case, direction)
         assert cut is not None
-        sizes = cut.sizes
         line = 4 * cut.places * cut.threads
-        segments = -(-sizes.lines // cut.segment)
-        kept = max(kept, cut.blocks * segments * line)
+        if not _has_hidden(case):
+            kept = max(kept, cut.blocks * -(-cut.sizes.lines // cut.segment) * line)
         if _shares_taps(case):
-            taps = max(taps, cut.blocks * sizes.lines * 3 * line)
+            taps = max(taps, cut.blocks * cut.sizes.lines * 3 * line)
         launches.append(
             Launch(
                 Kernel(SOURCE, FUNCTION, _defines(case, cut)),
                 cut.blocks,
                 cut.threads,
                 cut.shared,
-                knobs=(index, cut.width, _sum_pitch(case)),
+                cut.strips,
+                knobs=(index, cut.width, _sum_pitch(case), cut.strips, cut.own),
             )
         )
         reasons.append(
-            f"{direction}: {cut.threads} threads a block with {cut.places} places each, a state kept every "
-            f"{cut.segment} lines"
+            f"{direction}: {cut.strips} blocks a line, {cut.threads} threads with {cut.places} places each, "
+            f"segments of {cut.segment} lines"
         )
     sums = 4 * problem.batch * problem.channels * problem.height * _sum_pitch(case)
     scratch = (sums if _has_partial_sums(case) else 0, kept, taps)
@@ -101,7 +106,9 @@ class Cut:
     Args:
         sizes: of the direction.
         places: of a thread.
-        width: threads of a line.
+        strips: blocks of a line, a cluster.
+        own: places of a line that each of them writes.
+        width: threads of a block's part of a line.
         threads: of a block.
         blocks: of the grid.
         segment: lines of a segment.
@@ -110,6 +117,8 @@ class Cut:
 
     sizes: Sizes
     places: int
+    strips: int
+    own: int
     width: int
     threads: int
     blocks: int
@@ -121,11 +130,11 @@ def _unsuitable(case: Case, name: str, view: View) -> str | None:
     problem, size = case.problem, case.itemsize
     if problem.width > 1 and view.w != 1:
         return f"{name}: columns are {view.w} elements apart, not adjacent"
+    if problem.width * size % UNIT:
+        return f"rows are {problem.width * size} bytes long, no multiple of {UNIT}"
     strides = [view.alignment // size]
     strides += [view.b] * (problem.batch > 1) + [view.d] * (len(problem.directions) > 1)
     strides += [view.c] * (problem.channels > 1) + [view.k, view.h * (problem.height > 1)]
-    if problem.width * size % UNIT:
-        return f"rows are {problem.width * size} bytes long, no multiple of {UNIT}"
     if any(stride * size % UNIT for stride in strides):
         return f"{name}: a row starts at an address that is no multiple of {UNIT} bytes"
     if view.h * (problem.height > 1) >= 2**31:
@@ -137,6 +146,13 @@ def _shares_taps(case: Case) -> bool:
     return case.problem.groups < case.problem.channels
 
 
+def _has_hidden(case: Case) -> bool:
+    """Is the state at hand, in rows as those of the other tensors?"""
+    if "y" not in case.views or "gate" in case.views or len(case.problem.directions) > 1:
+        return False
+    return _unsuitable(case, "y", case.views["y"]) is None
+
+
 def _has_partial_sums(case: Case) -> bool:
     return len(case.problem.directions) > 1 and case.itemsize < 4 and "dx" in case.views
 
@@ -146,86 +162,113 @@ def _sum_pitch(case: Case) -> int:
     return -(-case.problem.width // 16) * 16
 
 
-def _operands(case: Case) -> tuple[int, int]:
-    """Operands with two stages and with one, as DOUBLE and SINGLE in the kernel."""
+def _units(case: Case) -> int:
+    """Stages of all operands together, as UNITS in the kernel."""
+    both = 4 + ("lam" in case.views)
+    if _has_hidden(case):
+        return 2 * (both + 2)
     sums = 0 if len(case.problem.directions) == 1 else 1 if case.itemsize == 4 else 2
-    return 4 + ("lam" in case.views), 1 + ("gate" in case.views) + sums
+    return 2 * both + 1 + ("gate" in case.views) + sums
 
 
 def _place_bytes(case: Case, segment: int) -> int:
     """Bytes of shared memory for one place in all lines of a segment."""
-    double, single = _operands(case)
-    return segment * ((2 * double + single) * case.itemsize + 4)
+    return segment * (_units(case) * case.itemsize + (0 if _has_hidden(case) else 4))
 
 
-def _shared(case: Case, threads: int, places: int, segment: int) -> int:
-    return _place_bytes(case, segment) * threads * places + 16 * (threads // 32 + 2)
+def _traffic(case: Case, cut: Cut) -> float:
+    """Bytes to and from memory for one place of one line."""
+    size, sums = case.itemsize, len(case.problem.directions) > 1
+    lam, gate = "lam" in case.views, "gate" in case.views
+    read = size * (6 + lam + gate) + 4 * sums
+    written = size * (1 + lam + gate) + (size * 3 if not _shares_taps(case) else 0) + 4 * sums
+    if _has_hidden(case):
+        return read + written
+    return read + written + size * (4 + lam) + 8 / cut.segment
 
 
-def _candidates(case: Case, sizes: Sizes) -> list[tuple[int, int, list[int]]]:
-    """(places of a thread, threads of a line, segments to choose from), best first."""
-    size = case.itemsize
-    found = []
-    if sizes.horizontal:
-        for places in (1, 2):
-            width = -(-sizes.places // (32 * places)) * 32
-            if width <= 512:
-                found.append((places, width, [32 // size, 16 // size]))
-        return found
-    for places in (2, 4, 8) if size == 2 else (1, 2, 4):
-        needed = -(-sizes.places // places)
-        width = -(-needed // 32) * 32 if needed > 16 else 1 << (needed - 1).bit_length()
-        batch = 16 // (places * size)
-        segments = [segment for segment in range(16, 3, -1) if segment % batch == 0]
-        if width * places * size >= UNIT and (width == 32 or width <= 512):
-            found.append((places, width, segments))
-    wide = [entry for entry in found if entry[1] > 256]
-    return [entry for entry in found if entry not in wide] + wide
+def _halo(case: Case, places: int, segment: int) -> int:
+    rounded = max(places, UNIT // case.itemsize)
+    return -(-segment // rounded) * rounded
 
 
-def _cut(case: Case, direction: str) -> Cut | None:
-    """The best cut that fits, or None."""
-    sizes = Sizes.of(case, direction)
-    device = case.device
+def _cuts(case: Case, direction: str) -> Iterator[Cut]:
+    """Every way to cut a direction that fits."""
+    sizes, size, device = Sizes.of(case, direction), case.itemsize, case.device
     slots = case.problem.batch * case.problem.groups
-    for places, width, segments in _candidates(case, sizes):
-        threads = max(width, 32)
-        blocks = -(-slots // (threads // width))
-        best: tuple[int, Cut] | None = None
-        for segment in segments:
-            shared = _shared(case, threads, places, segment)
-            if shared > device.shared_memory:
-                continue
-            resident = (device.shared_memory + RESERVED) // (shared + RESERVED)
-            waves = -(-blocks // (device.multiprocessors * min(resident, 32)))
-            if best is None or waves < best[0]:
-                best = waves, Cut(sizes, places, width, threads, blocks, segment, shared)
-        if best is not None:
-            return best[1]
-    return None
+    each = UNIT // size
+    for strips in range(1, 9 if device.capability >= (9, 0) else 2):
+        own = -(-sizes.places // (strips * 32)) * 32
+        if strips > 1 and (own < 64 or -(-sizes.places // own) != strips):
+            continue
+        for places in (1, 2) if sizes.horizontal else (each // 4, each // 2, each):
+            for segment in (32 // size * 2, 32 // size, 16 // size) if sizes.horizontal else (16, 8, 4):
+                halo = 0 if strips == 1 else _halo(case, places, segment)
+                if strips > 1 and halo > own:
+                    continue
+                needed = -(-min(sizes.places, own + min(2, strips - 1) * halo) // places)
+                width = -(-needed // 32) * 32
+                if not sizes.horizontal and strips == 1 and needed <= 16:
+                    width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
+                threads = max(width, 32)
+                shared = _place_bytes(case, segment) * threads * places
+                shared += 16 * (threads // 32 + 2) + 16 * halo
+                if (
+                    shared > device.shared_memory
+                    or threads > THREADS[-1]
+                    or (not sizes.horizontal and segment % (UNIT // (places * size)))
+                ):
+                    continue
+                blocks = -(-slots // (threads // width)) * strips
+                yield Cut(sizes, places, strips, own, width, threads, blocks, segment, shared)
 
 
-def _longest(case: Case, direction: str) -> int:
-    """Places of the longest line that fits."""
-    sizes = Sizes.of(case, direction)
-    segment = UNIT // case.itemsize if sizes.horizontal else 4
-    most = 1024 if sizes.horizontal else 512 * UNIT // case.itemsize
-    return min(most, case.device.shared_memory // _place_bytes(case, segment) // 32 * 32)
+def _cost(case: Case, cut: Cut) -> float:
+    """Cycles that a launch takes, estimated: the largest of what latency, instructions and memory ask for.
+
+    The constants are of an H200 at 1.8 GHz; only their order of magnitude matters for the choice.
+    """
+    device = case.device
+    walks = 1 if _has_hidden(case) else 3
+    warps = cut.threads // 32
+    resident = min(
+        (device.shared_memory + RESERVED) // (cut.shared + RESERVED),
+        max(1, RESIDENT // cut.threads),
+        -(-cut.blocks // device.multiprocessors),
+    )
+    waves = -(-cut.blocks // (device.multiprocessors * resident))
+    instructions = walks * (50 + (30 if case.problem.normalize else 15) * cut.places)
+    waiting = walks * (120 + 60 * (cut.width > 32)) + (400 * (cut.strips > 1) + 600) / cut.segment
+    traffic = _traffic(case, cut) * (1.5 if cut.sizes.horizontal and cut.segment * case.itemsize == 16 else 1)
+    line = max(
+        instructions * warps * resident / 4,
+        instructions + waiting,
+        traffic * cut.threads * cut.places * resident / 35,
+    )
+    total = traffic * cut.sizes.lines * cut.sizes.places * case.problem.batch * case.problem.groups
+    return max(waves * cut.sizes.lines * line, total / (18 * device.multiprocessors))
+
+
+def _best(case: Case, direction: str) -> Cut | None:
+    """The cut that is expected to be fastest, or None if none fits."""
+    return min(_cuts(case, direction), key=lambda cut: _cost(case, cut), default=None)
 
 
 def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
     sizes = cut.sizes
+    threads = next(number for number in THREADS if number >= cut.threads)
     return (
         *options(case),
         ("HORIZONTAL", int(sizes.horizontal)),
         ("REVERSED", int(sizes.horizontal and sizes.reversed)),
         ("PLACES", cut.places),
         ("SEGMENT", cut.segment),
-        ("THREADS", max(128, 1 << (cut.threads - 1).bit_length())),
-        ("MIN_BLOCKS", 1),
+        ("THREADS", threads),
+        ("MIN_BLOCKS", max(1, RESIDENT // threads)),
         ("WIDE", int(cut.width > 32)),
         ("RAGGED", int(sizes.places % cut.places != 0)),
         ("SHARED", int(_shares_taps(case))),
         ("HAS_SUMS", int(len(case.problem.directions) > 1)),
-        ("HAS_HIDDEN", 0),
+        ("HAS_HIDDEN", int(_has_hidden(case))),
+        ("SPLIT", int(cut.strips > 1)),
     )
