@@ -119,7 +119,11 @@ def test_documents_are_in_step_with_the_results() -> None:
 
 @pytest.mark.parametrize(
     ("document", "names"),
-    [("README.md", {"operator-compact", "models-compact"}), ("docs/models.md", {"models"})],
+    [
+        ("README.md", {"operator-compact", "models-compact", "h200/summary-compact"}),
+        ("docs/models.md", {"models"}),
+        ("docs/backends.md", {"operator", "h200/summary", "h200/propagate", "h200/gspn1", "h200/memory"}),
+    ],
 )
 def test_documents_hold_their_tables(document: str, names: set[str]) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -252,3 +256,111 @@ def test_wrong_markers_are_refused(project: Path, text: str, message: str) -> No
     assert done.returncode == 1
     assert message in done.stderr
     assert path.read_text() == text
+
+
+GPU_MACHINE = {**MACHINE, "device": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "cuda-core": "1.2.2"}
+
+
+def gpu_case(names: list[str], met: bool = True, **more: object) -> dict[str, object]:
+    def timed(metric: str, value: float, it: dict[str, float]) -> dict[str, object]:
+        return {**it, "target": {"metric": metric, "value": value}, "met": met}
+
+    return {
+        "name": "a case",
+        "size": [16, 8, 1024, 1024],
+        "dtype": "bfloat16",
+        "taps": "shared",
+        "directions": names,
+        "layout": "planes",
+        "operator": "propagate",
+        "lam_and_gate": True,
+        "forward": timed("share", 0.7, {"ms": 0.844, "us": 844.0, "share": 0.6912}),
+        "backward": timed("share", 0.6, {"ms": 1.99, "us": 1990.0, "share": 0.8}),
+        **more,
+    }
+
+
+def gpu_result(project: Path, name: str, *cases: dict[str, object]) -> Path:
+    path = project / "benchmarks" / "results" / "h200" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": GPU_MACHINE, "gspn1_source": "somewhere", "cases": cases}))
+    return path
+
+
+FOUR = ["down", "up", "right", "left"]
+FACTORS = {
+    "forward": {"ms": 0.0123, "gspn1_ms": 6.04, "factor": 491.1, "met": True},
+    "backward": {"ms": 1.5, "gspn1_ms": 18.81, "factor": 12.5, "met": False},
+}
+CALLED = {
+    "eager": {"us": 31.0, "met": False},
+    "eager_with_grad": {"us": 40.0},
+    "forward_and_backward": {"us": 140.0},
+    "kernel": {"us": 7.25},
+    "replay": {"us": 9.0, "over_kernel_us": 1.75, "met": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "row"),
+    [
+        (
+            "propagate",
+            gpu_case(FOUR),
+            "| 16, 8, 1024, 1024 | planes | shared | yes | 0.84 | 69.1% | 1.99 | 80.0% |",
+        ),
+        (
+            "propagate",
+            gpu_case(FOUR, met=False),
+            "| 16, 8, 1024, 1024 | planes | shared | yes | 0.84 | 69.1% (missed) | 1.99 | 80.0% (missed) |",
+        ),
+        (
+            "line_scan",
+            gpu_case(["down"]),
+            "| 16, 8, 1024, 1024 | bfloat16 | shared | 0.84 | 69.1% | - | - | - |",
+        ),
+        (
+            "gspn1",
+            gpu_case(["right"], **FACTORS),
+            "| 16, 8, 1024, 1024 | bfloat16 | 6.04 | 0.0123 (491.1x) | - "
+            "| 18.8 | 1.50 (12.5x) (missed) | - |",
+        ),
+        (
+            "calls",
+            gpu_case(FOUR, **CALLED),
+            "| 16, 8, 1024, 1024 | planes | 31.0 (missed) | 40.0 | 140 | 7.2 | 1.8 |",
+        ),
+    ],
+)
+def test_a_gpu_table_shows_what_was_measured(
+    project: Path, name: str, case: dict[str, object], row: str
+) -> None:
+    gpu_result(project, name, case, {"name": "another", "error": "y: relative error 1"})
+    document = ask_for(project, f"h200/{name}")
+    assert tables(project).returncode == 0
+    assert row in document.read_text().splitlines()
+    text = joined(document)
+    for fact in ("one NVIDIA H200", "driver 580.1", "CUDA 13.0", "Without a result: another.", "abc1234,"):
+        assert fact in text
+
+
+def test_the_summary_has_every_target_with_the_range_that_was_measured(project: Path) -> None:
+    for name in ("line_scan", "gspn1", "few_planes", "models", "calls", "memory"):
+        gpu_result(project, name)
+    document = ask_for(project, "h200/summary")
+    assert tables(project).returncode == 0
+    assert "Not measured yet" in document.read_text()
+    better = gpu_case(FOUR, forward={"share": 0.8, "target": {"metric": "share", "value": 0.7}, "met": True})
+    gpu_result(project, "propagate", gpu_case(FOUR, met=False), better)
+    assert tables(project).returncode == 0
+    lines = document.read_text().splitlines()
+    shown = "| `propagate`, four directions, shared taps, forward | 70.0% | 69.1% to 80.0% | 1 of 2 cases |"
+    assert shown in lines
+    assert "| `propagate`, four directions, per-channel taps, forward | - | - | no result |" in lines
+
+
+def test_a_gpu_table_without_results_says_so(project: Path) -> None:
+    document = ask_for(project, "h200/models")
+    assert tables(project).returncode == 0
+    assert "*Not measured yet: `python benchmarks/gpu.py models` on a GPU" in document.read_text()
+    assert tables(project, "--check").returncode == 0
