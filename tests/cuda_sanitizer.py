@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cuda_helpers import ALL_LAYOUTS, VARIANTS, Declined, forced
-from gspn2.backends import Problem
+from gspn2.backends import DIRECTIONS, Problem
 from helpers import Case, make_case, relative_l2, truth
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
@@ -37,7 +37,10 @@ LAYOUTS = ("planes", "channel_innermost", "strided", "cropped", "misaligned")
 
 @dataclass(frozen=True)
 class Size:
-    """One problem: small, but more than one tile, stage, warp or chunk of something."""
+    """One problem: small, but more than one tile, stage, warp or chunk of something.
+
+    One direction means no gate, and a backward that is handed the state, as autograd does it.
+    """
 
     batch: int
     channels: int
@@ -45,6 +48,7 @@ class Size:
     height: int
     width: int
     chunk: int | None = None
+    directions: tuple[str, ...] = DIRECTIONS
 
 
 SIZES = (
@@ -54,6 +58,8 @@ SIZES = (
     Size(1, 64, 1, 20, 24),
     Size(1, 2, 1, 130, 33),
     Size(2, 32, 4, 9, 32, chunk=5),
+    Size(1, 4, 4, 48, 96, directions=("left",)),
+    Size(2, 16, 1, 24, 64, chunk=7, directions=("up",)),
 )
 
 
@@ -73,18 +79,20 @@ class Uploaded:
         )
 
 
-def forward(case: Case, problem: Problem) -> dict[str, Tensor]:
+def forward(case: Case, problem: Problem, _: Tensor | None) -> dict[str, Tensor]:
     from gspn2.backends.cuda import launch
 
     return {"y": launch.propagate(case.x, case.logits, case.lam, case.gate, problem)}
 
 
-def backward(case: Case, problem: Problem) -> dict[str, Tensor]:
+def backward(case: Case, problem: Problem, hidden: Tensor | None) -> dict[str, Tensor]:
     from gspn2.backends.cuda import launch
 
     inputs = case.tensors()
     needs = (True, True, "lam" in inputs, "gate" in inputs)
-    gradients = launch.propagate_backward(case.dy, case.x, case.logits, case.lam, case.gate, problem, needs)
+    gradients = launch.propagate_backward(
+        case.dy, case.x, case.logits, case.lam, case.gate, problem, needs, hidden
+    )
     names = ("dx", "dlogits", "dlam", "dgate")
     return {name: tensor for name, tensor in zip(names, gradients, strict=True) if tensor is not None}
 
@@ -109,12 +117,14 @@ def main() -> int:
         if (size, dtype) not in truths:
             truths[size, dtype] = posed(size, dtype)
         case, expected = truths[size, dtype]
-        uploaded = ALL_LAYOUTS[layout](case).map(Uploaded())
+        laid, upload = ALL_LAYOUTS[layout](case), Uploaded()
+        uploaded = laid.map(upload)
+        hidden = upload(torch.empty_like(laid.x).copy_(expected["y"])) if case.gate is None else None
         problem = Problem.of(uploaded.x, uploaded.logits, case.directions, case.chunk, normalize=True)
         for variant, operator in product(variants, (forward, backward)):
             with forced(variant, strictly=True):
                 try:
-                    found = operator(uploaded, problem)
+                    found = operator(uploaded, problem, hidden)
                 except Declined:
                     continue
             ran[f"{variant} {operator.__name__}"] += 1
@@ -139,7 +149,15 @@ def in_diagonals() -> list[tuple[Size, torch.dtype, str]]:
 def posed(size: Size, dtype: torch.dtype) -> tuple[Case, dict[str, Tensor]]:
     """The problem and what belongs there, on the CPU."""
     case = make_case(
-        size.batch, size.channels, size.height, size.width, size.groups, chunk=size.chunk, dtype=dtype
+        size.batch,
+        size.channels,
+        size.height,
+        size.width,
+        size.groups,
+        size.directions,
+        size.chunk,
+        dtype,
+        gate=len(size.directions) > 1,
     )
     return case, truth(case)
 
