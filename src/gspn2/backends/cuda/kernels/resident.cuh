@@ -112,11 +112,7 @@ __device__ __forceinline__ void widen_lane(const u32 (&w)[LINE_WORDS], Lane& out
 
 // Float32 results of a lane, in the planes of `unit_t` that operands leave behind: a pair of channels fills two planes
 // with one channel each, a single 16-bit channel two planes with its upper and lower halves.
-#if STORAGE == 0
-#define RESULT_PLANES 1
-#else
-#define RESULT_PLANES 2
-#endif
+#define RESULT_PLANES (STORAGE == 0 ? 1 : 2)
 
 __device__ __forceinline__ void store_result(unsigned char* p, long long plane, const Lane& r) {
 #if STORAGE == 0 || PACK == 2
@@ -137,6 +133,16 @@ __device__ __forceinline__ void store_result(unsigned char* p, long long plane, 
   }
   store_words(p, high);
   store_words(p + plane, low);
+#endif
+}
+
+__device__ __forceinline__ void store_result_at(unsigned char* p, long long plane, const float (&r)[PACK]) {
+#if STORAGE == 0 || PACK == 2
+#pragma unroll
+  for (int c = 0; c < PACK; c++) *(float*)(p + c * plane) = r[c];
+#else
+  *(unsigned short*)p = (unsigned short)(__float_as_uint(r[0]) >> 16);
+  *(unsigned short*)(p + plane) = (unsigned short)__float_as_uint(r[0]);
 #endif
 }
 

@@ -14,21 +14,23 @@ MOST_PLACES = 8
 RING = 3
 """Slabs of records on their way into shared memory."""
 
+SLAB_PIXELS = 1024
+"""Pixels of a slab: enough work for the threads of a block between two barriers."""
+
 BLOCK_OVERHEAD = 1024
 """Bytes of shared memory that the system takes of each block."""
 
 
 def why_not(case: Case) -> str | None:
     """Lines that a warp cannot hold, and images that do not fit."""
-    if case.backward:
-        return "it has no backward yet"
     problem = case.problem
-    longest = max(problem.width * _any(case, "down", "up"), problem.height * _any(case, "right", "left"))
+    longest = _longest(case)
     if longest > LANES * MOST_PLACES:
         return f"a line of {longest} places is longer than the {LANES * MOST_PLACES} that a warp holds"
     if next(_layouts(case), None) is None:
+        whole = "all channels of a tap group" if case.backward else "one channel"
         return (
-            f"the operands of a {problem.height} x {problem.width} image do not fit in the "
+            f"the operands of a {problem.height} x {problem.width} image, {whole}, do not fit in the "
             f"{case.device.shared_memory} bytes of shared memory of a block"
         )
     return None
@@ -37,22 +39,38 @@ def why_not(case: Case) -> str | None:
 def plan(case: Case) -> Plan:
     """One task for each image and its channels; blocks take one after the other."""
     layout = _best(case)
-    problem, device = case.problem, case.device
-    tasks = problem.batch * problem.channels // layout.channels
-    threads = _threads(layout)
-    fitting = (device.shared_memory + BLOCK_OVERHEAD) // (layout.shared + BLOCK_OVERHEAD)
+    threads = _threads(case, layout)
+    fitting = (case.device.shared_memory + BLOCK_OVERHEAD) // (layout.shared + BLOCK_OVERHEAD)
     blocks = max(1, min(fitting, 1024 // threads))
-    bound = 1 << blocks.bit_length() - 1
     defines = (
         *options(case),
-        *(("THREADS", threads), ("BLOCKS", bound), ("PACK", layout.pack), ("PLACES", layout.places)),
-        *(("RECORDS", int(layout.slab_rows > 0)), ("RING", RING), ("SPLIT", layout.split)),
+        *(("THREADS", threads), ("BLOCKS", 1 << blocks.bit_length() - 1)),
+        *(("PACK", layout.pack), ("PLACES", layout.places), ("RECORDS", int(layout.slab_rows > 0))),
+        *(("RING", RING), ("SPLIT", layout.split)),
     )
-    grid = min(tasks, max(1, device.multiprocessors * blocks // layout.split)) * layout.split
-    knobs = (layout.channels, tasks, *layout.pitches, layout.slab_rows, layout.slab, layout.planes)
-    kernel = Kernel("resident_forward.cu", "resident_forward", defines)
+    tasks = case.problem.batch * case.problem.channels // layout.channels
+    grid = min(tasks, max(1, case.device.multiprocessors * blocks // layout.split)) * layout.split
+    knobs = (
+        *(layout.channels, tasks, *layout.pitches, layout.slab_rows, layout.slab),
+        *(layout.planes + layout.sums, layout.passes, layout.planes),
+    )
+    name = "resident_backward" if case.backward else "resident_forward"
+    kernel = Kernel(f"{name}.cu", name, defines)
     launch = Launch(kernel, grid, threads, layout.shared, layout.split, knobs)
     return Plan("resident", (launch,), (), _reasons(case, layout, blocks))
+
+
+def representative_kernels() -> list[tuple[Kernel, bool]]:
+    """Kernels that the tests compile, and whether each is hot (must not spill)."""
+    plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1))
+    given = (("STORAGE", 0), ("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0))
+    records = (("THREADS", 512), ("BLOCKS", 1), ("PACK", 2), ("PLACES", 2), ("RECORDS", 1), ("RING", RING))
+    planes = (("THREADS", 256), ("BLOCKS", 2), ("PACK", 1), ("PLACES", 4), ("RECORDS", 0), ("RING", RING))
+    return [
+        (Kernel(f"{name}.cu", name, (*macros, ("SPLIT", split))), True)
+        for name in ("resident_forward", "resident_backward")
+        for macros, split in (((*plain, *records), 1), ((*given, *planes), 1), ((*plain, *planes), 4))
+    ]
 
 
 @dataclass(frozen=True)
@@ -65,10 +83,11 @@ class Layout:
         places: places of a line in a lane.
         pitches: of vertical and horizontal lines, in units.
         split: blocks that share a task, by directions.
+        passes: parts of a block's directions, one after the other.
         planes: bytes of operands in order.
+        sums: bytes of the sums of dx.
         slab_rows: rows of records that arrive together; 0 if operands are no records.
         slab: bytes of these rows.
-        pixels: of the image, times directions of a block.
     """
 
     channels: int
@@ -76,106 +95,123 @@ class Layout:
     places: int
     pitches: tuple[int, int]
     split: int
+    passes: int
     planes: int
+    sums: int
     slab_rows: int
     slab: int
-    pixels: int
 
     @property
     def shared(self) -> int:
-        return self.planes + RING * self.slab if self.slab_rows else self.planes
+        return self.planes + self.sums + (RING * self.slab if self.slab_rows else 0)
 
 
 def _best(case: Case) -> Layout:
-    """The most channels that still leave a task for every multiprocessor, or else the most tasks."""
+    """The most channels that still leave two tasks for every multiprocessor, or else the most tasks."""
     layouts = list(_layouts(case))
-    parallel = [layout for layout in layouts if _tasks(case, layout) >= 2 * case.device.multiprocessors]
-    return parallel[0] if parallel else layouts[-1]
-
-
-def _tasks(case: Case, layout: Layout) -> int:
-    return case.problem.batch * case.problem.channels // layout.channels * layout.split
+    for layout in layouts:
+        tasks = case.problem.batch * case.problem.channels // layout.channels
+        if layout.slab_rows or tasks * layout.split >= 2 * case.device.multiprocessors:
+            return layout
+    return layouts[-1]
 
 
 def _layouts(case: Case) -> Iterator[Layout]:
-    """What fits, most channels first. Records are read once, for all channels."""
+    """What fits, the most channels first. Records are read once, for all channels."""
     problem = case.problem
     per_group = problem.channels // problem.groups
     innermost = case.itemsize == 2 and case.views["x"].c == 1 and problem.channels > 1
     pack = 2 if innermost and per_group % 2 == 0 else 1
     record = _record(case)
     if record:
-        layout = _layout(case, problem.channels, pack, 1, record)
-        if layout is not None:
-            yield layout
-    for channels in range(per_group, 0, -1):
-        if per_group % channels or channels % pack:
-            continue
-        layout = _layout(case, channels, pack, _split(case, channels), 0)
-        if layout is not None:
-            yield layout
+        yield from _fitting(case, problem.channels, pack, 1, record)
+    # Gradients of shared taps are sums over the channels of their group.
+    for channels in range(per_group, per_group - 1 if case.backward else 0, -1):
+        if per_group % channels == 0 and channels % pack == 0:
+            yield from _fitting(case, channels, pack, _split(case, channels), 0)
 
 
 def _split(case: Case, channels: int) -> int:
     """Blocks for the directions of a task, where there are few tasks."""
     problem, device = case.problem, case.device
     tasks = problem.batch * problem.channels // channels
-    if device.capability < (9, 0):
-        return 1
     split = 1
-    while 2 * split <= len(problem.directions) and 2 * split * tasks <= 2 * device.multiprocessors:
-        split *= 2
+    if device.capability >= (9, 0):
+        while 2 * split <= len(problem.directions) and 2 * split * tasks <= 2 * device.multiprocessors:
+            split *= 2
     return split
 
 
-def _layout(case: Case, channels: int, pack: int, split: int, record: int) -> Layout | None:
-    """The layout for tasks of that many channels, if it fits; `record`: bytes of a pixel, or 0."""
+def _fitting(case: Case, channels: int, pack: int, split: int, record: int) -> Iterator[Layout]:
+    """The layout with the fewest passes that fits, if one does; `record`: bytes of a pixel, or 0."""
+    directions = len(case.problem.directions)
+    for passes in (1, 2, 4) if case.backward else (1,):
+        if passes == 1 or passes * split <= directions:
+            layout = _layout(case, channels, pack, split, passes, record)
+            if layout is not None:
+                yield layout
+                return
+
+
+def _layout(case: Case, channels: int, pack: int, split: int, passes: int, record: int) -> Layout | None:
+    """The layout with these numbers, or None if it does not fit."""
     problem = case.problem
     height, width = problem.height, problem.width
-    longest = max(width * _any(case, "down", "up"), height * _any(case, "right", "left"))
     places = 2
-    while LANES * places < longest:
+    while LANES * places < _longest(case):
         places *= 2
     vertical = _up(width, places)
     # Pixels of a row go to different lines: an odd number of lane widths spreads them over the banks.
     horizontal = _up(height, places)
     horizontal += places * (horizontal // places % 2 == 0)
-    units = channels // pack
-    groups = max(1, channels * problem.groups // problem.channels)
-    needed = 0
-    directions = [name in ("down", "up") for name in problem.directions]
-    for rank in range(split):
-        mine = directions[rank * len(directions) // split : (rank + 1) * len(directions) // split]
-        size = 0
-        for is_vertical, places_ in ((True, height * vertical), (False, width * horizontal)):
-            unit, direction = _plane_bytes(case, units, pack, groups, places_)
-            count = mine.count(is_vertical)
-            size += (units * unit if count else 0) + count * direction
-        needed = max(needed, size)
+    pitches = vertical, horizontal
+    planes = max(
+        _plane_bytes(case, channels, pack, pitches, part, split * passes) for part in range(split * passes)
+    )
+    summed = case.backward and split * passes > 1 and "dx" in case.views
+    sums = summed * channels * (4 // case.itemsize) // pack * _up(height * width * pack * case.itemsize, 16)
     slab_rows = slab = 0
     if record:
-        room = (case.device.shared_memory - needed) // RING - 16
-        # Enough pixels for the threads of a block, and enough bytes on their way.
-        slab_rows = min(height, room // (width * record), max(1, -(-1024 // width)))
+        room = (case.device.shared_memory - planes - sums) // RING - 32
+        slab_rows = min(height, room // (width * record), max(1, -(-SLAB_PIXELS // width)))
         if slab_rows < 1:
             return None
+        # A word more than the pixels: logits are read by words.
         slab = _up(slab_rows * width * record + 4, 16)
-    pixels = height * width * -(-len(directions) // split)
-    layout = Layout(channels, pack, places, (vertical, horizontal), split, needed, slab_rows, slab, pixels)
+    layout = Layout(channels, pack, places, pitches, split, passes, planes, sums, slab_rows, slab)
     return layout if layout.shared <= case.device.shared_memory else None
 
 
-def _plane_bytes(case: Case, units: int, pack: int, groups: int, places: int) -> tuple[int, int]:
-    """Bytes of a plane of units, and of all that belongs to a direction (`planes_of` in the kernel)."""
-    pair = case.problem.normalize and case.itemsize == 2
-    unit = _up(places * pack * case.itemsize, 16)
-    taps = _up(places * 4, 16) if pair else 3 * _up(places * case.itemsize, 16)
+def _plane_bytes(
+    case: Case, channels: int, pack: int, pitches: tuple[int, int], part: int, parts: int
+) -> int:
+    """Bytes of operands for part `part` of the directions (`memory_of` in the kernel)."""
+    problem, itemsize = case.problem, case.itemsize
+    units = channels // pack
+    groups = max(1, channels * problem.groups // problem.channels)
+    results = 2 if itemsize == 2 else 1
     operands = ("lam" in case.views) + ("gate" in case.views)
-    return unit, units * max(operands, 2 if case.itemsize == 2 else 1) * unit + groups * taps
+    per_unit = 2 * results if case.backward else max(operands, results)
+    images = 2 if case.backward else 1
+    names = problem.directions
+    mine = names[part * len(names) // parts : (part + 1) * len(names) // parts]
+    total = 0
+    for axis, places in (
+        (("down", "up"), problem.height * pitches[0]),
+        (("right", "left"), problem.width * pitches[1]),
+    ):
+        count = sum(name in axis for name in mine)
+        unit = _up(places * pack * itemsize, 16)
+        taps = _up(places * 4, 16) if problem.normalize and itemsize == 2 else 3 * _up(places * itemsize, 16)
+        total += (images * units * unit if count else 0) + count * (units * per_unit * unit + groups * taps)
+    return total
 
 
 def _record(case: Case) -> int:
-    """Bytes of a pixel if lam, gate and taps can be views of one tensor of dense records; else 0."""
+    """Bytes of a pixel if lam, gate and taps can be views of one tensor of dense records; else 0.
+
+    The kernel sees by the addresses whether they are.
+    """
     problem, views = case.problem, case.views
     taps = views["taps"]
     scans, channels = len(problem.directions), problem.channels
@@ -199,16 +235,23 @@ def _record(case: Case) -> int:
     return taps.w * case.itemsize if dense else 0
 
 
-def _threads(layout: Layout) -> int:
-    """Every direction a warp, and enough threads to bring the operands."""
+def _threads(case: Case, layout: Layout) -> int:
+    """A warp for every scan, and enough threads to bring the operands."""
+    parts = layout.split * layout.passes
+    scans = -(-len(case.problem.directions) // parts) * layout.channels // layout.pack * (1 + case.backward)
+    pixels = case.problem.height * case.problem.width * scans
     threads = 128
-    while threads < 512 and threads * 8 < layout.pixels:
+    while threads < 512 and (threads < LANES * scans or threads * 8 < pixels):
         threads *= 2
     return threads
 
 
-def _any(case: Case, *directions: str) -> bool:
-    return any(name in case.problem.directions for name in directions)
+def _longest(case: Case) -> int:
+    """Places of the longest line."""
+    names = case.problem.directions
+    vertical = any(name in ("down", "up") for name in names)
+    horizontal = any(name in ("right", "left") for name in names)
+    return max(case.problem.width * vertical, case.problem.height * horizontal)
 
 
 def _up(value: int, multiple: int) -> int:
@@ -221,16 +264,5 @@ def _reasons(case: Case, layout: Layout, blocks: int) -> tuple[str, ...]:
         f"shared memory; {blocks} blocks a multiprocessor",
         *(("pixels are dense records: copied whole",) if layout.slab_rows else ()),
         *((f"few tasks: their directions go to {layout.split} blocks",) if layout.split > 1 else ()),
+        *((f"directions in {layout.passes} passes",) if layout.passes > 1 else ()),
     )
-
-
-def representative_kernels() -> list[tuple[Kernel, bool]]:
-    """Kernels that the tests compile, and whether each is hot (must not spill)."""
-    plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1))
-    given = (("STORAGE", 0), ("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0))
-    records = (("THREADS", 512), ("BLOCKS", 1), ("PACK", 2), ("PLACES", 2), ("RECORDS", 1), ("RING", RING))
-    planes = (("THREADS", 256), ("BLOCKS", 2), ("PACK", 1), ("PLACES", 4), ("RECORDS", 0), ("RING", RING))
-    return [
-        (Kernel("resident_forward.cu", "resident_forward", (*plain, *records, ("SPLIT", 1))), True),
-        (Kernel("resident_forward.cu", "resident_forward", (*given, *planes, ("SPLIT", 1))), True),
-    ]
