@@ -170,7 +170,9 @@ __device__ __forceinline__ Sums sums_of(const Params& p, void* scratch, const Sc
   return {(float*)scratch + b * h * p.height + c + first + line * step + place * next, step, next};
 }
 
-#if !OWN_TAPS
+#if OWN_TAPS
+struct TapStages {};
+#else
 // The taps of a block's places, TAP_LINES lines a stage: raw values wait in registers for a stage, then all threads
 // turn them into weights, in shared memory, for the stage after. Two stages of weights take turns.
 constexpr int TAP_ITEMS = (TAP_LINES * TAP_GROUPS * PLACES + VECTORS - 1) / VECTORS;
@@ -208,7 +210,7 @@ struct TapStages {
     for (int i = 0; i < TAP_ITEMS; i++) {
       const int row = item[i] >> 16, l = item[i] & 0xffff;
       const int at = begin + stage * TAP_LINES + row / TAP_GROUPS;
-      if (item[i] < 0 || at >= end) continue;
+      if (item[i] < 0 || at < begin || at >= end) continue;
       const storage_t* a = data + at * line + (first + l) * place + row % TAP_GROUPS * group;
 #if STORAGE == 0
       raw[i][0] = __ldg(a), raw[i][1] = __ldg(a + k), raw[i][2] = __ldg(a + 2 * k);
@@ -223,7 +225,8 @@ struct TapStages {
 #pragma unroll
     for (int i = 0; i < TAP_ITEMS; i++) {
       const int row = item[i] >> 16, l = item[i] & 0xffff;
-      if (item[i] < 0 || begin + stage * TAP_LINES + row / TAP_GROUPS >= end) continue;
+      const int at = begin + stage * TAP_LINES + row / TAP_GROUPS;
+      if (item[i] < 0 || at < begin || at >= end) continue;
 #if STORAGE == 0
       const Taps a = {raw[i][0], raw[i][1], raw[i][2]};
 #else
@@ -239,4 +242,79 @@ struct TapStages {
     return weights + (line_ % (2 * TAP_LINES) * TAP_GROUPS + group_) * places + l;
   }
 };
+#endif
+
+#if OWN_TAPS
+// The taps of channel v out of the three vectors of a place.
+__device__ __forceinline__ Taps own_taps(const float* raw, int v) {
+  return INTERLEAVED ? Taps{raw[3 * v], raw[3 * v + 1], raw[3 * v + 2]} : Taps{raw[v], raw[V + v], raw[2 * V + v]};
+}
+#endif
+
+__device__ __forceinline__ void clear(float (&h)[PLACES][V]) {
+#pragma unroll
+  for (int q = 0; q < PLACES; q++)
+#pragma unroll
+    for (int v = 0; v < V; v++) h[q][v] = 0.f;
+}
+
+// The index of a direction (0 down, 1 up, 2 right, 3 left) among those of the problem, or -1.
+__device__ __forceinline__ int index_of(const Params& p, int direction) {
+  for (int d = 0; d < p.scans; d++)
+    if (p.directions[d] == direction) return d;
+  return -1;
+}
+
+#if SPLIT
+// Neighbouring splits give each other the values that their halos need, through [2][2][HALO][PARTS][VECTORS] Floats
+// at `AT` of shared memory. The two buffers take turns, so one barrier is enough.
+template <int AT>
+__device__ __forceinline__ void exchange_halos(const Layout& layout, const Self& me, const Run& r, int place, int parity,
+                                               float (&h)[PLACES][V]) {
+  const int rank = me.role * layout.splits + me.split;
+  constexpr int side = HALO * PARTS * VECTORS;
+  Floats* from_before = (Floats*)(shared_memory() + AT) + parity * 2 * side;
+#pragma unroll
+  for (int q = 0; q < PLACES; q++) {
+    const int j = place + q;
+    if (!me.present || j < r.own || j >= r.end) continue;
+    if (me.split > 0 && j < r.own + HALO)
+      store_floats(cluster_map(from_before + side + (j - r.own) * PARTS * VECTORS + me.vector, rank - 1), VECTORS, h[q]);
+    if (r.stop > r.end && j >= r.end - HALO)
+      store_floats(cluster_map(from_before + (j - r.end + HALO) * PARTS * VECTORS + me.vector, rank + 1), VECTORS, h[q]);
+  }
+  cluster_barrier();
+#pragma unroll
+  for (int q = 0; q < PLACES; q++) {
+    const int j = place + q;
+    if (!me.present || j >= r.stop || (j >= r.own && j < r.end)) continue;
+    const Floats* from = j < r.own ? from_before + (j - r.own + HALO) * PARTS * VECTORS
+                                   : from_before + side + (j - r.end) * PARTS * VECTORS;
+    load_floats(from + me.vector, VECTORS, h[q]);
+  }
+}
+#endif
+
+#if ROLES == 4
+// y (or dx) = the vertical directions' sums + the horizontal ones', shared out over the blocks of the cluster.
+__device__ __forceinline__ void add_axes(const Params& p, const View& to, const Layout& layout, const Self& me) {
+  const Scan rows = {p.height, p.width, true, false};
+  const long long pixels = (long long)p.height * p.width;
+  const int rank = me.role * layout.splits + me.split, step = ROLES * layout.splits * (THREADS / VECTORS);
+  if (!me.present || me.column >= THREADS / VECTORS) return;
+  for (long long i = rank * (THREADS / VECTORS) + me.column; i < pixels; i += step) {
+    const int row = i / p.width, column = i - (long long)row * p.width;
+    const Stream y = stream_of(to, rows, me.b, 0, me.channel, row, column);
+    float a[V], b[V];
+#if STORAGE == 0
+    load_floats((const Floats*)y.at, 1, a);
+#else
+    load_floats((const Floats*)sums_of(p, p.scratch[0], rows, me.b, me.channel, row, column).at, 1, a);
+#endif
+    load_floats((const Floats*)sums_of(p, p.scratch[1], rows, me.b, me.channel, row, column).at, 1, b);
+#pragma unroll
+    for (int v = 0; v < V; v++) a[v] += b[v];
+    *(Vector*)y.at = pack(a);
+  }
+}
 #endif

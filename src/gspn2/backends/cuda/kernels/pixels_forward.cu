@@ -150,8 +150,7 @@ struct Scanner {
       for (int k = 0; k < 3; k++) unpack(*ring(slot, TAPS + k, q), raw + k * V);
 #pragma unroll
       for (int v = 0; v < V; v++) {
-        const Taps a = INTERLEAVED ? Taps{raw[3 * v], raw[3 * v + 1], raw[3 * v + 2]} : Taps{raw[v], raw[V + v], raw[2 * V + v]};
-        const Taps w = tap_weights(a, place + q > 0, place + q + 1 < s.places);
+        const Taps w = tap_weights(own_taps(raw, v), place + q > 0, place + q + 1 < s.places);
         weight[q][3 * v] = w.before, weight[q][3 * v + 1] = w.here, weight[q][3 * v + 2] = w.after;
       }
     }
@@ -240,36 +239,6 @@ struct Scanner {
   }
 };
 
-#if SPLIT
-// Neighbouring splits give each other the states that their halos need. Two buffers take turns, so one barrier is
-// enough.
-__device__ __forceinline__ void exchange_halos(const Layout& layout, const Self& me, const Scanner& scan, int parity,
-                                               float (&h)[PLACES][V]) {
-  const Run& r = scan.run;
-  const int rank = me.role * layout.splits + me.split;
-  constexpr int side = HALO * PARTS * VECTORS;
-  Floats* from_before = (Floats*)(shared_memory() + HALO_AT) + parity * 2 * side;
-#pragma unroll
-  for (int q = 0; q < PLACES; q++) {
-    const int j = scan.place + q;
-    if (!scan.own[q]) continue;
-    if (me.split > 0 && j < r.own + HALO)
-      store_floats(cluster_map(from_before + side + (j - r.own) * PARTS * VECTORS + me.vector, rank - 1), VECTORS, h[q]);
-    if (r.stop > r.end && j >= r.end - HALO)
-      store_floats(cluster_map(from_before + (j - r.end + HALO) * PARTS * VECTORS + me.vector, rank + 1), VECTORS, h[q]);
-  }
-  cluster_barrier();
-#pragma unroll
-  for (int q = 0; q < PLACES; q++) {
-    const int j = scan.place + q;
-    if (!scan.exists[q] || scan.own[q]) continue;
-    const Floats* from = j < r.own ? from_before + (j - r.own + HALO) * PARTS * VECTORS
-                                   : from_before + side + (j - r.end) * PARTS * VECTORS;
-    load_floats(from + me.vector, VECTORS, h[q]);
-  }
-}
-#endif
-
 // The lines of a phase. `h` is the state before the first of them, unless the scan starts there.
 __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me,
                                           const Phase& phase, float (&h)[PLACES][V]) {
@@ -292,7 +261,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
   stages.fetch(1);
 #endif
 #if SPLIT
-  if (phase.resume) exchange_halos(layout, me, scan, 1, h);
+  if (phase.resume) exchange_halos<HALO_AT>(layout, me, scan.run, scan.place, 1, h);
 #endif
   scan.publish(0, h);
   copy_wait<DEPTH - 1>();
@@ -327,7 +296,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
 #if SPLIT
     if (--until == 0) {
       until = HALO;
-      if (exchanged < phase.exchanges) exchange_halos(layout, me, scan, exchanged++ & 1, h);
+      if (exchanged < phase.exchanges) exchange_halos<HALO_AT>(layout, me, scan.run, scan.place, exchanged++ & 1, h);
     }
 #endif
     scan.publish((line + 1) & 1, h);
@@ -352,13 +321,6 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
   copy_wait<0>();
   // The next phase overwrites what others may still look at, and reads sums that other blocks wrote.
   __syncthreads();
-}
-
-__device__ __forceinline__ void clear(float (&h)[PLACES][V]) {
-#pragma unroll
-  for (int q = 0; q < PLACES; q++)
-#pragma unroll
-    for (int v = 0; v < V; v++) h[q][v] = 0.f;
 }
 
 // How often halos are exchanged while the longest part of a phase has `lines` lines.
@@ -400,38 +362,7 @@ __device__ __forceinline__ void run_axis(const Params& p, const Layout& layout, 
   }
 }
 
-#if ROLES == 4
-// y = the vertical directions' sums + the horizontal ones', shared out over the blocks of the cluster.
-__device__ __forceinline__ void add_axes(const Params& p, const Layout& layout, const Self& me) {
-  const Scan rows = {p.height, p.width, true, false};
-  const int pixels = p.height * p.width, rank = me.role * layout.splits + me.split;
-  const int step = ROLES * layout.splits * (THREADS / VECTORS);
-  if (!me.present || me.column >= THREADS / VECTORS) return;
-  for (int i = rank * (THREADS / VECTORS) + me.column; i < pixels; i += step) {
-    const int row = i / p.width, column = i - row * p.width;
-    const Stream y = stream_of(p.y, rows, me.b, 0, me.channel, row, column);
-    const Sums second = sums_of(p, p.scratch[1], rows, me.b, me.channel, row, column);
-    float a[V], b[V];
-#if STORAGE == 0
-    load_floats((const Floats*)y.at, 1, a);
-#else
-    load_floats((const Floats*)sums_of(p, p.scratch[0], rows, me.b, me.channel, row, column).at, 1, a);
 #endif
-    load_floats((const Floats*)second.at, 1, b);
-#pragma unroll
-    for (int v = 0; v < V; v++) a[v] += b[v];
-    *(Vector*)y.at = pack(a);
-  }
-}
-#endif
-#endif
-
-// The index of a direction (0 down, 1 up, 2 right, 3 left) among those of the problem, or -1.
-__device__ __forceinline__ int index_of(const Params& p, int direction) {
-  for (int d = 0; d < p.scans; d++)
-    if (p.directions[d] == direction) return d;
-  return -1;
-}
 
 KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
   const Layout layout = layout_of(p);
@@ -453,7 +384,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
              ROLES == 2 && (axis == 1 || !horizontal), ROLES == 4 && axis == 1 ? p.scratch[1] : sums);
   }
 #if ROLES == 4
-  add_axes(p, layout, me);
+  add_axes(p, p.y, layout, me);
 #endif
 #else
 #pragma unroll 1

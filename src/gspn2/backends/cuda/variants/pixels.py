@@ -13,7 +13,7 @@ Both need clusters; a GPU without them runs the directions one after another, a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..geometry import Case, Kernel, Launch, Plan, View, options
 
@@ -24,6 +24,9 @@ MOST_THREADS = 512
 """Of a block: more would leave a thread less than 128 registers."""
 
 LARGEST_CLUSTER = 8
+DEEPEST = 8
+"""Lines of a ring at most."""
+
 MOST_TAPS = 4
 """Of a thread: taps that wait in its registers."""
 
@@ -45,6 +48,9 @@ class Tiling:
         roles, splits: blocks of a cluster.
         runs: places of a split along a row and along a column.
         threads: of a block.
+        halo: places that a split recomputes on either side, and lines between two exchanges.
+        tap_lines: lines of taps that are normalised together; in backward also lines of a segment.
+        depth: lines of the ring.
     """
 
     vector: int
@@ -54,10 +60,9 @@ class Tiling:
     splits: int
     runs: tuple[int, int]
     threads: int
-
-    @property
-    def halo(self) -> int:
-        return HALO if self.splits > 1 else 0
+    halo: int
+    tap_lines: int
+    depth: int
 
     @property
     def longest(self) -> int:
@@ -71,8 +76,6 @@ class Tiling:
 
 def why_not(case: Case) -> str | None:
     """Channels must be adjacent, in vectors of at least 4 bytes; a line must fit the threads of a block."""
-    if case.backward:
-        return "backward of channel-innermost tensors is not written yet"
     problem = case.problem
     if problem.channels == 1:
         return "one channel has nothing adjacent to it: planes are read line by line"
@@ -92,33 +95,68 @@ def plan(case: Case) -> Plan:
     """Launches, and why they are as they are."""
     tiling = _tiling(case)
     assert tiling is not None
+    return _backward(case, tiling) if case.backward else _forward(case, tiling)
+
+
+def _forward(case: Case, tiling: Tiling) -> Plan:
+    kernel = Kernel("pixels_forward.cu", "pixels_forward", _defines(case, tiling))
+    return Plan("pixels", (_launch(case, tiling, kernel),), _image_sums(case, tiling), _reasons(tiling))
+
+
+def _backward(case: Case, tiling: Tiling) -> Plan:
     problem = case.problem
-    per_line = tiling.threads * tiling.places * tiling.vector * _ring_operands(case)
-    sums = tiling.threads * tiling.places * _float_bytes(case, tiling) * _sums(case)
-    lines = _tap_lines(case, tiling)
-    fixed = _fixed_memory(case, tiling, lines)
-    depth = 2
-    while depth < 8 and depth * (per_line + sums) < IN_FLIGHT:
-        depth += 2
-    while depth > 2 and fixed + depth * (per_line + sums) > case.device.shared_memory:
-        depth -= 1
-    kernel = Kernel("pixels_forward.cu", "pixels_forward", _defines(case, tiling, lines, depth))
     blocks = _channel_blocks(case, tiling)
-    knobs = (tiling.splits, blocks, *tiling.runs)
-    launch = Launch(
-        kernel,
-        problem.batch * blocks * tiling.cluster,
-        tiling.threads,
-        fixed + depth * (per_line + sums),
-        cluster=tiling.cluster,
-        knobs=knobs,
+    direct = _own_taps(case) or "dtaps" not in case.views or blocks <= problem.groups
+    defines = (*_defines(case, tiling), ("SEGMENT", tiling.tap_lines), ("DIRECT", int(direct)))
+    kernel = Kernel("pixels_backward.cu", "pixels_backward", defines)
+    axes = []
+    if {"down", "up"} & set(problem.directions):
+        axes.append((problem.height, problem.width))
+    if {"right", "left"} & set(problem.directions):
+        axes.append((problem.width, problem.height))
+    kept = max(_kept_lines(lines, tiling) * places for lines, places in axes)
+    launches = [_launch(case, tiling, kernel, kept)]
+    pixels = problem.height * problem.width
+    planes = problem.batch * len(problem.directions)
+    if not direct:
+        options_ = options(case)
+        add = Kernel("pixels_taps.cu", "pixels_taps", options_)
+        grid = -(-planes * problem.groups * pixels // 256)
+        launches.append(Launch(add, grid, 256, 0, knobs=(blocks, blocks // problem.groups)))
+    scratch = (
+        *(size * ("dx" in case.views) for size in _image_sums(case, tiling)),
+        4 * problem.batch * tiling.roles * kept * problem.channels,
+        0 if direct else 12 * planes * blocks * pixels,
     )
+    return Plan("pixels", tuple(launches), scratch, _reasons(tiling))
+
+
+def _launch(case: Case, tiling: Tiling, kernel: Kernel, *knobs: int) -> Launch:
+    blocks = _channel_blocks(case, tiling)
+    return Launch(
+        kernel,
+        case.problem.batch * blocks * tiling.cluster,
+        tiling.threads,
+        _shared_memory(case, tiling),
+        cluster=tiling.cluster,
+        knobs=(tiling.splits, blocks, *tiling.runs, *knobs),
+    )
+
+
+def _image_sums(case: Case, tiling: Tiling) -> tuple[int, int]:
+    """Bytes of float32 sums over directions: of all, or of either axis."""
+    problem = case.problem
     image = 4 * problem.batch * problem.channels * problem.height * problem.width
-    scratch = (image * (_sums(case) and case.itemsize < 4), image * (tiling.roles == 4))
-    return Plan("pixels", (launch,), scratch, _reasons(tiling))
+    return image * (_sums(case) and case.itemsize < 4), image * (tiling.roles == 4)
 
 
-def _defines(case: Case, tiling: Tiling, tap_lines: int, depth: int) -> tuple[tuple[str, int], ...]:
+def _kept_lines(lines: int, tiling: Tiling) -> int:
+    """Segments of a direction: counted from either end of the line where two roles meet."""
+    middle = (lines + 1) // 2 if tiling.roles > 1 else lines
+    return -(-middle // tiling.tap_lines) + -(-(lines - middle) // tiling.tap_lines)
+
+
+def _defines(case: Case, tiling: Tiling) -> tuple[tuple[str, int], ...]:
     own = _own_taps(case)
     return (
         *options(case),
@@ -126,27 +164,42 @@ def _defines(case: Case, tiling: Tiling, tap_lines: int, depth: int) -> tuple[tu
         ("VECTORS", tiling.vectors),
         ("PLACES", tiling.places),
         ("OWN_TAPS", int(own)),
-        ("INTERLEAVED", int(own and case.views["taps"].k == 1)),
-        ("TAP_GROUPS", _tap_groups(case, tiling)),
-        ("TAP_LINES", tap_lines),
+        ("INTERLEAVED", int(own and case.views["taps"].c == 3)),
+        ("TAP_GROUPS", _tap_groups(case, tiling.vector, tiling.vectors)),
+        ("TAP_LINES", tiling.tap_lines),
         ("ROLES", tiling.roles),
         ("SPLIT", int(tiling.splits > 1)),
         ("HALO", tiling.halo),
-        ("DEPTH", depth),
+        ("DEPTH", tiling.depth),
         ("SUM", int(_sums(case))),
         ("THREADS", tiling.threads),
         ("MIN_BLOCKS", max(1, MOST_THREADS // tiling.threads)),
     )
 
 
-def _fixed_memory(case: Case, tiling: Tiling, tap_lines: int) -> int:
-    """Bytes of a block's shared memory apart from the ring."""
-    floats = _float_bytes(case, tiling)
-    weights = 0 if _own_taps(case) else 2 * tap_lines * _tap_groups(case, tiling) * tiling.longest * 16
-    published = 2 * (2 if tiling.places > 1 else 1) * floats * (tiling.threads + 2 * tiling.vectors)
-    carried = (tiling.roles > 1) * tiling.places * floats * tiling.threads
-    halo = (tiling.splits > 1) * 4 * tiling.halo * floats * tiling.vectors
-    return weights + published + carried + halo
+def _shared_memory(case: Case, tiling: Tiling) -> int:
+    """Bytes of a block, in the order of the kernels' constants."""
+    own, threads, places, vectors = _own_taps(case), tiling.threads, tiling.places, tiling.vectors
+    floats = 4 * tiling.vector // case.itemsize
+    pitch = threads + 2 * vectors
+    slot = _slot(case, tiling)
+    halo = (tiling.splits > 1) * 4 * tiling.halo * floats * vectors
+    groups = _tap_groups(case, tiling.vector, vectors)
+    weights = (not own) * 2 * tiling.tap_lines * groups * tiling.longest * 16
+    if case.backward:
+        states = (tiling.tap_lines + 1) * floats * places * pitch + own * 2 * floats * pitch
+        gradients = (not own) * tiling.tap_lines * 12 * places * threads
+        return tiling.depth * slot + states + halo + gradients + weights
+    published = 2 * min(places, 2) * floats * pitch
+    carried = (tiling.roles > 1) * places * floats * threads
+    return tiling.depth * slot + published + carried + halo + weights
+
+
+def _slot(case: Case, tiling: Tiling) -> int:
+    """Bytes of a line in the ring."""
+    operands = 1 + ("lam" in case.views) + ("gate" in case.views) + 3 * _own_taps(case) + case.backward
+    sums = _sums(case) or case.backward
+    return tiling.threads * tiling.places * tiling.vector * (operands + sums * 4 // case.itemsize)
 
 
 def _tiling(case: Case) -> Tiling | None:
@@ -169,16 +222,26 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tili
     """The tiling with as few places a thread as possible, or None if a line is too long."""
     problem = case.problem
     runs = (-(-problem.width // splits), -(-problem.height // splits))
-    longest = max(runs) + (2 * HALO if splits > 1 else 0)
     for places in (1, 2, 4):
-        threads = -(-longest // places) * vectors
-        if threads <= MOST_THREADS:
-            tiling = Tiling(vector, vectors, places, roles, splits, runs, _rounded(threads))
-            lines = _tap_lines(case, tiling)
-            ring = tiling.threads * places * (vector * _ring_operands(case) + _float_bytes(case, tiling))
-            if _fixed_memory(case, tiling, lines) + 2 * ring <= case.device.shared_memory:
-                return tiling
+        for lines in _tap_lines(case, vector, vectors, places, max(runs)):
+            halo = (lines if case.backward else HALO) if splits > 1 else 0
+            threads = -(-(max(runs) + 2 * halo) // places) * vectors
+            if threads > MOST_THREADS or (splits > 1 and min(runs) < halo):
+                continue
+            tiling = Tiling(vector, vectors, places, roles, splits, runs, _rounded(threads), halo, lines, 2)
+            if _shared_memory(case, tiling) <= case.device.shared_memory:
+                return _deepened(case, tiling)
     return None
+
+
+def _deepened(case: Case, tiling: Tiling) -> Tiling:
+    """With a ring that has enough bytes on their way, as far as shared memory allows."""
+    while tiling.depth < DEEPEST and tiling.depth * _slot(case, tiling) < IN_FLIGHT:
+        deeper = replace(tiling, depth=tiling.depth + 1)
+        if _shared_memory(case, deeper) > case.device.shared_memory:
+            break
+        tiling = deeper
+    return tiling
 
 
 def _rounded(threads: int) -> int:
@@ -236,13 +299,13 @@ def _aligned(case: Case, vector: int) -> bool:
     if span % width:
         return False
     sizes = {"b": problem.batch, "d": len(problem.directions), "h": problem.height, "w": problem.width}
-    names = [*_operands(case), *(("taps",) if _own_taps(case) else ())]
+    names = [name for name in case.views if _own_taps(case) or name not in ("taps", "dtaps")]
     for name in names:
         view = case.views[name]
         if view.alignment < vector:
             return False
         strides = [getattr(view, axis) for axis, size in sizes.items() if size > 1]
-        if name in ("taps", "dtaps") and view.k != 1:
+        if name in ("taps", "dtaps") and view.c == 1:
             strides.append(view.k)
         if any(stride % width for stride in strides):
             return False
@@ -259,8 +322,9 @@ def _own_taps(case: Case) -> bool:
 
 
 def _taps_adjacent(case: Case) -> bool:
-    taps: View = case.views["taps"]
-    return (taps.k == 1 and taps.c == 3) or taps.c == 1
+    """Both taps and their gradient, in the same way."""
+    views: list[View] = [case.views[name] for name in ("taps", "dtaps") if name in case.views]
+    return all(view.k == 1 and view.c == 3 for view in views) or all(view.c == 1 for view in views)
 
 
 def _paired(directions: tuple[str, ...]) -> bool:
@@ -272,30 +336,28 @@ def _sums(case: Case) -> bool:
     return len(case.problem.directions) > 1
 
 
-def _ring_operands(case: Case) -> int:
-    return 1 + ("lam" in case.views) + ("gate" in case.views) + 3 * _own_taps(case)
-
-
-def _float_bytes(case: Case, tiling: Tiling) -> int:
-    """Bytes of a vector in float32."""
-    return 4 * tiling.vector // case.itemsize
-
-
 def _channel_blocks(case: Case, tiling: Tiling) -> int:
     return -(-case.problem.channels * case.itemsize // (tiling.vector * tiling.vectors))
 
 
-def _tap_groups(case: Case, tiling: Tiling) -> int:
+def _tap_groups(case: Case, vector: int, vectors: int) -> int:
     """Groups of taps that a block meets."""
     problem = case.problem
-    group = problem.channels // problem.groups * case.itemsize // tiling.vector
-    return max(1, tiling.vectors // max(1, group)) if problem.groups > 1 and not _own_taps(case) else 1
+    group = problem.channels // problem.groups * case.itemsize // vector
+    return max(1, vectors // max(1, group)) if problem.groups > 1 and not _own_taps(case) else 1
 
 
-def _tap_lines(case: Case, tiling: Tiling) -> int:
-    """Lines of taps in a stage: many cover the latency of memory, few fit registers and shared memory."""
-    rows = MOST_TAPS * tiling.vectors // (tiling.places * _tap_groups(case, tiling))
-    return max(2, min(8, rows, 1024 // tiling.longest))
+def _tap_lines(case: Case, vector: int, vectors: int, places: int, run: int) -> list[int]:
+    """Lines of taps that are normalised together, the most wanted first.
+
+    Many cover the latency of memory, few fit registers and shared memory. In backward they are a segment.
+    """
+    most = (8 if case.backward else MOST_TAPS) * vectors // (places * _tap_groups(case, vector, vectors))
+    if _own_taps(case):
+        most = 8
+    if case.backward:
+        return [lines for lines in (8, 4, 2) if lines <= max(2, most)]
+    return [next(lines for lines in (8, 4, 2) if lines == 2 or lines <= min(most, 1024 // run))]
 
 
 def _reasons(tiling: Tiling) -> tuple[str, ...]:

@@ -1,0 +1,646 @@
+// Backward for channels that are adjacent in memory (see pixels.cuh).
+//
+// A block takes a direction in two passes. The first scans forward and keeps the state before every SEGMENT-th line,
+// in scratch. The second goes through the segments from the last to the first: it computes a segment's states again
+// from the kept one, into shared memory, and then runs the adjoint over its lines backwards. What it needs of the
+// lines comes through one ring, in the order in which it is used: x and lam on the way forward; x, lam, gate, dy and
+// the sum of dx so far on the way back.
+//
+// With two roles, one block takes the forward direction of an axis and its partner the backward one. Their adjoints
+// start at opposite ends and meet in the middle, so the first writes sums of dx where the second then adds to them.
+// Lines are segmented from either end of this boundary on. With four roles both axes run at the same time.
+//
+// The gradient of shared taps is a sum over channels: over a thread's vector, then over the block's vectors, at the
+// end of each segment. DIRECT: that is the whole group, and the gradient is finished here; otherwise these sums go to
+// scratch, and pixels_taps adds up those of a group's blocks.
+//
+// More macros: SEGMENT lines (also TAP_LINES; also HALO with SPLIT), DEPTH of the ring, SUM 1 if there is more than one
+// direction, DIRECT.
+// Knobs: those of Layout; 4 places of all kept lines of a direction.
+// Scratch: 0 float32 sums of dx (16-bit storage), 1 those of the horizontal directions (four roles), 2 kept states,
+// 3 sums of tap gradients (not DIRECT).
+#include "pixels.cuh"
+
+constexpr int OPERANDS = 2 + HAS_LAM + HAS_GATE + (OWN_TAPS ? 3 : 0);
+constexpr int DY = 1 + HAS_LAM, GATE = 2 + HAS_LAM;
+#if OWN_TAPS
+constexpr int TAPS = 2 + HAS_LAM + HAS_GATE;
+#endif
+
+// Where things are in shared memory, in bytes.
+constexpr int PITCH = THREADS + 2 * VECTORS;
+constexpr int FLOATS = 4 * V * PLACES * THREADS;
+constexpr int SLOT = OPERANDS * PLACES * THREADS * VECTOR;
+constexpr int ROW = 4 * V * PLACES * PITCH;                      // a line's states: [PLACES][PARTS][PITCH]
+constexpr int SUMS_AT = DEPTH * SLOT;                            // [DEPTH][PLACES][PARTS][THREADS]
+constexpr int STATES_AT = SUMS_AT + DEPTH * FLOATS;              // [SEGMENT + 1] rows
+constexpr int AFTER_AT = STATES_AT + (SEGMENT + 1) * ROW;        // [2][PARTS][PITCH]: w_after g of a thread's last place
+constexpr int HALO_AT = AFTER_AT + OWN_TAPS * 8 * V * PITCH;     // [2][2][HALO][PARTS][VECTORS]
+constexpr int GRADIENTS_AT = HALO_AT + SPLIT * 16 * V * HALO * VECTORS;  // [SEGMENT][3][PLACES][THREADS]: of taps
+#if !OWN_TAPS
+constexpr int WEIGHTS_AT = GRADIENTS_AT + SEGMENT * 12 * PLACES * THREADS;
+#endif
+
+__device__ __forceinline__ Floats* states(int k, int q) {
+  return (Floats*)(shared_memory() + STATES_AT + k * ROW) + q * PARTS * PITCH + VECTORS + threadIdx.x;
+}
+__device__ __forceinline__ Vector* ring(int slot, int operand, int q) {
+  return (Vector*)(shared_memory() + slot * SLOT) + (operand * PLACES + q) * THREADS + threadIdx.x;
+}
+__device__ __forceinline__ Floats* ring_sum(int slot, int q) {
+  return (Floats*)(shared_memory() + SUMS_AT + slot * FLOATS) + q * PARTS * THREADS + threadIdx.x;
+}
+__device__ __forceinline__ float* gradient(int k, int tap, int q, int thread) {
+  return (float*)(shared_memory() + GRADIENTS_AT) + ((k * 3 + tap) * PLACES + q) * THREADS + thread;
+}
+
+// The segments of a direction: of lines [0, boundary) and of [boundary, lines).
+struct Segments {
+  int lines, boundary;
+
+  __device__ __forceinline__ int count(bool upper) const {
+    return ((upper ? lines - boundary : boundary) + SEGMENT - 1) / SEGMENT;
+  }
+};
+
+__device__ __forceinline__ int segments_of(int lines) { return (lines + SEGMENT - 1) / SEGMENT; }
+
+// The adjoint over lines [begin, end) of a direction. `add` to the sums of dx that are there; `last`: the sum is dx.
+struct Phase {
+  int begin, end;
+  bool add, last;
+  int first_segment;  // kept states that belong to lines before these
+  int exchanges;      // of halos, the same for all blocks of the cluster
+};
+
+// One thread's operands in one direction; strides of lines are applied at each use.
+struct Walker {
+  Scan s;
+  Run run;
+  int place, before_at, after_at;
+  bool exists[PLACES], own[PLACES];
+  Stream x, lam, gate, dy, dx, dlam, dgate;
+#if OWN_TAPS
+  Stream taps, dtaps;
+  long long tap_vector, dtap_vector;
+#endif
+  Sums sums;
+  float* kept;  // (segments, places, channels) of this image and direction
+  int kept_line;
+  int group;    // of taps, among the block's
+
+  __device__ __forceinline__ void start(const Params& p, const Layout& layout, const Self& me, int d, void* dx_sums) {
+    s = scan_of(p, d);
+    run = run_of(layout, s, me.split);
+    place = run.start + me.column * PLACES;
+    before_at = beside(place > 0, -VECTORS);
+    after_at = beside(place + PLACES < s.places, VECTORS);
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) {
+      exists[q] = me.present && place + q < run.stop;
+      own[q] = exists[q] && place + q >= run.own && place + q < run.end;
+    }
+    x = stream_of(p.x, s, me.b, 0, me.channel, 0, place);
+    lam = stream_of(p.lam, s, me.b, d, me.channel, 0, place);
+    gate = stream_of(p.gate, s, me.b, d, me.channel, 0, place);
+    dy = stream_of(p.dy, s, me.b, 0, me.channel, 0, place);
+    dx = stream_of(p.dx, s, me.b, 0, me.channel, 0, place);
+    dlam = stream_of(p.dlam, s, me.b, d, me.channel, 0, place);
+    dgate = stream_of(p.dgate, s, me.b, d, me.channel, 0, place);
+#if OWN_TAPS
+    taps = stream_of(p.taps, s, me.b, d, me.channel, 0, place);
+    dtaps = stream_of(p.dtaps, s, me.b, d, me.channel, 0, place);
+    tap_vector = INTERLEAVED ? V : p.taps.k;
+    dtap_vector = INTERLEAVED ? V : p.dtaps.k;
+#endif
+    if (dx_sums != nullptr)
+      sums = sums_of(p, dx_sums, s, me.b, me.channel, 0, place);
+#if STORAGE == 0
+    else
+      sums = {dx.at, dx.line, dx.place};
+#endif
+    kept_line = p.channels * s.places;
+    // Every role keeps states of its own.
+    kept = (float*)p.scratch[2] + (((long long)me.b * ROLES + me.role) * p.knobs[4] + place) * p.channels + me.channel;
+    const int per_group = p.channels / p.groups;
+    group = TAP_GROUPS > 1 ? min(me.vector * V / per_group, TAP_GROUPS - 1) : 0;
+  }
+
+  // Sets a line's operands on their way: those of the way forward, or of the way back.
+  __device__ __forceinline__ void copy(int slot, int line, bool back, bool add, int channels, const float* state) const {
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) {
+      const int bytes = exists[q] ? VECTOR : 0;
+      copy_async<VECTOR>(ring(slot, 0, q), x.at + line * x.line + q * x.place, bytes);
+      if (HAS_LAM) copy_async<VECTOR>(ring(slot, 1, q), lam.at + line * lam.line + q * lam.place, bytes);
+#if OWN_TAPS
+#pragma unroll
+      for (int k = 0; k < 3; k++)
+        copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + line * taps.line + q * taps.place + k * tap_vector, bytes);
+#endif
+      if (back) {
+        copy_async<VECTOR>(ring(slot, DY, q), dy.at + line * dy.line + q * dy.place, bytes);
+        if (HAS_GATE) copy_async<VECTOR>(ring(slot, GATE, q), gate.at + line * gate.line + q * gate.place, bytes);
+      }
+      const float* from = back ? sums.at + line * sums.line + q * sums.place : state + q * channels;
+      const bool wanted = back ? add && own[q] : state != nullptr && exists[q];
+      if (back ? add : state != nullptr)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, from + part * F, wanted ? 4 * F : 0);
+    }
+  }
+
+  // h of the line after that of states row `k`, into row `to`.
+  __device__ __forceinline__ void step(int slot, const TapStages* stages, int tap_line, int k, int to, bool restart,
+                                       float (&h)[PLACES][V]) const {
+    float before[V], after[V];
+    load_floats(states(k, PLACES - 1) + before_at, PITCH, before);
+    load_floats(states(k, 0) + after_at, PITCH, after);
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) {
+      float u[V];
+      input(slot, q, u);
+      float weight[PER_PLACE];
+      weights(slot, stages, tap_line, q, weight);
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        const float here = h[q][v], next = q + 1 < PLACES ? h[q + 1 < PLACES ? q + 1 : q][v] : after[v];
+        const Taps w = weight_of(weight, v);
+        const float sum = fmaf(w.before, before[v], fmaf(w.after, next, fmaf(w.here, here, u[v])));
+        h[q][v] = restart ? u[v] : PLACES > 1 && !exists[q] ? 0.f : sum;
+        before[v] = here;
+      }
+      store_floats(states(to, q), PITCH, h[q]);
+    }
+  }
+
+  // u = lam x.
+  __device__ __forceinline__ void input(int slot, int q, float* u) const {
+    unpack(*ring(slot, 0, q), u);
+#if HAS_LAM
+    float l[V];
+    unpack(*ring(slot, 1, q), l);
+#pragma unroll
+    for (int v = 0; v < V; v++) u[v] *= l[v];
+#endif
+  }
+
+#if OWN_TAPS
+  static constexpr int PER_PLACE = 3 * V;
+  __device__ __forceinline__ void raw_taps(int slot, int q, float* raw) const {
+#pragma unroll
+    for (int k = 0; k < 3; k++) unpack(*ring(slot, TAPS + k, q), raw + k * V);
+  }
+  __device__ __forceinline__ void weights(int slot, const TapStages*, int, int q, float* weight) const {
+    float raw[3 * V];
+    raw_taps(slot, q, raw);
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      const Taps w = tap_weights(own_taps(raw, v), place + q > 0, place + q + 1 < s.places);
+      weight[3 * v] = w.before, weight[3 * v + 1] = w.here, weight[3 * v + 2] = w.after;
+    }
+  }
+  __device__ __forceinline__ static Taps weight_of(const float* weight, int v) {
+    return {weight[3 * v], weight[3 * v + 1], weight[3 * v + 2]};
+  }
+#else
+  static constexpr int PER_PLACE = 3;
+  // Of the place `q`, which may be one of the neighbours' (-1, PLACES).
+  __device__ __forceinline__ void weights(int, const TapStages* stages, int line, int q, float* weight) const {
+    const int j = place + q;
+    Weights w = {0.f, 0.f, 0.f, 0.f};
+    if (j >= run.start && j < run.stop) w = *stages->of(line, group, j - run.start);
+    weight[0] = w.before, weight[1] = w.here, weight[2] = w.after;
+  }
+  __device__ __forceinline__ static Taps weight_of(const float* weight, int) { return {weight[0], weight[1], weight[2]}; }
+#endif
+};
+
+// Pass 1: the states before every segment but the first, in scratch.
+__device__ __forceinline__ void keep_states(const Params& p, const Layout& layout, const Self& me, const Walker& walk, int d,
+                                            const Segments& segments, int exchanges) {
+  // The last segment is never run through here.
+  const int upper = segments.count(true), lower = segments.count(false);
+  const int stop = upper > 0 ? segments.boundary + (upper - 1) * SEGMENT : (lower - 1) * SEGMENT;
+  TapStages stages;
+#if !OWN_TAPS
+  stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), 0, stop,
+               (Weights*)(shared_memory() + WEIGHTS_AT));
+  stages.fetch(0);
+  stages.turn(0);
+  stages.fetch(1);
+#endif
+#pragma unroll
+  for (int line = 0; line < DEPTH; line++) {
+    if (line < stop) walk.copy(line, line, false, false, 0, nullptr);
+    copy_commit();
+  }
+  float h[PLACES][V];
+  clear(h);
+#pragma unroll
+  for (int q = 0; q < PLACES; q++) store_floats(states(0, q), PITCH, h[q]);
+  __syncthreads();
+  #if SPLIT
+  int exchanged = 0;
+#endif
+  int since = 0, slot = 0, until = 0, segment = 0;
+#pragma unroll 1
+  for (int line = 0; line <= stop; line++) {
+    if (line == segments.boundary) until = 0;
+    if (until == 0) {
+      until = SEGMENT;
+#if SPLIT
+      exchange_halos<HALO_AT>(layout, me, walk.run, walk.place, exchanged++ & 1, h);
+#pragma unroll
+      for (int q = 0; q < PLACES; q++) store_floats(states(line & 1, q), PITCH, h[q]);
+      __syncthreads();
+#endif
+      float* to = walk.kept + (long long)segment++ * walk.kept_line;
+#pragma unroll
+      for (int q = 0; q < PLACES; q++)
+        if (walk.own[q] && line > 0) store_floats((Floats*)(to + q * p.channels), 1, h[q]);
+    }
+    until--;
+    if (line == stop) break;
+#if !OWN_TAPS
+    if (line % SEGMENT == 0) {
+      stages.turn(line / SEGMENT + 1);
+      stages.fetch(line / SEGMENT + 2);
+    }
+#endif
+    copy_wait<DEPTH - 1>();
+    walk.step(slot, &stages, line, line & 1, (line + 1) & 1, since == 0, h);
+    since = since + 1 == p.chunk ? 0 : since + 1;
+    if (line + DEPTH < stop) walk.copy(slot, line + DEPTH, false, false, 0, nullptr);
+    copy_commit();
+    slot = slot + 1 == DEPTH ? 0 : slot + 1;
+    __syncthreads();
+  }
+#if SPLIT
+#pragma unroll 1
+  while (exchanged++ < exchanges) cluster_barrier();
+#endif
+  copy_wait<0>();
+  __syncthreads();
+}
+
+// Which line's operands are set on their way next: a segment's lines forwards, then backwards, then the segment before.
+struct Queue {
+  int begin, end, segment, k, left, first_segment;
+  bool back;
+
+  __device__ __forceinline__ void start(const Phase& phase) {
+    begin = phase.begin, end = phase.end, left = 2 * (end - begin), first_segment = phase.first_segment;
+    segment = segments_of(end - begin) - 1;
+    k = 0;
+    back = false;
+  }
+
+  __device__ __forceinline__ void copy(const Walker& walk, int slot, bool add, int channels) {
+    if (left > 0) {
+      const int first = begin + segment * SEGMENT;
+      const bool keeps = !back && k == 0 && first > 0;
+      walk.copy(slot, first + k, back, add, channels,
+                keeps ? walk.kept + (long long)(first_segment + segment) * walk.kept_line : nullptr);
+      left--;
+      if (!back && k + 1 == min(SEGMENT, end - first))
+        back = true;
+      else if (!back)
+        k++;
+      else if (k > 0)
+        k--;
+      else
+        segment--, back = false;
+    }
+    copy_commit();
+  }
+};
+
+#if !OWN_TAPS
+// A segment's tap gradients: summed over the block's vectors of a group, in order.
+__device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layout, const Self& me, const Walker& walk, int d,
+                                            int first, int lines) {
+  constexpr int GROUP_VECTORS = VECTORS / TAP_GROUPS;
+  if (p.dtaps.data == nullptr) return;
+  const int places = walk.run.end - walk.run.own, all = lines * TAP_GROUPS * places;
+  const int channel_block = (me.channel / V - me.vector) / VECTORS;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < all; i += THREADS) {
+    const int row = i / places, j = walk.run.own + i - row * places;
+    const int k = row / TAP_GROUPS, g = row % TAP_GROUPS, l = j - walk.run.start;
+    const int q = l % PLACES, thread = l / PLACES * VECTORS + g * GROUP_VECTORS;
+    float sum[3] = {0.f, 0.f, 0.f};
+#pragma unroll
+    for (int v = 0; v < GROUP_VECTORS; v++)
+#pragma unroll
+      for (int tap = 0; tap < 3; tap++) sum[tap] += *gradient(k, tap, q, thread + v);
+#if DIRECT
+    const int group = channel_block * TAP_GROUPS + g;
+    const storage_t* a = stream_of(p.taps, walk.s, me.b, d, group, first + k, j).at;
+    storage_t* to = stream_of(p.dtaps, walk.s, me.b, d, group, first + k, j).at;
+    const Taps raw = {widen(__ldg(a)), widen(__ldg(a + p.taps.k)), widen(__ldg(a + 2 * p.taps.k))};
+    const Taps out = tap_gradient(raw, {sum[0], sum[1], sum[2]}, j > 0, j + 1 < walk.s.places);
+    to[0] = narrow(out.before);
+    to[p.dtaps.k] = narrow(out.here);
+    to[2 * p.dtaps.k] = narrow(out.after);
+#else
+    const int line = walk.s.reversed ? walk.s.lines - 1 - first - k : first + k;
+    const long long pixel = walk.s.vertical ? (long long)line * p.width + j : (long long)j * p.width + line;
+    const long long plane = ((long long)me.b * p.scans + d) * layout.channel_blocks + channel_block;
+    float* to = (float*)p.scratch[3] + 3 * (plane * p.height * p.width + pixel);
+#pragma unroll
+    for (int tap = 0; tap < 3; tap++) to[tap] = sum[tap];
+#endif
+  }
+}
+#endif
+
+// What one line's places hand to the places of the line before, their own thread's and, published, their neighbours'.
+// `to` is filled with the former. With shared taps g itself is published, for the weights are known to all.
+struct Handed {
+  float to[PLACES][V];
+
+  __device__ __forceinline__ void add(int q, int v, const Taps& w, float g, float* before, float* after) {
+    to[q][v] = fmaf(w.here, g, to[q][v]);
+    if (q > 0)
+      to[q > 0 ? q - 1 : 0][v] = fmaf(w.before, g, to[q > 0 ? q - 1 : 0][v]);
+    else
+      before[v] = OWN_TAPS ? w.before * g : g;
+    if (q + 1 < PLACES)
+      to[q + 1 < PLACES ? q + 1 : q][v] = fmaf(w.after, g, to[q + 1 < PLACES ? q + 1 : q][v]);
+    else
+      after[v] = OWN_TAPS ? w.after * g : g;
+  }
+};
+
+__device__ __forceinline__ Floats* after_row(int parity) {
+  return (Floats*)(shared_memory() + AFTER_AT) + parity * PARTS * PITCH + VECTORS + threadIdx.x;
+}
+
+// One line of the adjoint: states row `k` is that of the line before, row `k + 1` this line's, in whose place g is
+// published. `carried` is what the next line handed to this one, then what the thread's places hand to the line before.
+__device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase, const Walker& walk, const TapStages* stages,
+                                             int slot, int line, int tap_line, int k, bool restart, float (&carried)[PLACES][V]) {
+  Handed handed;
+  clear(handed.to);
+  float first[V], last[V];
+#pragma unroll
+  for (int q = 0; q < PLACES; q++) {
+    float in[V], g[V], h[V], e[V], out[V];
+    unpack(*ring(slot, DY, q), in);
+    load_floats(states(k + 1, q), PITCH, h);
+#if HAS_GATE
+    unpack(*ring(slot, GATE, q), e);
+#else
+#pragma unroll
+    for (int v = 0; v < V; v++) e[v] = 1.f;
+#endif
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      out[v] = h[v] * in[v];
+      g[v] = fmaf(e[v], in[v], carried[q][v]);
+      // A place that is none takes no part: what was handed to it may be 0 * inf.
+      if (PLACES > 1 && !walk.exists[q]) g[v] = 0.f;
+    }
+    if (HAS_GATE && walk.own[q] && p.dgate.data != nullptr)
+      *(Vector*)(walk.dgate.at + line * walk.dgate.line + q * walk.dgate.place) = pack(out);
+
+    // dw_k = g h_(j + k), of the line before.
+    float before[V], here[V], after[V];
+    load_floats(q > 0 ? states(k, q > 0 ? q - 1 : 0) : states(k, PLACES - 1) + walk.before_at, PITCH, before);
+    load_floats(states(k, q), PITCH, here);
+    load_floats(q + 1 < PLACES ? states(k, q + 1 < PLACES ? q + 1 : q) : states(k, 0) + walk.after_at, PITCH, after);
+#if OWN_TAPS
+    float raw[3 * V], gradients[3 * V];
+    walk.raw_taps(slot, q, raw);
+    const bool has_before = walk.place + q > 0, has_after = walk.place + q + 1 < walk.s.places;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      const Taps a = own_taps(raw, v);
+      Taps d = {0.f, 0.f, 0.f};
+      if (!restart) d = tap_gradient(a, {g[v] * before[v], g[v] * here[v], g[v] * after[v]}, has_before, has_after);
+      gradients[INTERLEAVED ? 3 * v : v] = d.before;
+      gradients[INTERLEAVED ? 3 * v + 1 : V + v] = d.here;
+      gradients[INTERLEAVED ? 3 * v + 2 : 2 * V + v] = d.after;
+      handed.add(q, v, tap_weights(a, has_before, has_after), g[v], first, last);
+    }
+    if (walk.own[q] && p.dtaps.data != nullptr)
+#pragma unroll
+      for (int t = 0; t < 3; t++)
+        *(Vector*)(walk.dtaps.at + line * walk.dtaps.line + q * walk.dtaps.place + t * walk.dtap_vector) = pack(gradients + t * V);
+#else
+    float dw[3] = {0.f, 0.f, 0.f}, weight[3];
+    walk.weights(slot, stages, tap_line, q, weight);
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      dw[0] = fmaf(g[v], before[v], dw[0]);
+      dw[1] = fmaf(g[v], here[v], dw[1]);
+      dw[2] = fmaf(g[v], after[v], dw[2]);
+      handed.add(q, v, Walker::weight_of(weight, v), g[v], first, last);
+    }
+#pragma unroll
+    for (int tap = 0; tap < 3; tap++) *gradient(k, tap, q, threadIdx.x) = restart ? 0.f : dw[tap];
+#endif
+
+    // du = g: to x through lam, to lam through x.
+    unpack(*ring(slot, 0, q), in);
+#if HAS_LAM
+#pragma unroll
+    for (int v = 0; v < V; v++) out[v] = g[v] * in[v];
+    if (walk.own[q] && p.dlam.data != nullptr)
+      *(Vector*)(walk.dlam.at + line * walk.dlam.line + q * walk.dlam.place) = pack(out);
+    unpack(*ring(slot, 1, q), e);
+#else
+#pragma unroll
+    for (int v = 0; v < V; v++) e[v] = 1.f;
+#endif
+    if (!walk.own[q] || p.dx.data == nullptr) continue;
+#pragma unroll
+    for (int v = 0; v < V; v++) out[v] = 0.f;
+    if (SUM && phase.add) load_floats(ring_sum(slot, q), THREADS, out);
+#pragma unroll
+    for (int v = 0; v < V; v++) out[v] = fmaf(g[v], e[v], out[v]);
+    if (!SUM || phase.last)
+      *(Vector*)(walk.dx.at + line * walk.dx.line + q * walk.dx.place) = pack(out);
+    else
+      store_floats((Floats*)(walk.sums.at + line * walk.sums.line + q * walk.sums.place), 1, out);
+  }
+  store_floats(states(k + 1, 0), PITCH, first);
+  if (OWN_TAPS)
+    store_floats(after_row(line & 1), PITCH, last);
+  else if (PLACES > 1)
+    store_floats(states(k + 1, PLACES - 1), PITCH, last);
+#pragma unroll
+  for (int q = 0; q < PLACES; q++)
+#pragma unroll
+    for (int v = 0; v < V; v++) carried[q][v] = handed.to[q][v];
+}
+
+// After the barrier: what the neighbours hand over, too.
+__device__ __forceinline__ void receive(const Walker& walk, const TapStages* stages, int line, int tap_line, int k, bool restart,
+                                        float (&carried)[PLACES][V]) {
+  if (restart) {
+    clear(carried);
+    return;
+  }
+  float from_before[V], from_after[V];
+  load_floats((OWN_TAPS ? after_row(line & 1) : states(k + 1, PLACES - 1)) + walk.before_at, PITCH, from_before);
+  load_floats(states(k + 1, 0) + walk.after_at, PITCH, from_after);
+  float w_after = 1.f, w_before = 1.f;
+#if !OWN_TAPS
+  float weight[3];
+  walk.weights(0, stages, tap_line, -1, weight);
+  w_after = weight[2];
+  walk.weights(0, stages, tap_line, PLACES, weight);
+  w_before = weight[0];
+#endif
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+    carried[0][v] = fmaf(w_after, from_before[v], carried[0][v]);
+    carried[PLACES - 1][v] = fmaf(w_before, from_after[v], carried[PLACES - 1][v]);
+  }
+}
+
+// Pass 2 over the lines of a phase, from the last to the first. `carried` is what the lines after them hand over.
+__device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, const Self& me, const Walker& walk, int d,
+                                        const Phase& phase, float (&carried)[PLACES][V]) {
+  const int lines = phase.end - phase.begin;
+#if SPLIT
+  int exchanged = 0;
+#endif
+  int slot = 0;
+  Queue queue;
+  queue.start(phase);
+  const bool add = SUM && phase.add && p.dx.data != nullptr;
+#pragma unroll 1
+  for (int i = 0; i < DEPTH; i++) queue.copy(walk, i, add, p.channels);
+  TapStages stages;
+#if !OWN_TAPS
+  stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), phase.begin, phase.end,
+               (Weights*)(shared_memory() + WEIGHTS_AT));
+  stages.fetch(segments_of(lines) - 1);
+  stages.turn(segments_of(lines) - 1);
+  stages.fetch(segments_of(lines) - 2);
+#endif
+#pragma unroll 1
+  for (int segment = segments_of(lines) - 1; segment >= 0; segment--) {
+    const int begin = segment * SEGMENT, first = phase.begin + begin, count = min(SEGMENT, lines - begin);
+#if SPLIT
+    exchange_halos<HALO_AT>(layout, me, walk.run, walk.place, exchanged++ & 1, carried);
+#endif
+    float h[PLACES][V];
+    copy_wait<DEPTH - 1>();
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) {
+      load_floats(ring_sum(slot, q), THREADS, h[q]);
+      if (first == 0)
+#pragma unroll
+        for (int v = 0; v < V; v++) h[q][v] = 0.f;
+      store_floats(states(0, q), PITCH, h[q]);
+    }
+    __syncthreads();
+#if !OWN_TAPS
+    stages.turn(segment - 1);
+    stages.fetch(segment - 2);
+#endif
+    u32 restarts = 0;
+    for (int k = 0, since = first % p.chunk; k < count; k++, since = since + 1 == p.chunk ? 0 : since + 1)
+      restarts |= (u32)(since == 0) << k;
+#pragma unroll 1
+    for (int k = 0; k < count; k++) {
+      copy_wait<DEPTH - 1>();
+      walk.step(slot, &stages, begin + k, k, k + 1, restarts >> k & 1, h);
+      queue.copy(walk, slot, add, p.channels);
+      slot = slot + 1 == DEPTH ? 0 : slot + 1;
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int k = count - 1; k >= 0; k--) {
+      const bool restart = restarts >> k & 1;
+      copy_wait<DEPTH - 1>();
+      adjoint_line(p, phase, walk, &stages, slot, first + k, begin + k, k, restart, carried);
+      queue.copy(walk, slot, add, p.channels);
+      slot = slot + 1 == DEPTH ? 0 : slot + 1;
+      __syncthreads();
+      receive(walk, &stages, first + k, begin + k, k, restart, carried);
+    }
+#if !OWN_TAPS
+    reduce_taps(p, layout, me, walk, d, first, count);
+#endif
+  }
+#if SPLIT
+#pragma unroll 1
+  while (exchanged++ < phase.exchanges) cluster_barrier();
+#endif
+  copy_wait<0>();
+  __syncthreads();
+}
+
+// A direction whole. `add`, `last`: as in Phase, for the roles that meet in it.
+__device__ __forceinline__ void run_direction(const Params& p, const Layout& layout, const Self& me, int d, bool add, bool last,
+                                              void* sums) {
+  Segments segments;
+  segments.lines = scan_of(p, d).lines;
+  const int middle = (segments.lines + 1) / 2;
+  segments.boundary = ROLES == 1 ? 0 : (me.role & 1) == 0 ? middle : segments.lines - middle;
+  // With four roles the other axis runs along, through the same barriers.
+  const int most = ROLES == 4 ? max(p.height, p.width) : segments.lines;
+  const int upper = (ROLES == 1 ? most : (most + 1) / 2) + SEGMENT - 1, lower = ROLES == 1 ? 0 : most / 2 + SEGMENT - 1;
+  Walker walk;
+  walk.start(p, layout, me, d, sums);
+  keep_states(p, layout, me, walk, d, segments, upper / SEGMENT + lower / SEGMENT);
+  float carried[PLACES][V];
+  clear(carried);
+#pragma unroll 1
+  for (int turn = ROLES > 1 ? 0 : 1; turn < 2; turn++) {
+#if CLUSTER
+    cluster_barrier();
+#endif
+    Phase phase;
+    phase.begin = turn == 0 || ROLES == 1 ? segments.boundary : 0;
+    phase.end = turn == 0 || ROLES == 1 ? segments.lines : segments.boundary;
+    phase.first_segment = turn == 0 ? segments.count(false) : 0;
+    phase.add = add || (ROLES > 1 && turn == 1);
+    phase.last = last && turn == 1;
+    phase.exchanges = upper / SEGMENT;
+    adjoint(p, layout, me, walk, d, phase, carried);
+  }
+}
+
+KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
+  const Layout layout = layout_of(p);
+  const Self me = self_of(p, layout);
+  // Zeros beside the first and the last thread.
+  for (int i = threadIdx.x; i < (SEGMENT + 1) * PLACES * PARTS + OWN_TAPS * 2 * PARTS; i += THREADS) {
+    Floats zero;
+#pragma unroll
+    for (int e = 0; e < F; e++) zero.e[e] = 0.f;
+    Floats* row = (Floats*)(shared_memory() + STATES_AT) + i * PITCH;
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) row[v] = row[PITCH - 1 - v] = zero;
+  }
+  __syncthreads();
+  void* const sums = STORAGE == 0 ? nullptr : p.scratch[0];
+#if ROLES == 1
+#pragma unroll 1
+  for (int d = 0; d < p.scans; d++) {
+    run_direction(p, layout, me, d, d > 0, d + 1 == p.scans, sums);
+#if CLUSTER
+    cluster_barrier();
+#endif
+  }
+#else
+  const bool vertical = index_of(p, 0) >= 0, horizontal = index_of(p, 2) >= 0;
+#pragma unroll 1
+  for (int axis = 0; axis < 2; axis++) {
+    if (!(axis == 0 ? vertical : horizontal) || (ROLES == 4 && me.role / 2 != axis)) continue;
+    run_direction(p, layout, me, index_of(p, 2 * axis + (me.role & 1)), ROLES == 2 && axis == 1 && vertical,
+                  ROLES == 2 && (axis == 1 || !horizontal), ROLES == 4 && axis == 1 ? p.scratch[1] : sums);
+    cluster_barrier();
+  }
+#if ROLES == 4
+  if (p.dx.data != nullptr) add_axes(p, p.dx, layout, me);
+#endif
+#endif
+}
