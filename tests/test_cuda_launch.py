@@ -47,9 +47,12 @@ class Recorder:
         self.loaded: list[tuple[Launch, bytes, int]] = []
         self.runs: list[tuple[Launch, dict[int, int], int]] = []
 
-    def load(self, launch: Launch, arguments: bytes, index: int) -> SimpleNamespace:
+    def load(self, launch: Launch, arguments: bytes, places: list[int], index: int) -> SimpleNamespace:
+        def run(addresses: list[int], stream: int) -> None:
+            self.runs.append((launch, dict(zip(places, addresses, strict=True)), stream))
+
         self.loaded.append((launch, arguments, index))
-        return SimpleNamespace(run=lambda places, on: self.runs.append((launch, dict(places), on)))
+        return SimpleNamespace(run=run)
 
 
 @pytest.fixture
@@ -285,9 +288,9 @@ def named(fake: FakeDriver, *names: str) -> list[tuple[Any, ...]]:
 
 
 def test_loading_is_allowed_under_capture_and_done_once(fake: FakeDriver) -> None:
-    driver.Loaded(Launch(KERNEL, 4, 64, 2000), ARGUMENTS, 1)
-    driver.Loaded(Launch(KERNEL, 9, 64, 1000), ARGUMENTS, 1)
-    driver.Loaded(Launch(KERNEL, 9, 64, 1000), ARGUMENTS, 0)
+    driver.Loaded(Launch(KERNEL, 4, 64, 2000), ARGUMENTS, (), 1)
+    driver.Loaded(Launch(KERNEL, 9, 64, 1000), ARGUMENTS, (), 1)
+    driver.Loaded(Launch(KERNEL, 9, 64, 1000), ARGUMENTS, (), 0)
     assert named(fake, "load") == [("load", b"code", "RELAXED")]
     assert fake.mode.name.endswith("GLOBAL")
     assert len(named(fake, "ready")) == 3, "loaded before the first launch, not by it"
@@ -299,10 +302,10 @@ def test_loading_is_allowed_under_capture_and_done_once(fake: FakeDriver) -> Non
 def test_the_capture_mode_is_restored_when_loading_fails(fake: FakeDriver) -> None:
     fake.failing["load"] = fake.CUresult.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(RuntimeError, match=r"cuLibraryLoadData: CUDA_ERROR_OUT_OF_MEMORY \(what it means\)"):
-        driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, 0)
+        driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, (), 0)
     assert fake.mode.name.endswith("GLOBAL")
     fake.failing.clear()
-    driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, 0)
+    driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, (), 0)
 
 
 def test_too_much_shared_memory_is_an_error_with_the_number(fake: FakeDriver) -> None:
@@ -310,12 +313,12 @@ def test_too_much_shared_memory_is_an_error_with_the_number(fake: FakeDriver) ->
     with pytest.raises(
         RuntimeError, match="300000 bytes of shared memory for some: CUDA_ERROR_INVALID_VALUE"
     ):
-        driver.Loaded(Launch(KERNEL, 4, 64, 300000), ARGUMENTS, 0)
+        driver.Loaded(Launch(KERNEL, 4, 64, 300000), ARGUMENTS, (), 0)
 
 
 @pytest.mark.parametrize(("cluster", "attribute"), [(1, 0), (8, 0), (16, 1)])
 def test_clusters(cluster: int, attribute: int, fake: FakeDriver) -> None:
-    loaded = driver.Loaded(Launch(KERNEL, 32, 128, 0, cluster), ARGUMENTS, 0)
+    loaded = driver.Loaded(Launch(KERNEL, 32, 128, 0, cluster), ARGUMENTS, (), 0)
     loaded.run([], 5)
     allowed = [entry for entry in named(fake, "attribute") if "NON_PORTABLE" in entry[1]]
     assert len(allowed) == attribute
@@ -326,14 +329,14 @@ def test_clusters(cluster: int, attribute: int, fake: FakeDriver) -> None:
 @pytest.mark.parametrize(("grid", "cluster"), [(0, 1), (2**31, 1), (6, 4)])
 def test_impossible_grids(grid: int, cluster: int, fake: FakeDriver) -> None:
     with pytest.raises(RuntimeError, match=f"cannot run {grid} blocks in clusters of {cluster}"):
-        driver.Loaded(Launch(KERNEL, grid, 64, 0, cluster), ARGUMENTS, 0)
+        driver.Loaded(Launch(KERNEL, grid, 64, 0, cluster), ARGUMENTS, (), 0)
     assert fake.log == []
 
 
 def test_a_launch_gets_its_addresses_and_stream(fake: FakeDriver) -> None:
-    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 100), ARGUMENTS, 0)
+    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 100), ARGUMENTS, (3, 73), 0)
     for address, stream in ((0x7FFF_1234_5678, 5), (0x1000, 6), (2**63 - 128, 6)):
-        loaded.run([(3, address), (74 - 1, address + 1)], stream)
+        loaded.run([address, address + 1], stream)
         sizes, packed = named(fake, "launch")[-1][1:]
         assert sizes[-1] == stream
         words = struct.unpack_from("<74q", packed)
@@ -343,7 +346,7 @@ def test_a_launch_gets_its_addresses_and_stream(fake: FakeDriver) -> None:
 
 
 def test_a_thread_without_a_context_gets_the_devices(fake: FakeDriver) -> None:
-    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, 2)
+    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, (), 2)
     assert named(fake, "context") == [("context", 1002)]
     fake.context = 0  # as in a thread that has not called CUDA
     loaded.run([], 5)
@@ -353,12 +356,12 @@ def test_a_thread_without_a_context_gets_the_devices(fake: FakeDriver) -> None:
 
 def test_a_context_that_is_there_is_left_alone(fake: FakeDriver) -> None:
     fake.context = 4711
-    driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, 2).run([], 5)
+    driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, (), 2).run([], 5)
     assert named(fake, "context") == []
 
 
 def test_a_failed_launch_says_which(fake: FakeDriver) -> None:
-    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 100), ARGUMENTS, 0)
+    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 100), ARGUMENTS, (), 0)
     fake.failing["launch"] = fake.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(
         RuntimeError, match=r"launching some failed: CUDA_ERROR_INVALID_VALUE \(what it means\)"
@@ -368,7 +371,7 @@ def test_a_failed_launch_says_which(fake: FakeDriver) -> None:
 
 def test_threads_do_not_share_arguments(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads inside the driver at once: each finds its own address when it gets there."""
-    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, 0)
+    loaded = driver.Loaded(Launch(KERNEL, 4, 64, 0), ARGUMENTS, (0,), 0)
     both = threading.Barrier(2)
     launched = fake.cuLaunchKernelEx
 
@@ -377,7 +380,7 @@ def test_threads_do_not_share_arguments(fake: FakeDriver, monkeypatch: pytest.Mo
         return launched(*arguments)
 
     monkeypatch.setattr(loaded, "_launch_kernel", slow)
-    threads = [threading.Thread(target=lambda n=number: loaded.run([(0, n)], n)) for number in (1, 2)]
+    threads = [threading.Thread(target=lambda n=number: loaded.run([n], n)) for number in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:

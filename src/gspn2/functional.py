@@ -80,7 +80,7 @@ def propagate(
             _check_shape(name, tensor, per_channel, "(B, D, C, H, W)")
     _check_chunk(chunk)
     x, logits, lam, gate = _follow_autocast(x, logits, lam, gate)
-    _check_alike(x, logits=logits, lam=lam, gate=gate)
+    _check_alike(x, ("logits", "lam", "gate"), (logits, lam, gate))
     return ops.propagate(x, logits, lam, gate, names, chunk, True, backend)
 
 
@@ -126,7 +126,7 @@ def line_scan(
         _check_shape("lam", lam, (batch, channels, height, width), "(B, C, H, W)")
     _check_chunk(chunk)
     x, w, lam, _ = _follow_autocast(x, w, lam, None)
-    _check_alike(x, w=w, lam=lam)
+    _check_alike(x, ("w", "lam"), (w, lam))
     lam = None if lam is None else lam.unsqueeze(1)
     return ops.propagate(x, w.unsqueeze(1), lam, None, names, chunk, False, backend)
 
@@ -177,18 +177,19 @@ def _check_chunk(chunk: int | None) -> None:
         raise ValueError(f"chunk: expected at least 1 line, got {chunk}")
 
 
-def _check_alike(x: Tensor, **others: Tensor | None) -> None:
+def _check_alike(x: Tensor, names: tuple[str, ...], others: tuple[Tensor | None, ...]) -> None:
     """One storage dtype, one device."""
-    if x.dtype not in STORAGE_DTYPES:
+    dtype, device = x.dtype, x.device
+    if dtype not in STORAGE_DTYPES:
         expected = ", ".join(str(dtype) for dtype in STORAGE_DTYPES)
-        raise TypeError(f"x: expected dtype {expected}, got {x.dtype}")
-    for name, tensor in others.items():
+        raise TypeError(f"x: expected dtype {expected}, got {dtype}")
+    for name, tensor in zip(names, others, strict=True):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected dtype {x.dtype} like x, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected dtype {dtype} like x, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} like x, got {tensor.device}")
 
 
 def _follow_autocast(

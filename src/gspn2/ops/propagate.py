@@ -61,7 +61,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _problem(x: Tensor, taps: Tensor, directions: Sequence[int], chunk: int, normalize: bool) -> Problem:
-    return _problem_of(x.shape, taps.shape[2], tuple(directions), chunk, normalize, x.dtype, x.device.type)
+    return _problem_of(x.shape, taps.shape[2], tuple(directions), chunk, normalize, x.dtype, x.device)
 
 
 @lru_cache(maxsize=1024)
@@ -72,10 +72,10 @@ def _problem_of(
     chunk: int,
     normalize: bool,
     dtype: torch.dtype,
-    device: str,
+    device: torch.device,
 ) -> Problem:
     names = tuple(DIRECTIONS[index] for index in directions)
-    return Problem(names, chunk or None, normalize, *shape[:2], groups, *shape[2:], dtype, device)
+    return Problem(names, chunk or None, normalize, *shape[:2], groups, *shape[2:], dtype, device.type)
 
 
 def _forward(

@@ -7,7 +7,7 @@ when the first plan there needs it. Everything under `launch.py` that touches a 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
@@ -81,12 +81,13 @@ class Loaded:
     Several threads may `run` it at once: a call takes a buffer for its arguments that is nobody else's.
     """
 
-    def __init__(self, launch: Launch, arguments: bytes, index: int) -> None:
+    def __init__(self, launch: Launch, arguments: bytes, places: Sequence[int], index: int) -> None:
         """Compile and load what is not there yet.
 
         Args:
             launch: what the plan says.
             arguments: packed parameters (`params.pack`), in which `run` replaces addresses.
+            places: where these addresses lie, in units of 8 bytes.
             index: of the device, which is the current one.
 
         Raises:
@@ -102,17 +103,18 @@ class Loaded:
         with _lock, _loading_allowed(index):
             self._kernel = _kernel(launch, index)
         self._launch_kernel = driver.cuLaunchKernelEx
-        self._launch, self._arguments, self._index = launch, arguments, index
+        self._launch, self._arguments = launch, arguments
+        self._places, self._index = tuple(places), index
         self._idle = [_Buffer(launch, arguments)]
 
-    def run(self, addresses: list[tuple[int, int]], stream: int) -> None:
-        """Launch on a stream of the device, with each address at its place, in units of 8 bytes."""
+    def run(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch on a stream of the device, with these addresses at their places."""
         try:
             buffer = self._idle.pop()
         except IndexError:
             buffer = _Buffer(self._launch, self._arguments)
         words = buffer.words
-        for place, address in addresses:
+        for place, address in zip(self._places, addresses, strict=True):
             words[place] = address
         if buffer.stream != stream:
             buffer.config.hStream = buffer.stream = stream

@@ -27,9 +27,6 @@ SCRATCH_ALIGNMENT = 512
 
 _FORWARD = ("x", "taps", "lam", "gate", "y")
 _BACKWARD = ("x", "taps", "lam", "gate", "y", "dy", "dx", "dtaps", "dlam", "dgate")
-_PLACES: dict[tuple[str, ...], tuple[int, ...]] = {
-    names: tuple(params.place(name) for name in names) for names in (_FORWARD, _BACKWARD)
-}
 
 _ready: dict[tuple[object, ...], Call] = {}
 
@@ -68,21 +65,21 @@ def _run(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], problem: Pr
     x = tensors[0]
     assert x is not None
     index = x.get_device()
-    addresses: list[tuple[int, int]] = []
+    addresses: list[int] = []
     # The operator hands out one object for equal problems, and a call that is ready keeps it alive.
     key: list[object] = [id(problem), names, index]
     bits = 0
-    for place, tensor in zip(_PLACES[names], tensors, strict=True):
+    for tensor in tensors:
         if tensor is None:
             key.append(None)
         else:
             address = tensor.data_ptr()
-            addresses.append((place, address))
+            addresses.append(address)
             bits |= address
             key.append(tensor.stride())
     if bits & (ALIGNMENT - 1):
-        # Rare: PyTorch's allocator aligns to more. Each tensor's own alignment tells such calls apart.
-        key += [address & -address & (ALIGNMENT - 1) for _, address in addresses]
+        # Not as PyTorch's allocator aligns whole tensors: what each one has tells such calls apart.
+        key += [address & -address & (ALIGNMENT - 1) for address in addresses]
     if driver.current_device() == index:
         call = _ready.get(tuple(key)) or _make_ready(tuple(key), problem, names, tensors, index)
         call.run(addresses, x)
@@ -124,25 +121,32 @@ class Call:
         self.plan = choose(Case(problem, device, views, backward="dy" in views))
         self.problem = problem
         self.index = index
+        places = [params.place(name) for name in tensors]
         # Where each scratch buffer starts within one allocation.
-        self.scratch: list[tuple[int, int]] = []
+        self.starts: list[int] = []
         self.scratch_bytes = 0
         for number, size in enumerate(self.plan.scratch):
             if size:
-                self.scratch.append((params.scratch_place(number), self.scratch_bytes))
+                places.append(params.scratch_place(number))
+                self.starts.append(self.scratch_bytes)
                 self.scratch_bytes += -(-size // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
         self.launches = [
-            driver.Loaded(launch, params.pack(problem, tensors, (), launch.knobs), index)
+            driver.Loaded(launch, params.pack(problem, tensors, (), launch.knobs), places, index)
             for launch in self.plan.launches
         ]
 
-    def run(self, addresses: list[tuple[int, int]], x: Tensor) -> None:
-        """Launch on the current stream of the device of x, which is the current device."""
+    def run(self, addresses: list[int], x: Tensor) -> None:
+        """Launch on the current stream of the device of x, which is the current device.
+
+        Args:
+            addresses: of the tensors that are there, in order; those of scratch are added here.
+            x: any of the tensors.
+        """
         if self.scratch_bytes:
             # Freed on return, while a kernel may still use it: only later work of the same stream can get it.
             scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=x.device)
             start = scratch.data_ptr()
-            addresses += [(place, start + offset) for place, offset in self.scratch]
+            addresses += [start + offset for offset in self.starts]
         stream = driver.stream(self.index)
         for launch in self.launches:
             launch.run(addresses, stream)
