@@ -235,9 +235,18 @@ def _fewer(cases: list[Case]) -> list[Case]:
     return [case for case in few if case.size in (sizes[0], sizes[-1])]
 
 
+def compile_ahead(sections: list[str], args: argparse.Namespace) -> None:
+    """All kernels at once, on all cores; what fails here is told again by the case that needs it."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu_compile.py")), "--quiet", *sections]
+    for option, value in (("--cases", args.cases), ("--variants", args.variants)):
+        command += [option, value] if value else []
+    subprocess.run(command, check=False)
+
+
 def supervise(sections: list[str], args: argparse.Namespace) -> int:
     """Run the sections in a process that may be lost; whatever is not complete then runs in a new one."""
     left, code = sections, DONE
+    compile_ahead(sections, args)
     options = [option for option in sys.argv[1:] if option not in NAMES]
     shown = re.sub(r" ?--out[ =]\S+", "", " ".join(sys.argv[1:])).strip()
     for attempt in range(MOST_RESTARTS * len(sections)):

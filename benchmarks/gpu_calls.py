@@ -49,11 +49,13 @@ TRAINED = [
 ]
 
 
+def called() -> list[Case]:
+    return [Case(size, NARROW, "shared", DIRECTIONS, layout, scaled=True) for size, layout in CALLED]
+
+
 def calls(device: torch.device, backend: str | None) -> list[tuple[str, Callable[[], list[Row]]]]:
     """Labels and functions: host time of eager calls, and what a replayed graph adds to its kernel."""
-    cases = [Case(size, NARROW, "shared", DIRECTIONS, layout, scaled=True) for size, layout in CALLED]
-    if device.type == "cpu":
-        cases = [shrunk(case) for case in cases]
+    cases = [shrunk(case) for case in called()] if device.type == "cpu" else called()
     return [(case.name, lambda case=case: [_call(case, device, backend)]) for case in cases]
 
 
