@@ -182,10 +182,10 @@ def vertical() -> Picture:
     p.paragraph(
         20,
         438,
-        "Stages of several lines come into a ring in shared memory by asynchronous copies: one stage "
-        "is computed while the next are on their way. Per place: three taps, x, lam, gate, and the "
-        "float32 sum of the directions before. Blocks of a cluster exchange once a stage, over as "
-        "many places as a stage has lines.",
+        "Stages of several lines come into a ring in shared memory by asynchronous or bulk copies: "
+        "one stage is computed while the next are on their way. Per place: three taps, x, lam, gate, "
+        "and the float32 sum of the directions before. Blocks of a cluster exchange in the same way, "
+        "less often, over more places.",
     )
     return p
 
