@@ -271,6 +271,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "calls": calls,
     "memory": memory,
 }
+PICTURE = "Shares of copy bandwidth of large problems, and times beside GSPN-1's kernel"
 SUMMARIES = ("summary", "summary-compact")
 NAMES = (*SECTIONS, *SUMMARIES)
 

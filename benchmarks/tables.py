@@ -200,7 +200,11 @@ def table(name: str) -> str:
         paths = {section: RESULTS / folder / f"{section}.json" for section in gpu_tables.needs(gpu)}
         if not all(path.exists() for path in paths.values()):
             return gpu_tables.absent(gpu)
-        return _made(name, paths, lambda results: gpu_tables.make(gpu, results))
+        text = _made(name, paths, lambda results: gpu_tables.make(gpu, results))
+        picture = ROOT / "docs" / "images" / f"{folder}_speed.svg"  # drawn by figures.py
+        if gpu == "summary" and picture.exists():
+            text += f"\n![{gpu_tables.PICTURE}](images/{picture.name})\n"
+        return text
     if name not in TABLES:
         known = [*TABLES, *(f"{gpu}/{name}" for gpu in GPUS for name in gpu_tables.NAMES)]
         raise TableError(f"no table is called {name!r}, only {', '.join(known)}")

@@ -357,6 +357,12 @@ def test_the_summary_has_every_target_with_the_range_that_was_measured(project: 
     shown = "| `propagate`, four directions, shared taps, forward | 70.0% | 69.1% to 80.0% | 1 of 2 cases |"
     assert shown in lines
     assert "| `propagate`, four directions, per-channel taps, forward | - | - | no result |" in lines
+    assert "h200_speed.svg" not in document.read_text()
+    (project / "docs" / "images").mkdir()
+    (project / "docs" / "images" / "h200_speed.svg").write_text("<svg/>")
+    assert tables(project, "--check").returncode == 1
+    assert tables(project).returncode == 0
+    assert "(images/h200_speed.svg)" in document.read_text()
 
 
 def test_a_gpu_table_without_results_says_so(project: Path) -> None:
