@@ -36,9 +36,11 @@ OPTIONS = (
     *("-fno-exceptions", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-fcf-protection=none"),
 )
 SANITIZE = (
-    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "--param=tsan-instrument-func-entry-exit=0",
     "-ftrivial-auto-var-init=pattern",
 )
+RUNTIME = ("schedule", "barriers", "copies", "races", "launch")
 _lock = threading.Lock()
 
 
@@ -79,7 +81,7 @@ def _cached(kind: str, sources: Sequence[Path], command: Sequence[str]) -> Path:
             partial = path.with_suffix(f".{os.getpid()}.{kind}")
             result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
             if result.returncode:
-                raise KernelError(f"g++ rejects {sources[0].name}:\n{result.stderr[-6000:]}")
+                raise KernelError(f"g++ fails:\n{result.stderr[-6000:]}")
             partial.replace(path)
     return path
 
@@ -93,8 +95,8 @@ def build(kernel: Kernel, device: Device | None = None) -> Path:
     defines = (*kernel.defines, ("__CUDA_ARCH__", 100 * major + 10 * minor), ("GSPN2_EMULATE", 1))
     source = KERNELS / kernel.source
     compile_ = [gxx, *OPTIONS, "-c"]
-    runtime = HERE / "runtime.cpp"
-    runtime_object = _cached("o", [runtime], [*compile_, str(runtime)])
+    parts = [HERE / f"{name}.cpp" for name in RUNTIME]
+    runtime = [_cached("o", [part], [*compile_, str(part)]) for part in parts]
     macros = [f"-D{name}={value}" for name, value in defines]
     host = HERE / "emulate.h"
     kernel_object = _cached(
@@ -102,7 +104,7 @@ def build(kernel: Kernel, device: Device | None = None) -> Path:
         [source, host],
         [*compile_, *SANITIZE, *macros, f"-I{KERNELS}", "-include", str(host), "-x", "c++", str(source)],
     )
-    link = [gxx, "-shared", str(kernel_object), str(runtime_object)]
+    link = [gxx, "-shared", str(kernel_object), *map(str, runtime)]
     return _cached("so", [], [*link])
 
 

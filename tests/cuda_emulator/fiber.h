@@ -11,37 +11,15 @@ namespace emulator {
 
 constexpr size_t PAGE = 4096, STACK = 32 * PAGE;
 
-#if defined(__x86_64__) && !defined(__CET__)
+#if defined(__x86_64__) && !defined(GSPN2_UCONTEXT)
 
 struct Context {
   void* stack_pointer;
 };
 
-// Saves what a call must keep, and returns on the other stack.
+// Saves what a call must keep, and returns on the other stack (schedule.cpp).
 extern "C" void gspn2_switch(Context* from, const Context* to);
-asm(R"(
-.text
-.hidden gspn2_switch
-.globl gspn2_switch
-.type gspn2_switch, @function
-gspn2_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq (%rsi), %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size gspn2_switch, .-gspn2_switch
-)");
+
 
 inline void prepare(Context& context, unsigned char* stack, void (*entry)()) {
   void** top = (void**)(stack + STACK);

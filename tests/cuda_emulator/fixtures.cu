@@ -98,6 +98,33 @@ KERNEL(64, 1) ring(CONSTANT_PARAMS p) {
   if (t == 0 && wrong != 7) bulk_store_wait_read<0>();
 }
 
+// Lanes hand values round through shared memory, in warps of their own.
+KERNEL(64, 1) warp_exchange(CONSTANT_PARAMS p) {
+  float* row = (float*)shared_memory();
+  const int t = (int)threadIdx.x, next = t / 32 * 32 + (t + 1) % 32, wrong = p.knobs[0];
+  float v = p.x.data[t];
+  for (int i = 0; i < 3; ++i) {
+    row[t] = v;
+    if (wrong != 1) __syncwarp();
+    v = row[next];
+    // Of the collectives only __syncwarp orders memory.
+    v += __shfl_xor_sync(~0u, v, 1);
+    if (wrong != 2) __syncwarp();
+  }
+  p.y.data[t] = v;
+}
+
+// Threads hand values round through global memory.
+KERNEL(64, 1) global_exchange(CONSTANT_PARAMS p) {
+  float* y = p.y.data;
+  const int t = (int)threadIdx.x, wrong = p.knobs[0];
+  if (blockIdx.x == 0) y[t] = p.x.data[t];
+  if (wrong != 1) __syncthreads();
+  const float v = y[63 - t];
+  __syncthreads();
+  y[t] = v;
+}
+
 // Each block of a cluster reads what the next one holds.
 KERNEL(32, 1) neighbours(CONSTANT_PARAMS p) {
   float* row = (float*)shared_memory();

@@ -19,12 +19,13 @@ LARGE = 1 << 26
 
 
 class _Range(ctypes.Structure):
-    """`Range` of runtime.cpp."""
+    """`Range` of device.h."""
 
     _fields_ = (
         ("first", ctypes.c_uint64),
         ("last", ctypes.c_uint64),
         ("access", ctypes.c_uint64),
+        ("written", ctypes.c_uint64),
         ("name", ctypes.c_char * 40),
     )
 
@@ -52,6 +53,7 @@ class _Storage:
         some = next(iter(tensors.values()))
         self.name = ", ".join(tensors)
         self.size = some.untyped_storage().nbytes()
+        self.written = bool(outputs & tensors.keys())
         self.guarded = _guarded(self.size)
         self.data = self.guarded[: self.size]
         source = torch.empty(0, dtype=torch.uint8).set_(some.untyped_storage())
@@ -99,7 +101,8 @@ class _Storage:
     def range(self) -> _Range:
         access = 0 if self.access is None else self.access.data_ptr()
         first = self.guarded.data_ptr()
-        return _Range(first, first + self.guarded.numel(), access, self.name.encode()[:39])
+        last = first + self.guarded.numel()
+        return _Range(first, last, access, self.written, self.name.encode()[:39])
 
 
 class Memory:
@@ -133,7 +136,7 @@ class Memory:
         """What a kernel may touch, for the runtime."""
         found = [storage.range() for storage in self.storages]
         for name, memory in self._scratch:
-            found.append(_Range(memory.data_ptr(), memory.data_ptr() + memory.numel(), 0, name.encode()))
+            found.append(_Range(memory.data_ptr(), memory.data_ptr() + memory.numel(), 0, 1, name.encode()))
         return (_Range * len(found))(*found)
 
     def wrongly_written(self) -> str | None:

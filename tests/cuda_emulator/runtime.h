@@ -41,7 +41,6 @@ void cluster_barrier();
 enum Access { READ = 1, WRITE = 2 };
 // Fails unless `bytes` at p, aligned to `alignment`, are elements of the tensors or of scratch memory.
 void check_global(const void* p, size_t bytes, size_t alignment, Access access, const char* what);
-void check_shared(const void* p, size_t bytes, size_t alignment, const char* what);
 
 void copy_async(void* shared, const void* global, int size, int bytes);
 void copy_commit();
