@@ -36,6 +36,12 @@ PRECISIONS = {"float32": (torch.float32,), "16 bits": (torch.bfloat16, torch.flo
 Propagate = Callable[..., Tensor]
 
 
+def one_of(precision: str, number: int) -> tuple[torch.dtype, ...]:
+    """One dtype of a precision, another for the next number: each is a kernel to compile."""
+    dtypes = PRECISIONS[precision]
+    return (dtypes[number % len(dtypes)],)
+
+
 # Problems
 
 
@@ -173,10 +179,21 @@ ALL_LAYOUTS: dict[str, Callable[[Case], Case]] = LAYOUTS | {
 
 
 @pytest.fixture
-def memory_given_back() -> Iterator[None]:
-    """Several processes may share the device: none keeps what its biggest test needed."""
+def device_given_back() -> Iterator[None]:
+    """Several processes may share the device: none keeps what its biggest test needed.
+
+    After an illegal access nothing works any more in a process: it ends, and pytest-xdist begins another.
+    """
     yield
-    if ON_GPU and torch.cuda.memory_reserved() > 2**30:
+    if not ON_GPU:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        pytest.exit(f"the device is lost: {error}", returncode=3)
+    if torch.cuda.memory_reserved() > 2**30:
         torch.cuda.empty_cache()
 
 
@@ -307,11 +324,15 @@ def assert_accurate(
     layouts: Sequence[str] = MAIN_LAYOUTS,
     propagate: Propagate = gspn2.propagate,
     eager: Propagate = eager_propagate,
+    dtypes: Sequence[torch.dtype] = (),
 ) -> None:
-    """Every variant that takes the problem, layout and dtype, against the truth and eager PyTorch."""
+    """Every variant that takes the problem, layout and dtype, against the truth and eager PyTorch.
+
+    `dtypes` are those of `precision`, unless given.
+    """
     expected = truth(case, propagate)
     wrong: list[str] = []
-    for dtype in PRECISIONS[precision]:
+    for dtype in dtypes or PRECISIONS[precision]:
         posed = case.to(dtype)
         yardstick = eager_errors(posed, expected, eager)
         for layout in layouts:

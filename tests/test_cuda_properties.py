@@ -24,13 +24,13 @@ from cuda_helpers import (
     VARIANTS,
     Propagate,
     as_weights,
+    device_given_back,  # noqa: F401
     differing,
     draw,
     eager_errors,
     faults,
     forced,
     line_scan,
-    memory_given_back,  # noqa: F401
     needs_device,
     run_variant,
     truth,
@@ -39,7 +39,7 @@ from gspn2.backends import DIRECTIONS
 from helpers import Case, eager_weights, run
 from matrix_form import scan_axis
 
-pytestmark = [pytest.mark.gpu, needs_device, pytest.mark.usefixtures("memory_given_back")]
+pytestmark = [pytest.mark.gpu, needs_device, pytest.mark.usefixtures("device_given_back")]
 
 
 def results(case: Case, propagate: Propagate = gspn2.propagate) -> dict[str, Tensor]:
