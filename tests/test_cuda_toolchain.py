@@ -187,7 +187,7 @@ def test_the_key_covers_all_that_the_code_depends_on(tiny: Path, monkeypatch: py
     changed()
     monkeypatch.setattr(toolchain, "_nvrtc_version", lambda: "13.1")
     changed()
-    monkeypatch.setattr(toolchain, "STANDARD", "c++20")
+    monkeypatch.setitem(toolchain.OPTIONS, "std", "c++20")
     changed()
 
 

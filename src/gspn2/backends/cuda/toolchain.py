@@ -15,15 +15,21 @@ from functools import cache
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from . import disk
 from .geometry import Kernel
 
 SOURCES = Path(__file__).parent / "kernels"
 HEADER = "cuda_bf16.h"
-STANDARD = "c++17"
-UNREFERENCED = 177
-"""The warning about variables that one set of macros uses and another does not."""
+OPTIONS: dict[str, Any] = {
+    "std": "c++17",
+    # As nvcc has it: a lambda in a device function is one, too.
+    "device_as_default_execution_space": True,
+    # Unreferenced variables: one set of macros uses what another does not.
+    "diag_suppress": 177,
+}
+"""What every kernel is compiled with, by the names of `cuda.core.ProgramOptions`."""
 
 INSTALL = 'pip install "gspn2[cuda]"'
 
@@ -106,7 +112,7 @@ def code(kernel: Kernel, made_for: Target) -> bytes:
 
 def key(kernel: Kernel, made_for: Target) -> str:
     """A digest of all that the code depends on."""
-    settings = (kernel.function, kernel.defines, made_for.name, made_for.kind, STANDARD, _nvrtc_version())
+    settings = (kernel.function, kernel.defines, made_for.name, made_for.kind, OPTIONS, _nvrtc_version())
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(_headers_digest())
     digest.update(_source(kernel).encode())
@@ -128,11 +134,10 @@ def compile_kernel(kernel: Kernel, made_for: Target) -> Compiled:
     options = ProgramOptions(
         name=kernel.source,
         arch=made_for.name,
-        std=STANDARD,
         define_macro=[(name, str(value)) for name, value in kernel.defines],
         include_path=[str(SOURCES), str(_cuda_include())],
         ptxas_options=["-v"] if made_for.kind == "cubin" else None,
-        diag_suppress=UNREFERENCED,
+        **OPTIONS,
     )
     log = StringIO()
     try:
