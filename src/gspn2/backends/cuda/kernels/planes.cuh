@@ -8,6 +8,7 @@
 //
 // Macros beside those of common.cuh:
 //   THREADS     at least the threads of a block
+//   BLOCKS      how many blocks a multiprocessor shall hold: a bound for registers
 //   STAGES      stages of lines in shared memory: one is computed while the others are on their way
 //   SUMS        1: more than one direction, whose sum travels in float32
 //   CLUSTER     1: several blocks a line
@@ -69,7 +70,7 @@ struct Worker {
   int pitch;                    // of a line of states
   float* states;                // [STATE_LINES][channels][pitch]
   unsigned char* ring;
-  int exchanges[2];             // so far, within the block and across blocks
+  int exchanges, crossings;     // so far: exchanges within the block, and across blocks
   int bulk_stages;              // so far
 
   // One direction:
@@ -115,7 +116,7 @@ __device__ __forceinline__ Worker worker(const Params& p) {
   t.lane = threadIdx.x % 32;
   t.states = (float*)(shared_memory() + BARRIERS);
   t.ring = shared_memory() + BARRIERS + (4 * STATE_LINES * t.channels * t.pitch + 127) / 128 * 128;
-  t.exchanges[0] = t.exchanges[1] = 0;
+  t.exchanges = t.crossings = 0;
   t.bulk_stages = 0;
   return t;
 }
@@ -143,7 +144,7 @@ __device__ __forceinline__ void take_places(Worker& t, const Cut& cut, int place
 // across blocks have two of their own: a block may be some exchanges of its warps ahead of its neighbours.
 
 __device__ __forceinline__ float* state_line(const Worker& t, bool across) {
-  const int line = CLUSTER && across ? 2 + (t.exchanges[1] & 1) : t.exchanges[0] & 1;
+  const int line = CLUSTER && across ? 2 + (t.crossings & 1) : t.exchanges & 1;
   return t.states + (line * t.channels + t.mine) * t.pitch;
 }
 
@@ -181,7 +182,10 @@ __device__ __forceinline__ void refresh(Worker& t, float (&h)[N], bool across) {
 #pragma unroll
     for (int e = 0; e < N; ++e) h[e] = pack.v[e];
   }
-  ++t.exchanges[CLUSTER && across];
+  if (CLUSTER && across)
+    ++t.crossings;
+  else
+    ++t.exchanges;
 }
 
 __device__ __forceinline__ void barrier(bool across) {

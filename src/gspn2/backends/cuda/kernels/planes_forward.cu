@@ -4,7 +4,7 @@
 #include "planes_horizontal.cuh"
 #include "planes_vertical.cuh"
 
-KERNEL(THREADS, 1) planes_forward(CONSTANT_PARAMS p) {
+KERNEL(THREADS, BLOCKS) planes_forward(CONSTANT_PARAMS p) {
   Worker t = worker(p);
 #if BULK
   if (threadIdx.x == 0) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..geometry import Case, Kernel, Launch, Plan, options
 from . import planes_backward
-from .planes_layout import LANES, Layout, alignment_of, best_layout, sums, up
+from .planes_layout import LANES, Facts, Layout, best_layout, up
 
 
 def why_not(case: Case) -> str | None:
@@ -18,9 +18,10 @@ def why_not(case: Case) -> str | None:
     for name, view in case.views.items():
         if view.w != 1 and case.problem.width > 1:
             return f"columns of {name} are {view.w} elements apart, not adjacent"
-    if alignment_of(case) < 4:
+    facts = Facts.of(case)
+    if facts.alignment < 4:
         return "rows do not start at multiples of 4 bytes"
-    if best_layout(case) is None:
+    if best_layout(facts) is None:
         return (
             f"lines of {max(case.problem.height, case.problem.width)} places do not fit "
             f"{case.device.shared_memory} bytes of shared memory"
@@ -32,9 +33,9 @@ def plan(case: Case) -> Plan:
     """A cluster of blocks for each plane, or one block for each."""
     if case.backward:
         return planes_backward.plan(case)
-    layout = best_layout(case)
+    layout = best_layout(Facts.of(case))
     assert layout is not None
-    return plan_of(layout)
+    return plan_of(case, layout)
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
@@ -48,7 +49,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
             ("CLUSTER", 0),
             ("RAGGED", 0),
         )
-        plain += (("ALIGNMENT", 16), ("BULK", 0), ("SPAN", 64))
+        plain += (("ALIGNMENT", 16), ("BLOCKS", 1), ("BULK", 0), ("SPAN", 64))
         scan = (("NORMALIZE", 0), ("HAS_GATE", 0), ("SUMS", 0), ("THREADS", 512))
         four = (("NORMALIZE", 1), ("HAS_GATE", 1), ("SUMS", 1), ("THREADS", 256))
         kernels += [
@@ -59,10 +60,9 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     return kernels
 
 
-def plan_of(layout: Layout) -> Plan:
+def plan_of(case: Case, layout: Layout) -> Plan:
     """The plan of a way of cutting."""
-    case = layout.case
-    problem = case.problem
+    facts, problem = layout.facts, case.problem
     vertical, horizontal = layout.vertical, layout.horizontal
     ragged = any(
         places % cut.each
@@ -72,25 +72,25 @@ def plan_of(layout: Layout) -> Plan:
     kernel = _kernel(
         (
             *options(case),
-            ("THREADS", LANES * max(4, 1 << (layout.warps - 1).bit_length())),
+            ("THREADS", layout.threads),
+            ("BLOCKS", layout.resident),
             ("STAGES", layout.stages),
-            ("SUMS", int(sums(case))),
+            ("SUMS", int(facts.sums)),
             ("CLUSTER", int(layout.blocks > 1)),
             ("RAGGED", int(ragged)),
-            ("ALIGNMENT", alignment_of(case)),
+            ("ALIGNMENT", facts.alignment),
             ("VERTICAL", vertical.each if vertical else 0),
             ("HORIZONTAL", horizontal.each if horizontal else 0),
             ("BULK", int(layout.bulk)),
             ("SPAN", layout.span),
         )
     )
-    segments, lines = 1, max(problem.height, problem.width)
     knobs = (
         layout.blocks,
         layout.channels,
         layout.warps // layout.channels,
-        segments,
-        lines,
+        facts.segments,
+        facts.segment,
         *(vertical.knobs if vertical else (0,) * 6),
         *(horizontal.knobs if horizontal else (0,) * 6),
     )
@@ -98,7 +98,7 @@ def plan_of(layout: Layout) -> Plan:
         kernel, layout.grid, LANES * layout.warps, layout.shared, cluster=layout.blocks, knobs=knobs
     )
     elements = problem.batch * problem.channels * problem.height * up(problem.width, 4)
-    scratch = 4 * elements if sums(case) and case.itemsize < 4 else 0
+    scratch = 4 * elements if facts.sums and case.itemsize < 4 else 0
     return Plan("planes", (launch,), (scratch,), _reasons(layout))
 
 

@@ -6,20 +6,28 @@ promises. Times are in clock cycles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
-from ..geometry import Case
+from ...problem import Problem
+from ..geometry import Case, Device
 
 LANES = 32
-MOST_WARPS = 16
-"""Of a block: with more, registers would spill."""
+REGISTERS = 65536
+"""Of a multiprocessor."""
 
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
 
 VECTOR_BYTES = 16
+LONGEST_SPAN = 64
+"""Bytes of a row in a stage of horizontal scans, at most."""
+
+ENOUGH_BLOCKS = 4
+"""A multiprocessor: with more planes than this, segments stay in one block."""
+
 BARRIERS = 128
 """Bytes of shared memory for the barriers of bulk copies."""
 
@@ -28,10 +36,110 @@ BLOCK_BARRIER = 90
 CLUSTER_BARRIER = 400
 STAGE = 150
 LATENCY_OF_A_LINE = 40
-LATENCY_OF_MEMORY = 1400
+LATENCY_OF_MEMORY = 1200
 LAUNCH_OF_A_BLOCK = 1500
 BYTES_OF_ALL = 2400.0
 BYTES_OF_ONE = 48.0
+CACHE = 1.25
+"""What the second-level cache delivers, as a multiple of what memory does."""
+SHORT_ROWS = 0.8
+"""Share of the bandwidth that is left where rows are read in pieces of 32 bytes."""
+OVERLAP = 0.1
+"""Share of the lesser limits that adds to the greatest."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What cutting depends on.
+
+    Args:
+        problem: semantics and sizes.
+        device: the GPU.
+        lam, gate: are these tensors there.
+        alignment: the largest power of two, at most 16, that divides the address of every row, in bytes.
+    """
+
+    problem: Problem
+    device: Device
+    lam: bool
+    gate: bool
+    alignment: int
+
+    @staticmethod
+    def of(case: Case) -> Facts:
+        return Facts(case.problem, case.device, "lam" in case.views, "gate" in case.views, alignment_of(case))
+
+    @property
+    def itemsize(self) -> int:
+        return self.problem.dtype.itemsize
+
+    @property
+    def vector(self) -> int:
+        """Elements in 16 bytes."""
+        return VECTOR_BYTES // self.itemsize
+
+    @property
+    def tensors(self) -> int:
+        """Of a channel, besides taps and sums."""
+        return 1 + self.lam + self.gate
+
+    @property
+    def sums(self) -> bool:
+        """Is there a sum over directions?"""
+        return len(self.problem.directions) > 1
+
+    @property
+    def verticals(self) -> int:
+        """How many directions are vertical."""
+        return sum(direction in ("down", "up") for direction in self.problem.directions)
+
+    @property
+    def horizontals(self) -> int:
+        return len(self.problem.directions) - self.verticals
+
+    @property
+    def bulk(self) -> bool:
+        """Can the copy engine take rows, which then start and end at multiples of 16 bytes?"""
+        return (
+            self.verticals > 0
+            and self.device.capability >= (9, 0)
+            and self.alignment == VECTOR_BYTES
+            and self.problem.width * self.itemsize % VECTOR_BYTES == 0
+        )
+
+    @property
+    def lines(self) -> int:
+        """Most lines of a direction."""
+        return max(
+            self.problem.height if self.verticals else 0, self.problem.width if self.horizontals else 0
+        )
+
+    @cached_property
+    def segment(self) -> int:
+        """Lines that one block scans: between restarts, segments are problems of their own.
+
+        With one direction and few planes they are shared out to blocks. Horizontal scans cut where a stage
+        ends, whose columns are counted from the left.
+        """
+        problem, lines = self.problem, self.lines
+        if problem.chunk is None or problem.chunk >= lines or self.sums:
+            return lines
+        step = problem.chunk
+        if self.horizontals:
+            columns = LONGEST_SPAN // self.itemsize
+            step = math.lcm(step, columns)
+            if problem.directions == ("left",) and problem.width % columns:
+                return lines
+        wanted = ENOUGH_BLOCKS * self.device.multiprocessors // max(1, problem.batch * problem.channels)
+        return lines if wanted < 2 else min(lines, up(-(-lines // wanted), step))
+
+    @property
+    def segments(self) -> int:
+        return -(-self.lines // self.segment)
+
+    def elements(self, channels: int) -> int:
+        """Elements of the storage type that are read for a place of so many channels, sums included."""
+        return 3 + channels * (self.tensors + self.sums * 4 // self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -74,46 +182,37 @@ class Layout:
     """A whole way of cutting: both orientations that the problem needs, and what they share.
 
     Args:
-        case: what it is for.
+        facts: what it is for.
         blocks: of a line; more than one run as a cluster.
         channels: of a block.
         stages: in shared memory.
         span: bytes of a row in a stage of horizontal scans.
         vertical, horizontal: None where the problem has no such direction.
+        bulk: rows of vertical scans are copied whole, by the copy engine.
     """
 
-    case: Case
+    facts: Facts
     blocks: int
     channels: int
     stages: int
     span: int
     vertical: Cut | None
     horizontal: Cut | None
+    bulk: bool
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
         return tuple(cut for cut in (self.vertical, self.horizontal) if cut is not None)
 
-    @property
+    @cached_property
     def warps(self) -> int:
         """Of a block."""
         return self.channels * max(cut.warps for cut in self.cuts)
 
     @property
     def grid(self) -> int:
-        problem = self.case.problem
-        return problem.batch * problem.channels // self.channels * self.blocks
-
-    @property
-    def bulk(self) -> bool:
-        """Can rows be copied whole by the copy engine?"""
-        case = self.case
-        return (
-            self.vertical is not None
-            and case.device.capability >= (9, 0)
-            and alignment_of(case) == VECTOR_BYTES
-            and case.problem.width * case.itemsize % VECTOR_BYTES == 0
-        )
+        problem = self.facts.problem
+        return problem.batch * problem.channels // self.channels * self.facts.segments * self.blocks
 
     @cached_property
     def shared(self) -> int:
@@ -121,38 +220,46 @@ class Layout:
         pitch = (max(cut.strip for cut in self.cuts) + 15) // 8 * 8
         lines = 4 if self.blocks > 1 else 2
         states = up(4 * lines * self.channels * pitch, 128)
-        tiles = 3 + self.channels * (tensors(self.case) + sums(self.case) * 4 // self.case.itemsize)
-        return BARRIERS * self.bulk + states + self.stages * tiles * max(cut.tile for cut in self.cuts)
+        tile = max(cut.tile for cut in self.cuts)
+        return BARRIERS * self.bulk + states + self.stages * self.facts.elements(self.channels) * tile
+
+    @property
+    def registers(self) -> int:
+        """With fewer of them a thread would spill."""
+        sums = self.facts.sums
+        if self.horizontal is not None and self.horizontal.each > 2:
+            return 236 if sums else 192
+        wide = self.vertical is not None and self.vertical.each > 4
+        return 168 if sums and wide and self.blocks > 1 else 128
+
+    @property
+    def threads(self) -> int:
+        """A bound that few kernels share."""
+        return LANES * (self.warps if self.warps < 4 else up(self.warps, 4))
 
     def fits(self) -> bool:
-        return self.warps <= MOST_WARPS and self.shared <= self.case.device.shared_memory
+        return self.registers * self.threads <= REGISTERS and self.shared <= self.facts.device.shared_memory
 
     @cached_property
     def resident(self) -> int:
         """Blocks at once on a multiprocessor."""
-        device = self.case.device
-        most = (device.shared_memory + RESERVED) // (self.shared + RESERVED)
-        return max(
-            1,
-            min(
-                most, 32, 16 // self.warps if self.warps > 1 else 32, -(-self.grid // device.multiprocessors)
-            ),
-        )
+        device = self.facts.device
+        room = (device.shared_memory + RESERVED) // (self.shared + RESERVED)
+        wanted = -(-self.grid // device.multiprocessors)
+        return max(1, min(room, REGISTERS // (self.registers * self.threads), wanted))
 
     def cycles(self) -> float:
         """Estimate of the time of all directions."""
-        directions = self.case.problem.directions
-        vertical = sum(direction in ("down", "up") for direction in directions)
-        waves = -(-self.grid // (self.case.device.multiprocessors * self.resident))
+        facts = self.facts
         total = 0.0
-        for cut, times in ((self.vertical, vertical), (self.horizontal, len(directions) - vertical)):
-            if cut is not None and times:
-                total += times * (LATENCY_OF_MEMORY + self._lines(cut) * self._cycles_of_a_line(cut))
+        if self.vertical is not None:
+            line = self._cycles_of_a_line(self.vertical)
+            total += facts.verticals * (LATENCY_OF_MEMORY + min(facts.problem.height, facts.segment) * line)
+        if self.horizontal is not None:
+            line = self._cycles_of_a_line(self.horizontal)
+            total += facts.horizontals * (LATENCY_OF_MEMORY + min(facts.problem.width, facts.segment) * line)
+        waves = -(-self.grid // (facts.device.multiprocessors * self.resident))
         return waves * (LAUNCH_OF_A_BLOCK + total)
-
-    def _lines(self, cut: Cut) -> int:
-        problem = self.case.problem
-        return problem.height if cut is self.vertical else problem.width
 
     def _cycles_of_a_line(self, cut: Cut) -> float:
         """Of the blocks that share a multiprocessor, together."""
@@ -164,40 +271,33 @@ class Layout:
         if self.blocks > 1:
             alone += CLUSTER_BARRIER / cut.beyond
         together = instructions * -(-warps * self.resident // 4)
-        return max(alone, together, self._cycles_of_bytes(cut))
+        limits = (alone, together, self._cycles_of_bytes(cut))
+        return (1 - OVERLAP) * max(limits) + OVERLAP * sum(limits)
 
     def _instructions(self, cut: Cut) -> float:
         """Of a warp, a line."""
-        narrow, normalize = self.case.itemsize < 4, self.case.problem.normalize
-        place = (
-            8 + 6 * narrow + 32 * normalize + 3 * sums(self.case) + (1 + narrow) * ("gate" in self.case.views)
-        )
+        facts = self.facts
+        narrow = facts.itemsize < 4
+        place = 5 + 6 * narrow + 32 * facts.problem.normalize + 3 * facts.sums + (1 + narrow) * facts.gate
         return 24 + cut.each * place
 
     def _cycles_of_bytes(self, cut: Cut) -> float:
         """Bytes of a line by the rate at which a multiprocessor gets them."""
-        device = self.case.device
-        itemsize = self.case.itemsize
-        tiles = 3 + self.channels * (tensors(self.case) + sums(self.case) * 4 // itemsize)
-        read = tiles * itemsize * cut.strip
-        written = self.channels * cut.own * (4 if sums(self.case) else itemsize)
+        facts = self.facts
+        device = facts.device
+        place = facts.elements(self.channels) * facts.itemsize
+        written = self.channels * cut.own * (4 if facts.sums else facts.itemsize)
         busy = min(device.multiprocessors, self.grid / self.resident)
-        rate = min(BYTES_OF_ONE, BYTES_OF_ALL / busy)
-        under_way = self.resident * (self.stages - 1) * tiles * cut.tile
-        rate = min(rate, under_way / LATENCY_OF_MEMORY)
+        memory = BYTES_OF_ALL / busy
         if cut is self.horizontal and self.span < 64:
-            rate *= 0.8
-        return self.resident * (read + written) / rate
-
-
-def tensors(case: Case) -> int:
-    """Of a channel, besides taps and sums."""
-    return 1 + ("lam" in case.views) + ("gate" in case.views)
-
-
-def sums(case: Case) -> bool:
-    """Is there a sum over directions?"""
-    return len(case.problem.directions) > 1
+            memory *= SHORT_ROWS
+        under_way = self.resident * (self.stages - 1) * facts.elements(self.channels) * cut.tile
+        latency = (LATENCY_OF_MEMORY + under_way / BYTES_OF_ONE) / under_way
+        return self.resident * max(
+            (place * cut.own + written) / memory,
+            (place * cut.strip + written) / min(BYTES_OF_ONE, CACHE * memory),
+            place * cut.strip * latency,
+        )
 
 
 def up(value: int, unit: int) -> int:
@@ -224,13 +324,12 @@ def alignment_of(case: Case) -> int:
 
 
 def cut_lines(
-    case: Case, vertical: bool, each: int, stage: int, run: int, beyond: int, blocks: int
+    facts: Facts, vertical: bool, each: int, stage: int, run: int, beyond: int, blocks: int
 ) -> Cut | None:
     """A cut; None where it does not exist: a block would need more than its neighbours hold."""
-    problem = case.problem
+    problem = facts.problem
     places = problem.width if vertical else problem.height
-    vector = VECTOR_BYTES // case.itemsize
-    unit = vector if vertical else each
+    unit = facts.vector if vertical else each
     own = up(-(-places // blocks), unit)
     if blocks == 1:
         beyond = 0
@@ -247,72 +346,69 @@ def cut_lines(
         warps = -(-strip // ((LANES - 2 * lanes) * each))
         window = up(-(-strip // warps), each)
     if vertical:
-        tile = stage * up(strip, vector) * case.itemsize
+        tile = stage * up(strip, facts.vector) * facts.itemsize
     else:
-        tile = each * up(-(-strip // each), 8) * stage * case.itemsize
+        tile = each * up(-(-strip // each), 8) * stage * facts.itemsize
     return Cut(each, stage, run, own, beyond, window, lanes, warps, tile)
 
 
-def layouts(case: Case) -> Iterator[Layout]:
+def layouts(facts: Facts) -> Iterator[Layout]:
     """Every way worth a thought that fits."""
-    for blocks, channels in _sharings(case):
-        for span in (64, 32):
-            horizontals = list(_horizontals(case, span, blocks))
-            for vertical in _verticals(case, blocks):
+    for blocks, channels in _sharings(facts):
+        for span in (LONGEST_SPAN, 32) if facts.horizontals else (LONGEST_SPAN,):
+            horizontals = list(_horizontals(facts, span, blocks))
+            for vertical in _verticals(facts, blocks):
                 for horizontal in horizontals:
                     for stages in (4, 3, 2):
-                        layout = Layout(case, blocks, channels, stages, span, vertical, horizontal)
+                        layout = Layout(
+                            facts, blocks, channels, stages, span, vertical, horizontal, facts.bulk
+                        )
                         if layout.fits():
                             yield layout
-            if horizontals == [None]:
-                break
 
 
-def best_layout(case: Case) -> Layout | None:
+@lru_cache(maxsize=256)
+def best_layout(facts: Facts) -> Layout | None:
     """The one with the lowest estimate; None if none fits."""
-    return min(layouts(case), key=Layout.cycles, default=None)
+    return min(layouts(facts), key=Layout.cycles, default=None)
 
 
-def _sharings(case: Case) -> Iterator[tuple[int, int]]:
+def _sharings(facts: Facts) -> Iterator[tuple[int, int]]:
     """Blocks a line, and channels a block; these share taps."""
-    problem = case.problem
+    problem = facts.problem
     per_group = problem.channels // problem.groups
-    for blocks in (1, 2, 4, 8) if case.device.capability >= (9, 0) else (1,):
+    for blocks in (1, 2, 4, 8) if facts.device.capability >= (9, 0) else (1,):
         yield blocks, 1
         if blocks > 1 and per_group % blocks == 0:
             yield blocks, blocks
 
 
-def _verticals(case: Case, blocks: int) -> Iterator[Cut | None]:
-    problem = case.problem
-    if not any(direction in ("down", "up") for direction in problem.directions):
+def _verticals(facts: Facts, blocks: int) -> Iterator[Cut | None]:
+    if not facts.verticals:
         yield None
         return
-    vector = VECTOR_BYTES // case.itemsize
-    least = vector // 4
-    each = least
-    while each < vector and LANES * each < problem.width:
+    vector, width = facts.vector, facts.problem.width
+    least = each = vector // 4
+    while each < vector and LANES * each < width:
         each *= 2
     for places in dict.fromkeys((each, max(least, each // 2), max(least, each // 4))):
         for stage in (16, 8, 4, 2):
-            if stage > 4 and stage >= 2 * problem.height:
+            if stage > 4 and stage >= 2 * facts.problem.height:
                 continue
             run = min(stage, max(places, 4))
             for beyond in (8, 16) if blocks > 1 else (0,):
-                cut = cut_lines(case, True, places, stage, run, beyond, blocks)
+                cut = cut_lines(facts, True, places, stage, run, beyond, blocks)
                 if cut is not None:
                     yield cut
 
 
-def _horizontals(case: Case, span: int, blocks: int) -> Iterator[Cut | None]:
-    problem = case.problem
-    if not any(direction in ("right", "left") for direction in problem.directions):
+def _horizontals(facts: Facts, span: int, blocks: int) -> Iterator[Cut | None]:
+    if not facts.horizontals:
         yield None
         return
-    vector = VECTOR_BYTES // case.itemsize
-    stage = span // case.itemsize
+    stage = span // facts.itemsize
     for places in (1, 2, 4):
-        for beyond in dict.fromkeys((vector, 16, stage)) if blocks > 1 else (0,):
-            cut = cut_lines(case, False, places, stage, vector, beyond, blocks)
+        for beyond in dict.fromkeys((facts.vector, 16, stage)) if blocks > 1 else (0,):
+            cut = cut_lines(facts, False, places, stage, facts.vector, beyond, blocks)
             if cut is not None:
                 yield cut
