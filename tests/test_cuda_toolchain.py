@@ -231,7 +231,7 @@ def test_a_folder_without_permission(compilations: list[Kernel]) -> None:
 
 
 WRITER = """
-from gspn2.backends.cuda import disk
+import disk  # alone: three times importing PyTorch takes longer than the test
 codes = [bytes([n]) * (100_000 + n) for n in range(4)]
 for _ in range(5):
     for n, code in enumerate(codes):
@@ -245,7 +245,9 @@ for _ in range(5):
 @pytest.mark.usefixtures("tiny")
 def test_processes_share_the_folder() -> None:
     """Nobody ever reads half a file, and no drafts are left."""
-    writers = [subprocess.Popen([sys.executable, "-W", "error", "-c", WRITER]) for _ in range(3)]
+    environment = os.environ | {"PYTHONPATH": str(Path(disk.__file__).parent)}
+    command = [sys.executable, "-W", "error", "-c", WRITER]
+    writers = [subprocess.Popen(command, env=environment) for _ in range(3)]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
     assert [path.name for path in files()] == [f"key{n}" for n in range(4)]
 

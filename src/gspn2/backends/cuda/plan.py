@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 from .geometry import Case, Plan
@@ -38,9 +37,7 @@ def too_old(capability: tuple[int, int]) -> str:
 @cache
 def variants() -> dict[str, ModuleType]:
     """The modules of the table, by name, in order."""
-    package = f"{__package__}.variants"
-    present = (name for name in VARIANTS if find_spec(f"{package}.{name}") is not None)
-    return {name: import_module(f"{package}.{name}") for name in present}
+    return {name: import_module(f"{__package__}.variants.{name}") for name in VARIANTS}
 
 
 def choose(case: Case, variant: str | None = None) -> Plan:
