@@ -93,6 +93,30 @@ __device__ __forceinline__ void store_floats(Floats* to, int pitch, const float*
   }
 }
 
+// To global memory, as such: a pointer that may be one or another is not always seen to be global.
+__device__ __forceinline__ void store_vector(storage_t* to, const float* e) {
+  const Vector v = pack(e);
+#if VECTOR == 16
+  __stwb((uint4*)to, make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+#elif VECTOR == 8
+  __stwb((uint2*)to, make_uint2(v.word[0], v.word[1]));
+#else
+  __stwb((u32*)to, v.word[0]);
+#endif
+}
+__device__ __forceinline__ void store_sums(float* to, const float* e) {
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {
+#if VECTOR / 4 * (STORAGE == 0 ? 1 : 2) >= 4
+    __stwb((float4*)to + part, make_float4(e[4 * part], e[4 * part + 1], e[4 * part + 2], e[4 * part + 3]));
+#elif VECTOR / 4 * (STORAGE == 0 ? 1 : 2) == 2
+    __stwb((float2*)to, make_float2(e[0], e[1]));
+#else
+    __stwb(to, e[0]);
+#endif
+  }
+}
+
 // From a thread's own values to those of a thread beside it, or to the zeros at the start of the row if there is no
 // such place.
 __device__ __forceinline__ int beside(bool exists, int step) { return exists ? step : -(VECTORS + (int)threadIdx.x); }
@@ -314,7 +338,7 @@ __device__ __forceinline__ void add_axes(const Params& p, const View& to, const 
     load_floats((const Floats*)sums_of(p, p.scratch[1], rows, me.b, me.channel, row, column).at, 1, b);
 #pragma unroll
     for (int v = 0; v < V; v++) a[v] += b[v];
-    *(Vector*)y.at = pack(a);
+    store_vector(y.at, a);
   }
 }
 #endif

@@ -259,7 +259,7 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
       float* to = walk.kept + (long long)segment++ * walk.kept_line;
 #pragma unroll
       for (int q = 0; q < PLACES; q++)
-        if (walk.own[q] && line > 0) store_floats((Floats*)(to + q * p.channels), 1, h[q]);
+        if (walk.own[q] && line > 0) store_sums(to + q * p.channels, h[q]);
     }
     until--;
     if (line == stop) break;
@@ -404,7 +404,7 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
       if (PLACES > 1 && !walk.exists[q]) g[v] = 0.f;
     }
     if (HAS_GATE && walk.own[q] && p.dgate.data != nullptr)
-      *(Vector*)(walk.dgate.at + line * walk.dgate.line + q * walk.dgate.place) = pack(out);
+      store_vector(walk.dgate.at + line * walk.dgate.line + q * walk.dgate.place, out);
 
     // dw_k = g h_(j + k), of the line before.
     float before[V], here[V], after[V];
@@ -428,7 +428,7 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
     if (walk.own[q] && p.dtaps.data != nullptr)
 #pragma unroll
       for (int t = 0; t < 3; t++)
-        *(Vector*)(walk.dtaps.at + line * walk.dtaps.line + q * walk.dtaps.place + t * walk.dtap_vector) = pack(gradients + t * V);
+        store_vector(walk.dtaps.at + line * walk.dtaps.line + q * walk.dtaps.place + t * walk.dtap_vector, gradients + t * V);
 #else
     float dw[3] = {0.f, 0.f, 0.f}, weight[3];
     walk.weights(slot, stages, tap_line, q, weight);
@@ -449,7 +449,7 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
 #pragma unroll
     for (int v = 0; v < V; v++) out[v] = g[v] * in[v];
     if (walk.own[q] && p.dlam.data != nullptr)
-      *(Vector*)(walk.dlam.at + line * walk.dlam.line + q * walk.dlam.place) = pack(out);
+      store_vector(walk.dlam.at + line * walk.dlam.line + q * walk.dlam.place, out);
     unpack(*ring(slot, 1, q), e);
 #else
 #pragma unroll
@@ -462,9 +462,9 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
 #pragma unroll
     for (int v = 0; v < V; v++) out[v] = fmaf(g[v], e[v], out[v]);
     if (!SUM || phase.last)
-      *(Vector*)(walk.dx.at + line * walk.dx.line + q * walk.dx.place) = pack(out);
+      store_vector(walk.dx.at + line * walk.dx.line + q * walk.dx.place, out);
     else
-      store_floats((Floats*)(walk.sums.at + line * walk.sums.line + q * walk.sums.place), 1, out);
+      store_sums(walk.sums.at + line * walk.sums.line + q * walk.sums.place, out);
   }
   store_floats(states(k + 1, 0), PITCH, first);
   if (OWN_TAPS)

@@ -4,7 +4,10 @@
 // forwards, its partner scans the second half backwards; then they hand over their states and turn round, so that
 // each meets the half it has just read. Four roles: both axes do so at the same time.
 //
-// More macros: DEPTH lines of the ring, at least 2; SUM 1 if there is more than one direction.
+// Sums over directions are float32, in scratch; or ON_CHIP, in shared memory: each block then answers for its half of
+// the rows, and later for its half of the columns, and in between the partners swap a quarter of the image.
+//
+// More macros: DEPTH lines of the ring, even; SUM 1 if there is more than one direction; ON_CHIP (without SPLIT).
 // Knobs: those of Layout.
 // Scratch: 0 float32 sums over directions (16-bit storage), 1 those of the horizontal directions (four roles).
 #include "pixels.cuh"
@@ -15,14 +18,15 @@ constexpr int GATE = 1 + HAS_LAM;
 #if OWN_TAPS
 constexpr int TAPS = 1 + HAS_LAM + HAS_GATE;
 #endif
-constexpr int EDGES = PLACES > 1 ? 2 : 1;  // places of a thread that others look at
+constexpr int EDGES = PLACES > 1 ? 2 : 1;         // places of a thread that others look at
+constexpr bool SUMS_COME = SUM && !ON_CHIP;       // sums come through the ring, too
 
-// Where things are in shared memory, in bytes; weights of shared taps come last.
+// Where things are in shared memory, in bytes.
 constexpr int PITCH = THREADS + 2 * VECTORS;
 constexpr int FLOATS = 4 * V * PLACES * THREADS;
-constexpr int SLOT = OPERANDS * PLACES * THREADS * VECTOR;
-constexpr int SUMS_AT = DEPTH * SLOT;                             // [DEPTH][PLACES][PARTS][THREADS]
-constexpr int PUBLISHED_AT = SUMS_AT + SUM * DEPTH * FLOATS;      // [2][EDGES][PARTS][PITCH]: states at a thread's edges
+constexpr int SUMS_AT = OPERANDS * PLACES * THREADS * VECTOR;     // of a slot: [PLACES][PARTS][THREADS]
+constexpr int SLOT = SUMS_AT + SUMS_COME * FLOATS;
+constexpr int PUBLISHED_AT = DEPTH * SLOT;                        // [2][EDGES][PARTS][PITCH]: states at a thread's edges
 constexpr int CARRIED_AT = PUBLISHED_AT + 8 * V * EDGES * PITCH;  // [PLACES][PARTS][THREADS]: from the partner
 constexpr int HALO_AT = CARRIED_AT + (ROLES > 1) * FLOATS;        // [2][2][HALO][PARTS][VECTORS]: from both neighbours
 constexpr int WEIGHTS_AT = HALO_AT + SPLIT * 16 * V * HALO * VECTORS;
@@ -33,6 +37,43 @@ __device__ __forceinline__ Floats* published(int parity) {
 __device__ __forceinline__ Floats* carried(int q) {
   return (Floats*)(shared_memory() + CARRIED_AT) + q * PARTS * THREADS + threadIdx.x;
 }
+// What one operand of a slot, which starts at byte `slot` of the ring, holds of a thread.
+__device__ __forceinline__ Vector* ring(int slot, int operand, int q) {
+  return (Vector*)(shared_memory() + slot) + (operand * PLACES + q) * THREADS + threadIdx.x;
+}
+__device__ __forceinline__ Floats* ring_sum(int slot, int q) {
+  return (Floats*)(shared_memory() + slot + SUMS_AT) + q * PARTS * THREADS + threadIdx.x;
+}
+
+// Sums on chip: two quarters of the image (for one role the whole of it, in the first), [PARTS][rows][pitch] bytes each.
+// The first holds what a role answers for on both axes: it stays. Rows are padded, so that walking down a column uses
+// all banks, too.
+constexpr int PIXEL = 4 * F * VECTORS;
+
+struct Home {
+  int rows, columns;  // of the quarter at the top left
+  int pitch, part;    // bytes of a row and of a part
+
+  __device__ __forceinline__ void start(const Params& p) {
+    rows = ROLES > 1 ? (p.height + 1) / 2 : p.height;
+    columns = ROLES > 1 ? (p.width + 1) / 2 : p.width;
+    pitch = (columns * PIXEL + 127) / 128 * 128 + PIXEL;
+    part = rows * pitch;
+  }
+  __device__ __forceinline__ static int at(const Layout& layout) {
+#if OWN_TAPS
+    return WEIGHTS_AT;
+#else
+    return WEIGHTS_AT + 32 * TAP_LINES * TAP_GROUPS * max(layout.row_run, layout.column_run);
+#endif
+  }
+  // Byte of a pixel's vector from the first quarter's start. Exactly one coordinate is in this role's half.
+  __device__ __forceinline__ int of(int row, int column, bool vertical, int half, int vector) const {
+    const bool lower = row >= rows, right = column >= columns;
+    const bool second = (vertical ? right : lower) != (half != 0);
+    return second * PARTS * part + (row - lower * rows) * pitch + (column - right * columns) * PIXEL + vector * 4 * F;
+  }
+};
 
 // Lines [begin, end) of direction d. `add` to the sums that are there; `last`: the sum is y; `resume`: the state
 // comes from the partner.
@@ -47,15 +88,17 @@ struct Phase {
 struct Scanner {
   Run run;
   Scan s;
-  int place;               // along the line, the thread's first
+  int place;                // along the line, the thread's first
   int before_at, after_at;  // published neighbours, from the thread's own
   bool exists[PLACES], own[PLACES];
-  Stream x, lam, gate, y;  // x, lam, gate: the next line to copy; y: the next to write
+  Stream x, lam, gate, y;   // x, lam, gate: the next line to copy; y: the next to write
 #if OWN_TAPS
   Stream taps;
-  long long tap_vector;    // elements between the three vectors of a place's taps
+  long long tap_vector;     // elements between the three vectors of a place's taps
 #endif
-#if SUM
+#if ON_CHIP
+  int sum[PLACES], sum_line, sum_part;
+#elif SUM
   Sums read, write;
 #endif
 
@@ -78,22 +121,23 @@ struct Scanner {
     taps = stream_of(p.taps, s, me.b, phase.d, me.channel, phase.begin, place);
     tap_vector = INTERLEAVED ? V : p.taps.k;
 #endif
-#if SUM && STORAGE == 0
-    if (phase.sums == nullptr)
-      read = {y.at, y.line, y.place};
+#if ON_CHIP
+    Home home;
+    home.start(p);
+    const int line = s.reversed ? s.lines - 1 - phase.begin : phase.begin;
+#pragma unroll
+    for (int q = 0; q < PLACES; q++)
+      sum[q] = Home::at(layout) + home.of(s.vertical ? line : place + q, s.vertical ? place + q : line, s.vertical,
+                                          ROLES > 1 ? me.role & 1 : 0, me.vector);
+    sum_line = (s.vertical ? home.pitch : PIXEL) * (s.reversed ? -1 : 1);
+    sum_part = home.part;
+#elif SUM
+    if (STORAGE == 0 && phase.sums == nullptr)
+      read = {(float*)y.at, y.line, y.place};
     else
       read = sums_of(p, phase.sums, s, me.b, me.channel, phase.begin, place);
     write = read;
-#elif SUM
-    read = write = sums_of(p, phase.sums, s, me.b, me.channel, phase.begin, place);
 #endif
-  }
-
-  __device__ __forceinline__ Vector* ring(int slot, int operand, int q) const {
-    return (Vector*)(shared_memory() + slot * SLOT) + (operand * PLACES + q) * THREADS + threadIdx.x;
-  }
-  __device__ __forceinline__ Floats* ring_sum(int slot, int q) const {
-    return (Floats*)(shared_memory() + SUMS_AT + slot * FLOATS) + q * PARTS * THREADS + threadIdx.x;
   }
 
   // Sets a line's operands on their way, and goes on to the next line.
@@ -108,7 +152,7 @@ struct Scanner {
 #pragma unroll
       for (int k = 0; k < 3; k++) copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + q * taps.place + k * tap_vector, bytes);
 #endif
-#if SUM
+#if SUM && !ON_CHIP
       if (add)
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
@@ -121,9 +165,18 @@ struct Scanner {
 #if OWN_TAPS
     taps.at += taps.line;
 #endif
-#if SUM
+#if SUM && !ON_CHIP
     read.at += read.line;
 #endif
+  }
+
+  // The first lines of a phase.
+  __device__ __forceinline__ void copy_first(const Phase& phase) {
+#pragma unroll 1
+    for (int line = 0; line < DEPTH; line++) {
+      if (line < phase.end - phase.begin) copy(line * SLOT, phase.add);
+      copy_commit();
+    }
   }
 
   // u = lam x of a line that has arrived.
@@ -213,7 +266,12 @@ struct Scanner {
       float out[V];
 #pragma unroll
       for (int v = 0; v < V; v++) out[v] = 0.f;
-#if SUM
+#if ON_CHIP
+      Floats* const home = (Floats*)(shared_memory() + sum[q]);
+      const int pitch = sum_part / (int)sizeof(Floats);
+      if (add && own[q]) load_floats(home, pitch, out);
+      sum[q] += sum_line;
+#elif SUM
       if (add) load_floats(ring_sum(slot, q), THREADS, out);
 #endif
 #if HAS_GATE
@@ -226,37 +284,27 @@ struct Scanner {
       for (int v = 0; v < V; v++) out[v] += h[q][v];
 #endif
       if (!own[q]) continue;
-      if (!SUM || last) *(Vector*)(y.at + q * y.place) = pack(out);
-#if SUM
+      if (!SUM || last) store_vector(y.at + q * y.place, out);
+#if ON_CHIP
       else
-        store_floats((Floats*)(write.at + q * write.place), 1, out);
+        store_floats(home, pitch, out);
+#elif SUM
+      else
+        store_sums(write.at + q * write.place, out);
 #endif
     }
     y.at += y.line;
-#if SUM
+#if SUM && !ON_CHIP
     write.at += write.line;
 #endif
   }
 };
 
-// The lines of a phase. `h` is the state before the first of them, unless the scan starts there.
-__device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me,
-                                          const Phase& phase, float (&h)[PLACES][V]) {
-  Scanner scan;
-  scan.start(p, layout, me, phase);
+// The lines of a phase, whose first are on their way. `h` is the state before them, unless the scan starts there.
+__device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me, const Phase& phase,
+                                          Scanner& scan, TapStages& stages, int group, float (&h)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
-#pragma unroll
-  for (int line = 0; line < DEPTH; line++) {
-    if (line < lines) scan.copy(line, phase.add);
-    copy_commit();
-  }
 #if !OWN_TAPS
-  const int group_channels = p.channels / p.groups;
-  const int first_group = (me.channel - me.vector * V) / group_channels;
-  const int group = TAP_GROUPS > 1 ? min(me.vector * V / group_channels, TAP_GROUPS - 1) : 0;
-  TapStages stages;
-  stages.start(p, scan.s, scan.run, me.b, phase.d, first_group, phase.begin, phase.end, (Weights*)(shared_memory() + WEIGHTS_AT));
-  stages.fetch(0);
   stages.turn(0);
   stages.fetch(1);
 #endif
@@ -275,22 +323,17 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
 #endif
 
   int since = phase.begin % p.chunk;  // lines since the last restart
+#if SPLIT
   int until = HALO, exchanged = 0;
-  int slot = 0;
-  for (int line = 0; line < lines; line++) {
-#if !OWN_TAPS
-    if (line % TAP_LINES == 0) {
-      stages.turn(line / TAP_LINES + 1);
-      stages.fetch(line / TAP_LINES + 2);
-    }
 #endif
+  auto run_line = [&](int line, int parity, int slot, int next) {
     if (since == 0) {
 #pragma unroll
       for (int q = 0; q < PLACES; q++)
 #pragma unroll
         for (int v = 0; v < V; v++) h[q][v] = u[q][v];
     } else {
-      scan.step(line & 1, u, weight, h);
+      scan.step(parity, u, weight, h);
     }
     since = since + 1 == p.chunk ? 0 : since + 1;
 #if SPLIT
@@ -299,9 +342,8 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
       if (exchanged < phase.exchanges) exchange_halos<HALO_AT>(layout, me, scan.run, scan.place, exchanged++ & 1, h);
     }
 #endif
-    scan.publish((line + 1) & 1, h);
+    scan.publish(parity ^ 1, h);
     scan.emit(slot, phase.add, phase.last, h);
-    const int next = slot + 1 == DEPTH ? 0 : slot + 1;
     copy_wait<DEPTH - 2>();
     scan.inputs(next, u);
 #if OWN_TAPS
@@ -311,57 +353,125 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
 #endif
     if (line + DEPTH < lines) scan.copy(slot, phase.add);
     copy_commit();
-    slot = next;
     __syncthreads();
+  };
+  int slot = 0;
+  // Two lines a turn, for what alternates between them to be known to the compiler.
+#pragma unroll 1
+  for (int line = 0; line < lines; line += 2) {
+#if !OWN_TAPS
+    if (line % TAP_LINES == 0) {
+      stages.turn(line / TAP_LINES + 1);
+      stages.fetch(line / TAP_LINES + 2);
+    }
+#endif
+    const int next = slot + 2 * SLOT == DEPTH * SLOT ? 0 : slot + 2 * SLOT;
+    run_line(line, 0, slot, slot + SLOT);
+    if (line + 1 < lines) run_line(line + 1, 1, slot + SLOT, next);
+    slot = next;
   }
 #if SPLIT
 #pragma unroll 1
   while (exchanged++ < phase.exchanges) cluster_barrier();
 #endif
   copy_wait<0>();
-  // The next phase overwrites what others may still look at, and reads sums that other blocks wrote.
-  __syncthreads();
 }
 
 // How often halos are exchanged while the longest part of a phase has `lines` lines.
 __device__ __forceinline__ int exchanges_of(const Layout& layout, int lines) {
-  return SPLIT ? (lines - 1) / HALO : 0;
+#if SPLIT
+  return (lines - 1) / HALO;
+#else
+  return 0;
+#endif
 }
 
-#if ROLES > 1
-// Both directions of an axis, by two roles that meet in the middle: `forwards` and `backwards` are their indices.
-__device__ __forceinline__ void run_axis(const Params& p, const Layout& layout, const Self& me,
-                                         int forwards, int backwards, bool add, bool last, void* sums) {
-  const int lines = scan_of(p, forwards).lines, middle = (lines + 1) / 2;
-  const int half = me.role & 1, partner = (me.role ^ 1) * layout.splits + me.split;
-  float h[PLACES][V];
-  clear(h);
+// Phase `f` of a block: for one role direction f; otherwise an axis has two, and roles meet in the middle of it.
+__device__ __forceinline__ Phase phase_of(const Params& p, const Layout& layout, const Self& me, int f) {
   Phase phase;
-  phase.sums = sums;
+  phase.sums = STORAGE == 0 ? nullptr : p.scratch[0];
+#if ROLES == 1
+  const int lines = scan_of(p, f).lines;
+  phase.d = f, phase.begin = 0, phase.end = lines;
+  phase.add = f > 0, phase.last = f + 1 == p.scans, phase.resume = false;
+  phase.exchanges = exchanges_of(layout, lines);
+#else
+  const bool vertical = index_of(p, 0) >= 0, horizontal = index_of(p, 2) >= 0;
+  const int half = me.role & 1, turn = f & 1;
+  const int axis = ROLES == 4 ? me.role / 2 : vertical ? f / 2 : 1;
+  const int lines = axis == 0 ? p.height : p.width, middle = (lines + 1) / 2;
+  phase.d = index_of(p, 2 * axis + (half ^ turn));
+  phase.begin = turn == 0 ? 0 : half == 0 ? lines - middle : middle;
+  phase.end = turn == 1 ? lines : half == 0 ? middle : lines - middle;
+  phase.add = f > 0, phase.resume = turn == 1;
+  phase.last = ROLES == 2 && turn == 1 && (axis == 1 || !horizontal);
+  if (ROLES == 4 && axis == 1) phase.sums = p.scratch[1];
   // With four roles the other axis runs along, through the same barriers.
   phase.exchanges = exchanges_of(layout, ROLES == 4 ? (max(p.height, p.width) + 1) / 2 : middle);
-#pragma unroll 1
-  for (int turn = 0; turn < 2; turn++) {
-    phase.d = half == turn ? forwards : backwards;
-    phase.begin = turn == 0 ? 0 : half == 0 ? lines - middle : middle;
-    phase.end = turn == 1 ? lines : half == 0 ? middle : lines - middle;
-    phase.add = add || turn == 1;
-    phase.last = last && turn == 1;
-    phase.resume = turn == 1;
-    run_phase(p, layout, me, phase, h);
-    if (turn == 0) {
-#pragma unroll
-      for (int q = 0; q < PLACES; q++)
-        store_floats(cluster_map(carried(q), partner), THREADS, h[q]);
-    }
-    cluster_barrier();
-    if (turn == 0) {
-#pragma unroll
-      for (int q = 0; q < PLACES; q++) load_floats(carried(q), THREADS, h[q]);
-    }
-  }
+#endif
+  return phase;
 }
 
+#if CLUSTER
+// Between two phases, or after the last: sums reach the other blocks, and states the partner.
+__device__ __forceinline__ void hand_over(const Params& p, const Layout& layout, const Self& me, int f,
+                                          float (&h)[PLACES][V]) {
+#if ROLES > 1
+  const int partner = (me.role ^ 1) * layout.splits + me.split;
+  if ((f & 1) == 0) {
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) store_floats(cluster_map(carried(q), partner), THREADS, h[q]);
+    cluster_barrier();
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) load_floats(carried(q), THREADS, h[q]);
+    return;
+  }
+#endif
+  cluster_barrier();
+#if ON_CHIP && ROLES == 2
+  if (f + 1 == p.scans) return;
+  // The second quarters change places; either partner does half of it.
+  Home home;
+  home.start(p);
+  const int floats = PARTS * home.part / (int)sizeof(Floats), middle = floats / 2;
+  Floats* here = (Floats*)(shared_memory() + Home::at(layout)) + floats;
+  Floats* there = cluster_map(here, partner);
+#pragma unroll 4
+  for (int i = (me.role == 0 ? 0 : middle) + threadIdx.x; i < (me.role == 0 ? middle : floats); i += THREADS) {
+    const Floats mine = here[i], other = there[i];
+    here[i] = other;
+    there[i] = mine;
+  }
+  cluster_barrier();
+#endif
+}
+#endif
+
+#if ON_CHIP && ROLES == 4
+// y = the vertical directions' sums + the horizontal ones': each block does one quarter of the image, of which it has
+// one of the two, and reads the other in the block that has it at the same place.
+__device__ __forceinline__ void add_quarters(const Params& p, const Layout& layout, const Self& me) {
+  Home home;
+  home.start(p);
+  const Scan rows = {p.height, p.width, true, false};
+  const bool lower = me.role == 1 || me.role == 2, right = me.role == 1 || me.role == 3;
+  const int height = lower ? p.height - home.rows : home.rows, width = right ? p.width - home.columns : home.columns;
+  const int at = Home::at(layout) + (me.role / 2) * PARTS * home.part + me.vector * 4 * F;
+  const int other = me.role == 0 ? 2 : me.role == 1 ? 3 : me.role == 2 ? 1 : 0;
+  if (me.present && me.column < THREADS / VECTORS)
+    for (int i = me.column; i < height * width; i += THREADS / VECTORS) {
+      const int row = i / width, column = i - row * width;
+      Floats* here = (Floats*)(shared_memory() + at + row * home.pitch + column * PIXEL);
+      float a[V], b[V];
+      load_floats(here, home.part / (int)sizeof(Floats), a);
+      load_floats(cluster_map(here, other), home.part / (int)sizeof(Floats), b);
+#pragma unroll
+      for (int v = 0; v < V; v++) a[v] += b[v];
+      store_vector(stream_of(p.y, rows, me.b, 0, me.channel, row + lower * home.rows, column + right * home.columns).at, a);
+    }
+  // Nobody leaves while others read its memory.
+  cluster_barrier();
+}
 #endif
 
 KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
@@ -374,28 +484,42 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
     ((Floats*)(shared_memory() + PUBLISHED_AT))[i] = zero;
   }
   __syncthreads();
-  void* const sums = STORAGE == 0 ? nullptr : p.scratch[0];
-#if ROLES > 1
-  const bool vertical = index_of(p, 0) >= 0, horizontal = index_of(p, 2) >= 0;
+  const int phases = ROLES == 4 ? 2 : p.scans;
+  const int first_group = (me.channel - me.vector * V) / (p.channels / p.groups);
+  const int group = TAP_GROUPS > 1 ? min(me.vector * V / (p.channels / p.groups), TAP_GROUPS - 1) : 0;
+  float h[PLACES][V];
+  clear(h);
+  Scanner scan;
+  TapStages stages;
+  Phase phase;
 #pragma unroll 1
-  for (int axis = 0; axis < 2; axis++) {
-    if (!(axis == 0 ? vertical : horizontal) || (ROLES == 4 && me.role / 2 != axis)) continue;
-    run_axis(p, layout, me, index_of(p, 2 * axis), index_of(p, 2 * axis + 1), ROLES == 2 && axis == 1 && vertical,
-             ROLES == 2 && (axis == 1 || !horizontal), ROLES == 4 && axis == 1 ? p.scratch[1] : sums);
-  }
-#if ROLES == 4
-  add_axes(p, p.y, layout, me);
+  for (int f = -1; f < phases; f++) {
+    if (f >= 0) run_phase(p, layout, me, phase, scan, stages, group, h);
+    const bool more = f + 1 < phases;
+    // The next phase's operands set out at once; only sums in memory wait for the blocks that write them.
+    if (more) {
+      phase = phase_of(p, layout, me, f + 1);
+      scan.start(p, layout, me, phase);
+#if !OWN_TAPS
+      stages.start(p, scan.s, scan.run, me.b, phase.d, first_group, phase.begin, phase.end,
+                   (Weights*)(shared_memory() + WEIGHTS_AT));
+      stages.fetch(0);
 #endif
-#else
-#pragma unroll 1
-  for (int d = 0; d < p.scans; d++) {
-    float h[PLACES][V];
-    clear(h);
-    const int lines = scan_of(p, d).lines;
-    run_phase(p, layout, me, {d, 0, lines, d > 0, d + 1 == p.scans, false, sums, exchanges_of(layout, lines)}, h);
+    }
+    const bool early = !SUMS_COME || !phase.add;
+    if (more && early) scan.copy_first(phase);
+    if (f >= 0) {
 #if CLUSTER
-    cluster_barrier();
+      hand_over(p, layout, me, f, h);
+#else
+      __syncthreads();
 #endif
+    }
+    if (more && !early) scan.copy_first(phase);
   }
+#if ROLES == 4 && ON_CHIP
+  add_quarters(p, layout, me);
+#elif ROLES == 4
+  add_axes(p, p.y, layout, me);
 #endif
 }

@@ -23,6 +23,9 @@ HALO = 8
 MOST_THREADS = 512
 """Of a block: more would leave a thread less than 128 registers."""
 
+SHORTEST_SPLIT = 128
+"""Places of a split at least: with fewer, what it recomputes and exchanges costs more than it gains."""
+
 LARGEST_CLUSTER = 8
 DEEPEST = 8
 """Lines of a ring at most."""
@@ -50,7 +53,8 @@ class Tiling:
         threads: of a block.
         halo: places that a split recomputes on either side, and lines between two exchanges.
         tap_lines: lines of taps that are normalised together; in backward also lines of a segment.
-        depth: lines of the ring.
+        depth: lines of the ring, even.
+        on_chip: sums over directions are in shared memory, not in scratch.
     """
 
     vector: int
@@ -63,6 +67,7 @@ class Tiling:
     halo: int
     tap_lines: int
     depth: int
+    on_chip: bool
 
     @property
     def longest(self) -> int:
@@ -99,7 +104,8 @@ def plan(case: Case) -> Plan:
 
 
 def _forward(case: Case, tiling: Tiling) -> Plan:
-    kernel = Kernel("pixels_forward.cu", "pixels_forward", _defines(case, tiling))
+    defines = (*_defines(case, tiling), ("ON_CHIP", int(tiling.on_chip)))
+    kernel = Kernel("pixels_forward.cu", "pixels_forward", defines)
     return Plan("pixels", (_launch(case, tiling, kernel),), _image_sums(case, tiling), _reasons(tiling))
 
 
@@ -146,7 +152,7 @@ def _launch(case: Case, tiling: Tiling, kernel: Kernel, *knobs: int) -> Launch:
 def _image_sums(case: Case, tiling: Tiling) -> tuple[int, int]:
     """Bytes of float32 sums over directions: of all, or of either axis."""
     problem = case.problem
-    image = 4 * problem.batch * problem.channels * problem.height * problem.width
+    image = 4 * problem.batch * problem.channels * problem.height * problem.width * (not tiling.on_chip)
     return image * (_sums(case) and case.itemsize < 4), image * (tiling.roles == 4)
 
 
@@ -173,7 +179,7 @@ def _defines(case: Case, tiling: Tiling) -> tuple[tuple[str, int], ...]:
         ("DEPTH", tiling.depth),
         ("SUM", int(_sums(case))),
         ("THREADS", tiling.threads),
-        ("MIN_BLOCKS", max(1, MOST_THREADS // tiling.threads)),
+        ("MIN_BLOCKS", _blocks_at_once(case, tiling)),
     )
 
 
@@ -192,13 +198,37 @@ def _shared_memory(case: Case, tiling: Tiling) -> int:
         return tiling.depth * slot + states + halo + gradients + weights
     published = 2 * min(places, 2) * floats * pitch
     carried = (tiling.roles > 1) * places * floats * threads
-    return tiling.depth * slot + published + carried + halo + weights
+    return (
+        tiling.depth * slot
+        + published
+        + carried
+        + halo
+        + weights
+        + tiling.on_chip * _sums_on_chip(case, tiling)
+    )
+
+
+def _sums_on_chip(case: Case, tiling: Tiling) -> int:
+    """Bytes of the sums that a block keeps: two quarters of the image, or the whole of it, rows padded."""
+    problem = case.problem
+    floats = 4 * tiling.vector // case.itemsize
+    pixel = min(16, floats) * tiling.vectors
+    rows, columns, quarters = problem.height, problem.width, 1
+    if tiling.roles > 1:
+        rows, columns, quarters = -(-rows // 2), -(-columns // 2), 2
+    return quarters * floats // min(16, floats) * rows * (-(-columns * pixel // 128) * 128 + pixel)
+
+
+def _blocks_at_once(case: Case, tiling: Tiling) -> int:
+    """Blocks of a multiprocessor that registers should be saved for."""
+    by_memory = case.device.shared_memory // (_shared_memory(case, tiling) + 1024)
+    return max(1, min(MOST_THREADS // tiling.threads, by_memory))
 
 
 def _slot(case: Case, tiling: Tiling) -> int:
     """Bytes of a line in the ring."""
     operands = 1 + ("lam" in case.views) + ("gate" in case.views) + 3 * _own_taps(case) + case.backward
-    sums = _sums(case) or case.backward
+    sums = (_sums(case) and not tiling.on_chip) or case.backward
     return tiling.threads * tiling.places * tiling.vector * (operands + sums * 4 // case.itemsize)
 
 
@@ -222,22 +252,27 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tili
     """The tiling with as few places a thread as possible, or None if a line is too long."""
     problem = case.problem
     runs = (-(-problem.width // splits), -(-problem.height // splits))
-    for places in (1, 2, 4):
-        for lines in _tap_lines(case, vector, vectors, places, max(runs)):
-            halo = (lines if case.backward else HALO) if splits > 1 else 0
-            threads = -(-(max(runs) + 2 * halo) // places) * vectors
-            if threads > MOST_THREADS or (splits > 1 and min(runs) < halo):
-                continue
-            tiling = Tiling(vector, vectors, places, roles, splits, runs, _rounded(threads), halo, lines, 2)
-            if _shared_memory(case, tiling) <= case.device.shared_memory:
-                return _deepened(case, tiling)
+    for on_chip in (True, False) if splits == 1 and _sums(case) and not case.backward else (False,):
+        for places in (1, 2, 4):
+            for lines in _tap_lines(case, vector, vectors, places, max(runs)):
+                halo = (lines if case.backward else HALO) if splits > 1 else 0
+                threads = -(-(max(runs) + 2 * halo) // places) * vectors
+                if threads > MOST_THREADS or (splits > 1 and min(runs) < halo):
+                    continue
+                # Sums on chip leave room for a ring of four lines at least, or are not worth it.
+                depth, size = 4 if on_chip else 2, _rounded(threads)
+                tiling = Tiling(
+                    vector, vectors, places, roles, splits, runs, size, halo, lines, depth, on_chip
+                )
+                if _shared_memory(case, tiling) <= case.device.shared_memory:
+                    return _deepened(case, tiling)
     return None
 
 
 def _deepened(case: Case, tiling: Tiling) -> Tiling:
     """With a ring that has enough bytes on their way, as far as shared memory allows."""
     while tiling.depth < DEEPEST and tiling.depth * _slot(case, tiling) < IN_FLIGHT:
-        deeper = replace(tiling, depth=tiling.depth + 1)
+        deeper = replace(tiling, depth=tiling.depth + (1 if case.backward else 2))
         if _shared_memory(case, deeper) > case.device.shared_memory:
             break
         tiling = deeper
@@ -251,36 +286,48 @@ def _rounded(threads: int) -> int:
     return 32 * (-(-warps // step) * step)
 
 
+def _roles(case: Case, blocks: int) -> int:
+    """Blocks of a cluster that take different directions; four where there would be few blocks."""
+    problem, device = case.problem, case.device
+    if device.capability < (9, 0) or not _paired(problem.directions):
+        return 1
+    few = 4 * blocks <= device.multiprocessors and max(problem.height, problem.width) <= 256
+    return 4 if few and len(problem.directions) == 4 else 2
+
+
 def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
     """Roles and splits: as many blocks as the GPU has multiprocessors, if the cluster can be so large."""
     problem, device = case.problem, case.device
-    if device.capability < (9, 0):
-        return 1, 1
-    blocks = problem.batch * -(-problem.channels * case.itemsize // (vector * vectors))
-    roles = 2 if _paired(problem.directions) else 1
-    shortest = min(problem.height, problem.width)
-    if len(problem.directions) == 4 and roles * blocks * 2 <= device.multiprocessors and shortest <= 256:
-        roles = 4
+    blocks = problem.batch * _blocks_of(case, vector, vectors)
+    roles = _roles(case, blocks)
     splits = 1
+    shortest = min(problem.height, problem.width)
     while (
-        roles * splits * 2 <= LARGEST_CLUSTER
+        device.capability >= (9, 0)
+        and roles * splits * 2 <= LARGEST_CLUSTER
         and blocks * roles * splits * 2 <= device.multiprocessors
-        and shortest >= 8 * HALO * splits
+        and shortest >= SHORTEST_SPLIT * 2 * splits
     ):
         splits *= 2
     return roles, splits
 
 
 def _widths(case: Case, vector: int) -> list[int]:
-    """Vectors that a block may have, the most wanted first: a sector's bytes, and no group of taps cut."""
+    """Vectors that a block may have, the most wanted first.
+
+    Wanted are the bytes of a sector, or half of them where that gives more multiprocessors work. No
+    group of taps is cut.
+    """
     problem = case.problem
-    width = vector // case.itemsize
-    all_ = problem.channels // width
+    vectors = problem.channels * case.itemsize // vector
     wanted = max(1, SECTOR // vector)
+    blocks = problem.batch * _blocks_of(case, vector, wanted)
+    if vector * wanted > 16 and 2 * blocks * _roles(case, blocks) <= case.device.multiprocessors:
+        wanted //= 2
     if _own_taps(case) or problem.groups == 1:
-        return list(dict.fromkeys((min(wanted, all_), 1)))
-    group = all_ // problem.groups
-    fitting = [n for n in range(1, 17) if group % n == 0 or (n % group == 0 and all_ % n == 0)]
+        return list(dict.fromkeys((min(wanted, vectors), 1)))
+    group = vectors // problem.groups
+    fitting = [n for n in range(1, 17) if group % n == 0 or (n % group == 0 and vectors % n == 0)]
     return sorted(fitting, key=lambda n: (n < wanted, abs(n - wanted)))
 
 
@@ -336,8 +383,12 @@ def _sums(case: Case) -> bool:
     return len(case.problem.directions) > 1
 
 
+def _blocks_of(case: Case, vector: int, vectors: int) -> int:
+    return -(-case.problem.channels * case.itemsize // (vector * vectors))
+
+
 def _channel_blocks(case: Case, tiling: Tiling) -> int:
-    return -(-case.problem.channels * case.itemsize // (tiling.vector * tiling.vectors))
+    return _blocks_of(case, tiling.vector, tiling.vectors)
 
 
 def _tap_groups(case: Case, vector: int, vectors: int) -> int:
@@ -370,6 +421,7 @@ def _reasons(tiling: Tiling) -> tuple[str, ...]:
         f"channels are adjacent: vectors of {tiling.vector} bytes, {tiling.vectors} to a block",
         roles[tiling.roles],
         *((f"a line is split over {tiling.splits} blocks",) if tiling.splits > 1 else ()),
+        *(("sums over directions stay in shared memory",) if tiling.on_chip else ()),
     )
 
 
@@ -379,8 +431,24 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1), ("TAP_LINES", 8))
     own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1), ("TAP_LINES", 2))
     cluster = (("ROLES", 1), ("SPLIT", 0), ("HALO", 0))
-    small = (("VECTORS", 2), ("PLACES", 1), *cluster, ("DEPTH", 4), ("THREADS", 128), ("MIN_BLOCKS", 4))
-    large = (("VECTORS", 1), ("PLACES", 2), *cluster, ("DEPTH", 4), ("THREADS", 512), ("MIN_BLOCKS", 1))
+    small = (
+        ("VECTORS", 2),
+        ("PLACES", 1),
+        *cluster,
+        ("DEPTH", 4),
+        ("THREADS", 128),
+        ("MIN_BLOCKS", 4),
+        ("ON_CHIP", 0),
+    )
+    large = (
+        ("VECTORS", 1),
+        ("PLACES", 2),
+        *cluster,
+        ("DEPTH", 4),
+        ("THREADS", 512),
+        ("MIN_BLOCKS", 1),
+        ("ON_CHIP", 0),
+    )
     return [
         (Kernel("pixels_forward.cu", "pixels_forward", (*plain, *taps, *size)), True)
         for taps in (shared, own)
