@@ -139,6 +139,10 @@ def test_imagined_layouts_are_those_of_real_tensors() -> None:
     assert views["gate"].alignment == 64, "4 directions of 4 channels of 4 bytes after lam"
     few = imagined(problem, "planes", Device(), lam=False, gate=False).views
     assert set(few) == {"x", "taps", "y"}
+    one = imagined(
+        posed((1, 2, 3, 4), directions=("up",)), "planes", Device(), backward=True, gate=False
+    ).views
+    assert one["y"] == one["dy"], "backward of a single scan without gate has its state"
 
 
 # gspn2 info

@@ -29,6 +29,8 @@ def imagined(
     y = torch.empty_like(inputs["x"])
     if backward:
         tensors["dy"] = y
+        if not gate and len(problem.directions) == 1:
+            tensors["y"] = y  # the state itself, which the operator then keeps
         tensors |= {f"d{name}": torch.empty_like(tensor) for name, tensor in inputs.items()}
     else:
         tensors["y"] = y
