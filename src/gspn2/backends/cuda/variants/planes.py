@@ -6,9 +6,9 @@ are cut over blocks and warps, and when these exchange their states: `kernels/pl
 
 from __future__ import annotations
 
-from ..geometry import Case, Kernel, Launch, Plan, options
+from ..geometry import Case, Kernel, Launch, Plan
 from . import planes_backward
-from .planes_layout import LANES, Facts, Layout, best_layout, up
+from .planes_layout import LANES, Layout, alignment_of, best_layout, up
 
 
 def why_not(case: Case) -> str | None:
@@ -18,10 +18,9 @@ def why_not(case: Case) -> str | None:
     for name, view in case.views.items():
         if view.w != 1 and case.problem.width > 1:
             return f"columns of {name} are {view.w} elements apart, not adjacent"
-    facts = Facts.of(case)
-    if facts.alignment < 4:
+    if alignment_of(case) < 4:
         return "rows do not start at multiples of 4 bytes"
-    if best_layout(facts) is None:
+    if best_layout(case) is None:
         return (
             f"lines of {max(case.problem.height, case.problem.width)} places do not fit "
             f"{case.device.shared_memory} bytes of shared memory"
@@ -33,9 +32,9 @@ def plan(case: Case) -> Plan:
     """A cluster of blocks for each plane, or one block for each."""
     if case.backward:
         return planes_backward.plan(case)
-    layout = best_layout(Facts.of(case))
+    layout = best_layout(case)
     assert layout is not None
-    return plan_of(case, layout)
+    return plan_of(layout)
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
@@ -60,9 +59,9 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     return kernels
 
 
-def plan_of(case: Case, layout: Layout) -> Plan:
+def plan_of(layout: Layout) -> Plan:
     """The plan of a way of cutting."""
-    facts, problem = layout.facts, case.problem
+    facts, problem = layout.facts, layout.facts.problem
     vertical, horizontal = layout.vertical, layout.horizontal
     ragged = any(
         places % cut.each
@@ -71,7 +70,7 @@ def plan_of(case: Case, layout: Layout) -> Plan:
     )
     kernel = _kernel(
         (
-            *options(case),
+            *facts.options,
             ("THREADS", layout.threads),
             ("BLOCKS", layout.resident),
             ("STAGES", layout.stages),
@@ -98,7 +97,7 @@ def plan_of(case: Case, layout: Layout) -> Plan:
         kernel, layout.grid, LANES * layout.warps, layout.shared, cluster=layout.blocks, knobs=knobs
     )
     elements = problem.batch * problem.channels * problem.height * up(problem.width, 4)
-    scratch = 4 * elements if facts.sums and case.itemsize < 4 else 0
+    scratch = 4 * elements if facts.sums and facts.itemsize < 4 else 0
     return Plan("planes", (launch,), (scratch,), _reasons(layout))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from ...problem import Problem
-from ..geometry import Case, Device
+from ..geometry import Case, Device, options
 
 LANES = 32
 REGISTERS = 65536
@@ -55,19 +55,22 @@ class Facts:
     Args:
         problem: semantics and sizes.
         device: the GPU.
+        options: macros that say what is computed, from what.
         lam, gate: are these tensors there.
         alignment: the largest power of two, at most 16, that divides the address of every row, in bytes.
     """
 
     problem: Problem
     device: Device
+    options: tuple[tuple[str, int], ...]
     lam: bool
     gate: bool
     alignment: int
 
     @staticmethod
     def of(case: Case) -> Facts:
-        return Facts(case.problem, case.device, "lam" in case.views, "gate" in case.views, alignment_of(case))
+        lam, gate = "lam" in case.views, "gate" in case.views
+        return Facts(case.problem, case.device, options(case), lam, gate, alignment_of(case))
 
     @property
     def itemsize(self) -> int:
@@ -352,8 +355,17 @@ def cut_lines(
     return Cut(each, stage, run, own, beyond, window, lanes, warps, tile)
 
 
-def layouts(facts: Facts) -> Iterator[Layout]:
+def layouts(case: Case) -> Iterator[Layout]:
     """Every way worth a thought that fits."""
+    return _layouts(Facts.of(case))
+
+
+def best_layout(case: Case) -> Layout | None:
+    """The one with the lowest estimate; None if none fits."""
+    return _best_layout(Facts.of(case))
+
+
+def _layouts(facts: Facts) -> Iterator[Layout]:
     for blocks, channels in _sharings(facts):
         for span in (LONGEST_SPAN, 32) if facts.horizontals else (LONGEST_SPAN,):
             horizontals = list(_horizontals(facts, span, blocks))
@@ -368,9 +380,8 @@ def layouts(facts: Facts) -> Iterator[Layout]:
 
 
 @lru_cache(maxsize=256)
-def best_layout(facts: Facts) -> Layout | None:
-    """The one with the lowest estimate; None if none fits."""
-    return min(layouts(facts), key=Layout.cycles, default=None)
+def _best_layout(facts: Facts) -> Layout | None:
+    return min(_layouts(facts), key=Layout.cycles, default=None)
 
 
 def _sharings(facts: Facts) -> Iterator[tuple[int, int]]:
