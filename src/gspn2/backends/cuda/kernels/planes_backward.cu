@@ -1,9 +1,10 @@
-// Backward of planes: images whose columns are adjacent in memory, one direction a launch. A block owns one plane (or
-// several short ones, each with taps of its own) with all places of a line, and walks over it twice:
+// Backward of planes: images whose columns are adjacent in memory, one direction a launch. A block owns one channel of
+// one image (or several narrow ones), with all places of a line or the part of a line that falls to it in its cluster,
+// and walks over it twice:
 //   1. forward, keeping the state that enters every SEGMENT-th line;
 //   2. segment after segment, last first: forward again with the states in shared memory, then backwards.
-// The channels that share taps come one after another. How operands reach shared memory differs between vertical and
-// horizontal scans; macros, knobs and scratch are explained in planes_backward.cuh.
+// How operands reach shared memory differs between vertical and horizontal scans; macros, knobs and scratch are
+// explained in planes_backward.cuh.
 #if HORIZONTAL
 #include "planes_backward_horizontal.cuh"
 #else
@@ -30,46 +31,64 @@ __device__ __forceinline__ void scan_forward(const Params& p, const Work& w, Thr
   float h[N] = {};
   Edges edges = {0.f, 0.f};
   const int last = segments_of(w.scan) - 1;
-  fetch<0, DOUBLE>(p, w, t, 0);
+  if (has_channel(t)) fetch<0, DOUBLE>(p, w, t, 0);
   copy_commit();
   for (int segment = 0; segment < last; segment++) {
-    fetch<0, DOUBLE>(p, w, t, segment + 1);
-    copy_commit();
-    arrived<1>();
-    walk_forward(p, w, t, segment, h, edges, false);
-    exchange_halo(p, t, h);
-    put_floats(kept_of(p, w, segment + 1), h);
+    if (has_channel(t)) {
+      fetch<0, DOUBLE>(p, w, t, segment + 1);
+      copy_commit();
+      arrived<1>();
+      walk_forward(p, w, t, segment, h, edges, false);
+    }
     if (SPLIT) {
+      send_halo(p, t, h);
+      cluster_meets();
+      receive_halo(t, h);
       const Shown shown = {h[0], h[N - 1]};
       publish(t, shown);
       edges = settle(t, shown);
     }
+    put_floats(kept_of(p, w, segment + 1), h);
     __syncwarp();
   }
 }
 
-__device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t, bool again) {
+// One segment: forward again if the states have to be computed, then back.
+__device__ __forceinline__ void walk_segment(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N],
+                                             float (&entering)[N], float (&carried)[N]) {
+  fetch<DOUBLE, OPERANDS>(p, w, t, segment);
+  copy_commit();
+  arrived<1>();
+  if (segment > 0) fetch<0, DOUBLE>(p, w, t, segment - 1);
+  copy_commit();
+  if (needs_states(p) && !HAS_HIDDEN) {
+#pragma unroll
+    for (int n = 0; n < N; n++) h[n] = entering[n], entering[n] = 0.f;
+    const Shown shown = {h[0], h[N - 1]};
+    publish(t, shown);
+    Edges edges = settle(t, shown);
+    walk_forward(p, w, t, segment, h, edges, true);
+    if (segment > 1) get_floats(kept_of(p, w, segment - 1), entering);
+  }
+  if (!HAS_HIDDEN) arrived<1>();
+  walk_back(p, w, t, segment, h, carried);
+}
+
+__device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t) {
   float h[N] = {}, entering[N] = {}, carried[N] = {};
   const int last = segments_of(w.scan) - 1;
-  if (again && last > 0) get_floats(kept_of(p, w, last), entering);
+  if (needs_states(p) && !HAS_HIDDEN && last > 0) get_floats(kept_of(p, w, last), entering);
   for (int segment = last; segment >= 0; segment--) {
-    fetch<DOUBLE, OPERANDS>(p, w, t, segment);
-    copy_commit();
-    arrived<1>();
-    if (segment > 0) fetch<0, DOUBLE>(p, w, t, segment - 1);
-    copy_commit();
-    if (again) {
-#pragma unroll
-      for (int n = 0; n < N; n++) h[n] = entering[n], entering[n] = 0.f;
-      const Shown shown = {h[0], h[N - 1]};
-      publish(t, shown);
-      Edges edges = settle(t, shown);
-      walk_forward(p, w, t, segment, h, edges, true);
-      if (segment > 1) get_floats(kept_of(p, w, segment - 1), entering);
+    if (has_channel(t)) walk_segment(p, w, t, segment, h, entering, carried);
+    if (SHARED || (SPLIT && segment > 0)) {
+      send_halo(p, t, carried);
+      cluster_meets();
+      receive_halo(t, carried);
     }
-    if (!HAS_HIDDEN) arrived<1>();
-    walk_back(p, w, t, segment, h, carried);
-    if (segment > 0) exchange_halo(p, t, carried);
+#if SHARED
+    sum_channels(p, w, t, segment);
+    cluster_meets();  // what was parked may go
+#endif
     __syncwarp();
   }
 }
@@ -81,20 +100,13 @@ KERNEL(THREADS, MIN_BLOCKS) planes_backward(CONSTANT_PARAMS p) {
   Thread t = thread_of(p, scan, threadIdx.x, edges);
   // Beyond the first and the last thread there is nothing, but it is looked at where a line goes on in other blocks.
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
-#if SPLIT
-  cluster_barrier();  // every block is there before another one writes into its memory
-#else
-  named_barrier(0, blockDim.x);
-#endif
-  const bool again = needs_states(p) && !HAS_HIDDEN;
-  for (int member = 0; member < p.channels / p.groups; member++) {
-    const Work w = work_of(p, scan, t, member);
-    if (again) {
-      scan_forward(p, w, t);
-    } else {
-      fetch<0, DOUBLE>(p, w, t, segments_of(scan) - 1);
-      copy_commit();
-    }
-    scan_back(p, w, t, again);
+  cluster_meets();  // every block is there before another one writes into its memory
+  const Work w = work_of(p, scan, t);
+  if (needs_states(p) && !HAS_HIDDEN) {
+    scan_forward(p, w, t);
+  } else {
+    fetch<0, DOUBLE>(p, w, t, segments_of(scan) - 1);
+    copy_commit();
   }
+  scan_back(p, w, t);
 }

@@ -9,15 +9,19 @@
 //   THREADS     at least the threads of a block;  MIN_BLOCKS of them on a multiprocessor
 //   WIDE        1: a line spans several warps
 //   RAGGED      1: the last place of a line (a column, that is) is not the last of a thread
-//   SHARED      1: several channels have the same taps
+//   SHARED      1: several channels have the same taps, whose gradient is a sum over them: a cluster takes as many of
+//               these channels as it can, one a block, and sums over its blocks after every segment
 //   HAS_SUMS    1: several directions, so that dx is a sum over launches
 //   HAS_HIDDEN  1: the hidden state is at hand (`y` of forward): nothing is kept or computed again
 //   SPLIT       1: the blocks of a cluster share a line. Each has places beyond its own on either side, HALO of them:
 //               what it computes there goes wrong by one place a line from the outside, and is put right after every
 //               segment by the block that owns it
+//   CLUSTER     1: more than one block in a cluster
 // Knobs: 0 direction (its index among the scans), 1 threads of a block's part of a line (a power of two, or whole
-//   warps), 2 elements of a row in the planes of partial sums, 3 blocks of a line, 4 places that each of them owns.
-// Scratch: 0 partial sums of dx (`Sums`), 1 kept states, 2 float32 gradients of the taps, summed over channels so far.
+//   warps), 2 elements of a row in scratch planes, 3 blocks of a line, 4 places that each of them owns, 5 channels of
+//   a cluster.
+// Scratch: 0 partial sums of dx (`Sums`), 1 kept states, 2 float32 gradients of shared weights, one part for each
+//   cluster of a group: [parts][B][G][3][H][row], if there is more than one; planes_backward_taps.cu adds them.
 #pragma once
 #include "common.cuh"
 
@@ -96,7 +100,9 @@ __device__ __forceinline__ float joined(u32 upper, u32 lower, int i) {
 // Where a thread is: the plane its line belongs to, and its places of the line.
 struct Thread {
   int lane, warp;
-  int b, group;                // of its plane
+  int b, channel, group;       // of its plane
+  int strip;                   // which of the blocks of a line this is
+  int part, member, members;   // shared taps: which cluster of the group, which channel of the cluster, out of how many
   int place, places;           // first place; places of a line
   int begin, end;              // places that the block holds,
   int own_begin, own_end;      // and those it writes
@@ -107,25 +113,45 @@ struct Thread {
   int parity, turn;
 };
 
-__device__ __forceinline__ int blocks_of_line(const Params& p) { return SPLIT ? p.knobs[3] : 1; }
+__device__ __forceinline__ int strips_of(const Params& p) { return SPLIT ? p.knobs[3] : 1; }
 
-// Thread `index` of the block.
+// The plane of thread `index` of the block.
+__device__ __forceinline__ void take_plane(Thread& t, const Params& p, int index) {
+  const int strips = strips_of(p), per_group = p.channels / p.groups;
+  t.strip = blockIdx.x % strips;
+  int block = blockIdx.x / strips;
+#if SHARED
+  const int together = p.knobs[5], parts = (per_group + together - 1) / together;
+  t.member = block % together, block /= together;
+  t.part = block % parts, block /= parts;
+  t.group = block % p.groups, t.b = block / p.groups;
+  t.members = min(together, per_group - t.part * together);
+  t.channel = t.group * per_group + t.part * together + t.member;
+#else
+  const int width = p.knobs[1], slot = block * max((int)blockDim.x / width, 1) + index / width;
+  t.b = slot / p.channels;
+  t.channel = slot - t.b * p.channels;
+  t.group = t.channel / per_group;
+  t.part = t.member = 0, t.members = 1;
+#endif
+}
+
+// Has the block a channel? The last cluster of a group may have blocks to spare.
+__device__ __forceinline__ bool has_channel(const Thread& t) { return t.member < t.members; }
+
 __device__ __forceinline__ Thread thread_of(const Params& p, const Scan& scan, int index, float* edges) {
-  const int width = p.knobs[1], per_block = max((int)blockDim.x / width, 1), blocks = blocks_of_line(p);
   Thread t;
   t.lane = index % 32, t.warp = index / 32;
-  const int slot = blockIdx.x / blocks * per_block + index / width;
-  t.b = slot / p.groups;
-  t.group = slot - t.b * p.groups;
+  take_plane(t, p, index);
   t.places = scan.places;
   t.begin = t.own_begin = 0, t.end = t.own_end = scan.places;
 #if SPLIT
-  t.own_begin = blockIdx.x % blocks * p.knobs[4];
+  t.own_begin = t.strip * p.knobs[4];
   t.own_end = min(scan.places, t.own_begin + p.knobs[4]);
   t.begin = max(0, t.own_begin - HALO);
   t.end = min(scan.places, t.own_end + HALO);
 #endif
-  t.place = t.begin + index % width * N;
+  t.place = t.begin + index % p.knobs[1] * N;
   t.alive = t.b < p.batch && t.place < t.end;
   t.own = t.alive && t.place >= t.own_begin && t.place < t.own_end;
   t.has_before = t.place > 0;
@@ -136,24 +162,36 @@ __device__ __forceinline__ Thread thread_of(const Params& p, const Scan& scan, i
   return t;
 }
 
-// `v` of the places beyond the block's own, from the blocks that own them. All threads of the cluster take part.
-__device__ __forceinline__ void exchange_halo(const Params& p, Thread& t, float (&v)[N]) {
-#if SPLIT
-  const int blocks = p.knobs[3], rank = blockIdx.x % blocks;
-  float* from = t.mail + t.turn * 2 * HALO;
-  const int after_begin = t.place - t.own_begin, before_end = t.own_end - t.place;
-  if (t.own && rank > 0 && after_begin < HALO) {
-    float* to = cluster_map(from + HALO, cluster_rank() - 1) + after_begin;
-#pragma unroll
-    for (int n = 0; n < N; n++) to[n] = v[n];
-  }
-  if (t.own && rank + 1 < blocks && before_end <= HALO) {
-    float* to = cluster_map(from, cluster_rank() + 1) + HALO - before_end;
-#pragma unroll
-    for (int n = 0; n < N; n++) to[n] = v[n];
-  }
+// All threads of the cluster.
+__device__ __forceinline__ void cluster_meets() {
+#if CLUSTER
   cluster_barrier();
+#else
+  named_barrier(0, blockDim.x);
+#endif
+}
+
+// `v` of the places beyond a block's own, from the blocks that own them: sent before the cluster meets, received after.
+__device__ __forceinline__ void send_halo(const Params& p, const Thread& t, const float (&v)[N]) {
+#if SPLIT
+  float* mail = t.mail + t.turn * 2 * HALO;
+  const int after_begin = t.place - t.own_begin, before_end = t.own_end - t.place;
+  if (t.own && t.strip > 0 && after_begin < HALO) {
+    float* to = cluster_map(mail + HALO, cluster_rank() - 1) + after_begin;
+#pragma unroll
+    for (int n = 0; n < N; n++) to[n] = v[n];
+  }
+  if (t.own && t.strip + 1 < p.knobs[3] && before_end <= HALO) {
+    float* to = cluster_map(mail, cluster_rank() + 1) + HALO - before_end;
+#pragma unroll
+    for (int n = 0; n < N; n++) to[n] = v[n];
+  }
+#endif
+}
+__device__ __forceinline__ void receive_halo(Thread& t, float (&v)[N]) {
+#if SPLIT
   if (t.alive && !t.own) {
+    const float* from = t.mail + t.turn * 2 * HALO;
     from += t.place < t.own_begin ? t.place - t.begin : HALO + t.place - t.own_end;
 #pragma unroll
     for (int n = 0; n < N; n++) v[n] = from[n];
@@ -434,25 +472,15 @@ __device__ __forceinline__ void store_words(unsigned char* to, const u32 (&from)
   }
 }
 
-// The gradient of shared taps: summed over the channels of a group one channel after another, in float32 memory that
-// only this thread touches. True at the last channel: `dw` is complete then.
-__device__ __forceinline__ bool sum_channels(const Params& p, int line, int member, Taps (&dw)[N]) {
-#if SHARED
-  const int members = p.channels / p.groups;
-  const long long row = N * (long long)blockDim.x, lines = HORIZONTAL ? p.width : p.height;
-  float* base = (float*)p.scratch[2] + (blockIdx.x * lines + line) * 3 * row;
-  float before[N], here[N], after[N];
-  if (member > 0) {
-    get_floats(base, before), get_floats(base + row, here), get_floats(base + 2 * row, after);
-#pragma unroll
-    for (int n = 0; n < N; n++) dw[n].before += before[n], dw[n].here += here[n], dw[n].after += after[n];
-  }
-  if (member + 1 == members) return true;
-#pragma unroll
-  for (int n = 0; n < N; n++) before[n] = dw[n].before, here[n] = dw[n].here, after[n] = dw[n].after;
-  put_floats(base, before), put_floats(base + row, here), put_floats(base + 2 * row, after);
-  return false;
-#else
-  return true;
-#endif
+// Shared weights' gradients of a segment stay in shared memory, in the place of operands whose time is over, until
+// the cluster has summed them: float32 numbers where the taps were; with 16-bit storage the halves of the first in the
+// first two taps, of the second in the third tap and dy, and the third in the states.
+__device__ constexpr int parked_in(int i) { return i < 3 ? TAPS + i : DY; }
+
+// Are gradients of shared weights complete when a cluster has summed its channels?
+__device__ __forceinline__ bool is_single_part(const Params& p) { return p.knobs[5] >= p.channels / p.groups; }
+// Where a part of the gradient of weight k begins.
+__device__ __forceinline__ float* part_of(const Params& p, const Thread& t, int k) {
+  const long long plane = (long long)p.height * p.knobs[2];
+  return (float*)p.scratch[2] + ((((long long)t.part * p.batch + t.b) * p.groups + t.group) * 3 + k) * plane;
 }

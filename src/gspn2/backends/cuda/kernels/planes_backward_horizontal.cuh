@@ -15,20 +15,13 @@ struct Work {
   Scan scan;
   unsigned char* memory;  // of this warp
   float* states;
-  int b, group, channel, member;
 };
 
-// One plane a block: all that the addresses depend on but rows and columns is the same for every thread.
-__device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t, int member) {
+__device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t) {
   Work w;
   w.scan = scan;
   w.memory = shared_memory() + t.warp * WARP_BYTES;
   w.states = (float*)(w.memory + UNITS * UNIT);
-  w.member = member;
-  const int slot = blockIdx.x / blocks_of_line(p);
-  w.b = slot / p.groups;
-  w.group = slot - w.b * p.groups;
-  w.channel = w.group * (p.channels / p.groups) + member;
   return w;
 }
 
@@ -74,11 +67,13 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
 #pragma unroll
   for (int op = FIRST; op < LAST; op++) {
     if (!is_read(p, op)) continue;
-    const unsigned char* from = source_of(p, op, w.b, w.group, w.channel) + columns.left * SIZE;
+    const unsigned char* from = source_of(p, op, t.b, t.group, t.channel) + columns.left * SIZE;
     unsigned char* to = piece_at(w, segment, op);
     const int pitch = source_pitch(p, op);
+    // The sums of rows beyond a block's own are for the block that owns them to change.
+    const int begin = op < SUM ? t.begin : t.own_begin, end = op < SUM ? t.end : t.own_end;
     for_chunks(w, t, [&](int chunk, int row, int column) {
-      const bool there = row < t.end && column < columns.count;
+      const bool there = row >= begin && row < end && column < columns.count;
       copy_async<16>(to + chunk, at_row(from, row, pitch) + column * SIZE, there ? 16 : 0);
     });
   }
@@ -162,11 +157,10 @@ __device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thr
 // The gradients of a piece, from shared memory to where they belong.
 __device__ __forceinline__ void write_piece(const Params& p, const Work& w, const Thread& t, int segment) {
   const Columns columns = columns_of(w.scan, segment);
-  const bool last_member = w.member + 1 == p.channels / p.groups;
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++) {
-    if (!is_wanted(p, op) || (op >= TAPS && op < DY && !last_member)) continue;
-    unsigned char* to = sink_of(p, op, w.b, w.group, w.channel) + columns.left * SIZE;
+    if (!is_wanted(p, op) || (SHARED && op >= TAPS && op < DY)) continue;
+    unsigned char* to = sink_of(p, op, t.b, t.group, t.channel) + columns.left * SIZE;
     const unsigned char* from = piece_at(w, segment, op);
     const int pitch = sink_pitch(p, op);
     for_chunks(w, t, [&](int chunk, int row, int column) {
@@ -177,12 +171,27 @@ __device__ __forceinline__ void write_piece(const Params& p, const Work& w, cons
   }
 }
 
+#if STORAGE != 0
+// Float32 numbers as upper and lower halves, packed like columns.
+__device__ __forceinline__ void put_halves(Rows& upper, Rows& lower, Column& other, int e, const float (&v)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    if ((e & 1) == REVERSED) {
+      const Pair halves = REVERSED ? split(other.pending[n], v[n]) : split(v[n], other.pending[n]);
+      upper.row[n].words[e / 2] = halves.upper, lower.row[n].words[e / 2] = halves.lower;
+    } else {
+      other.pending[n] = v[n];
+    }
+  }
+}
+#endif
+
 // dx of a column, added to what the directions before this one left.
 struct Sum {
   Rows upper, lower;     // for float32 `upper` alone
   Column other;
 };
-__device__ __forceinline__ void add_sums(const Params& p, const Sum& sum, int e, float (&dx)[N]) {
+__device__ __forceinline__ void add_sums(const Sum& sum, int e, float (&dx)[N]) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
 #if STORAGE == 0
@@ -192,19 +201,6 @@ __device__ __forceinline__ void add_sums(const Params& p, const Sum& sum, int e,
 #endif
   }
 }
-#if STORAGE != 0
-__device__ __forceinline__ void put_sums(Sum& sum, int e, const float (&v)[N]) {
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-    if ((e & 1) == REVERSED) {
-      const Pair halves = REVERSED ? split(sum.other.pending[n], v[n]) : split(v[n], sum.other.pending[n]);
-      sum.upper.row[n].words[e / 2] = halves.upper, sum.lower.row[n].words[e / 2] = halves.lower;
-    } else {
-      sum.other.pending[n] = v[n];
-    }
-  }
-}
-#endif
 
 // Operands of the walk back and the gradients that replace them, of one chunk of columns.
 struct Chunk {
@@ -258,6 +254,9 @@ __device__ __forceinline__ void write_chunk(const Params& p, const Work& w, cons
     write_rows(piece_at(w, segment, TAPS), t.lane, q, c.before);
     write_rows(piece_at(w, segment, TAPS + 1), t.lane, q, c.here);
     write_rows(piece_at(w, segment, TAPS + 2), t.lane, q, c.after);
+#if SHARED && STORAGE != 0
+    write_rows(piece_at(w, segment, DY), t.lane, q, c.dy);
+#endif
   }
 #if HAS_GATE
   write_rows(piece_at(w, segment, GATE), t.lane, q, c.gate);
@@ -270,9 +269,7 @@ __device__ __forceinline__ void write_chunk(const Params& p, const Work& w, cons
 #endif
 }
 
-__device__ __forceinline__ void put_tap_gradient(const Params& p, const Work& w, const Thread& t, Chunk& c, int e, int line,
-                                                 Taps (&dw)[N], const Taps (&taps)[N]) {
-  if (!sum_channels(p, line, w.member, dw)) return;
+__device__ __forceinline__ void put_tap_gradient(const Thread& t, Chunk& c, int e, const Taps (&dw)[N], const Taps (&taps)[N]) {
   float before[N], here[N], after[N];
 #pragma unroll
   for (int n = 0; n < N; n++) {
@@ -284,12 +281,117 @@ __device__ __forceinline__ void put_tap_gradient(const Params& p, const Work& w,
   put_column(c.after, c.other_after, e, after);
 }
 
+#if SHARED
+// Gradients of shared weights of a line: those that only this warp looks at until the cluster meets.
+__device__ __forceinline__ void park(Chunk& c, int e, const Taps (&dw)[N]) {
+  float before[N], here[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) before[n] = dw[n].before, here[n] = dw[n].here;
+#if STORAGE == 0
+  float after[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) after[n] = dw[n].after;
+  put_column(c.before, c.other_before, e, before);
+  put_column(c.here, c.other_here, e, here);
+  put_column(c.after, c.other_after, e, after);
+#else
+  put_halves(c.before, c.here, c.other_before, e, before);
+  put_halves(c.after, c.dy, c.other_here, e, here);
+#endif
+}
+// The third, in the place of a state that other warps look at until the line is settled.
+__device__ __forceinline__ void park_last(const Work& w, const Thread& t, int s, const Taps (&dw)[N]) {
+#if STORAGE != 0
+  float after[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) after[n] = dw[n].after;
+  put_state(w.states, s, t.lane, after);
+#endif
+}
+
+// One word of a row: a pair of columns, or one of float32.
+constexpr int COLUMNS = 4 / SIZE, WORDS = S / COLUMNS;
+struct Parked {
+  Taps dw[COLUMNS];
+};
+__device__ __forceinline__ u32 parked_word(const unsigned char* piece, int n, int lane, int word) {
+  return *(const u32*)(piece + chunk_at(n, lane, word / 4) + word % 4 * 4);
+}
+// What block `rank` of the cluster parked for word `word` of the n-th row of the thread in `lane`, added to dw.
+__device__ __forceinline__ void add_parked(const Work& w, int segment, int n, int lane, int word, int rank, Parked& sum) {
+  u32 v[4];
+#pragma unroll
+  for (int i = 0; i < (STORAGE == 0 ? 3 : 4); i++) {
+    unsigned char* piece = piece_at(w, segment, parked_in(i));
+    v[i] = parked_word(CLUSTER ? cluster_map(piece, rank) : piece, n, lane, word);
+  }
+#if STORAGE == 0
+  sum.dw[0].before += __uint_as_float(v[0]);
+  sum.dw[0].here += __uint_as_float(v[1]);
+  sum.dw[0].after += __uint_as_float(v[2]);
+#else
+  const float* states = CLUSTER ? cluster_map(w.states, rank) : w.states;
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) {
+    const int column = word * COLUMNS + i, s = REVERSED ? S - 1 - column : column;
+    sum.dw[i].before += joined(v[0], v[1], i);
+    sum.dw[i].here += joined(v[2], v[3], i);
+    sum.dw[i].after += states[state_index(s, n, lane)];
+  }
+#endif
+}
+
+__device__ __forceinline__ void write_parked(const Params& p, const Thread& t, int place, int column, const Parked& sum) {
+  if (!is_single_part(p)) {
+    const long long offset = (long long)place * p.knobs[2] + column;
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++) {
+      part_of(p, t, 0)[offset + i] = sum.dw[i].before;
+      part_of(p, t, 1)[offset + i] = sum.dw[i].here;
+      part_of(p, t, 2)[offset + i] = sum.dw[i].after;
+    }
+    return;
+  }
+  Packed<COLUMNS> taps[3] = {}, out[3];
+  if (NORMALIZE)
+#pragma unroll
+    for (int k = 0; k < 3; k++)
+      read_words(taps[k].words, at_row(plane_of(p.taps, t.b, p.knobs[0], t.group, k) + column * SIZE, place, (int)p.taps.h));
+  float before[COLUMNS], here[COLUMNS], after[COLUMNS];
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) {
+    const Taps a = {taps[0][i], taps[1][i], taps[2][i]};
+    const Taps da = tap_gradient(a, sum.dw[i], place > 0, place + 1 < t.places);
+    before[i] = da.before, here[i] = da.here, after[i] = da.after;
+  }
+  narrow_all(out[0], before), narrow_all(out[1], here), narrow_all(out[2], after);
+#pragma unroll
+  for (int k = 0; k < 3; k++)
+    store_words(at_row(plane_of(p.dtaps, t.b, p.knobs[0], t.group, k) + column * SIZE, place, (int)p.dtaps.h), out[k].words);
+}
+
+// The gradient of shared taps in one segment: each block of the cluster sums some of a warp's rows over all channels.
+__device__ __forceinline__ void sum_channels(const Params& p, const Work& w, const Thread& t, int segment) {
+  const Columns columns = columns_of(w.scan, segment);
+  const int strips = strips_of(p), together = p.knobs[5];
+  for (int i = t.lane; i < (32 * N + together - 1) / together * WORDS; i += 32) {
+    const int word = i % WORDS, row = i / WORDS * together + t.member, n = row / 32, lane = row % 32;
+    const int place = t.begin + (t.warp * 32 + lane) * N + n;
+    if (row >= 32 * N || place < t.own_begin || place >= t.own_end || word * COLUMNS >= columns.count) continue;
+    Parked sum = {};
+    for (int member = 0; member < t.members; member++)
+      add_parked(w, segment, n, lane, word, member * strips + t.strip, sum);
+    write_parked(p, t, place, columns.left + word * COLUMNS, sum);
+  }
+}
+#endif
+
 __device__ __forceinline__ void put_input_gradient(const Params& p, Chunk& c, int e, float (&dx)[N]) {
 #if HAS_SUMS
-  if (reads_sums(p)) add_sums(p, c.sum, e, dx);
+  if (reads_sums(p)) add_sums(c.sum, e, dx);
 #if STORAGE != 0
   if (wants_sums(p)) {
-    put_sums(c.sum, e, dx);
+    put_halves(c.sum.upper, c.sum.lower, c.sum.other, e, dx);
     return;
   }
 #endif
@@ -340,7 +442,7 @@ __device__ __forceinline__ Edges state_of(const Work& w, const Thread& t, int se
 }
 
 // One line of the walk back: the k-th column of the i-th chunk in scan order, which is its column e in memory.
-__device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread& t, Chunk& c, int segment, int i, int k, int line,
+__device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread& t, Chunk& c, int segment, int i, int k,
                                           bool restart, float (&h)[N], float (&carried)[N]) {
   const int e = REVERSED ? EACH - 1 - k : k;
   float g[N], x[N], lam[N];
@@ -371,13 +473,15 @@ __device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread
     shown = carry_line(t, carried, g, weight);
   }
   publish(t, shown);
+  Taps dw[N] = {};
   if (needs_states(p)) {
     const Edges edges = state_of(w, t, segment, c, i, k, h);
-    if (p.dtaps.data != nullptr) {
-      Taps dw[N] = {};
-      if (!restart) weight_gradients(dw, g, h, edges);
-      put_tap_gradient(p, w, t, c, e, line, dw, taps);
-    }
+    if (!restart) weight_gradients(dw, g, h, edges);
+#if SHARED
+    park(c, e, dw);
+#else
+    if (p.dtaps.data != nullptr) put_tap_gradient(t, c, e, dw, taps);
+#endif
   }
 #if HAS_LAM
 #pragma unroll
@@ -391,13 +495,16 @@ __device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread
   const Edges from = settle(t, shown);
   carried[0] += from.before;
   carried[N - 1] += from.after;
+#if SHARED
+  park_last(w, t, i * EACH + k, dw);
+#endif
 }
 
 // The lines of a segment from last to first. `h` is the state after the last, `carried` what later lines handed on.
 __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N],
                                           float (&carried)[N]) {
   const Columns columns = columns_of(w.scan, segment);
-  int line = columns.first + columns.count - 1, phase = line % p.chunk;
+  int phase = (columns.first + columns.count - 1) % p.chunk;
 #pragma unroll 1
   for (int i = CHUNKS - 1; i >= 0; i--) {
     const int q = REVERSED ? CHUNKS - 1 - i : i;
@@ -407,9 +514,8 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
 #pragma unroll
     for (int k = EACH - 1; k >= 0; k--) {
       const bool restart = phase == 0;
-      back_line(p, w, t, c, segment, i, k, line, restart, h, carried);
+      back_line(p, w, t, c, segment, i, k, restart, h, carried);
       phase = restart ? p.chunk - 1 : phase - 1;
-      line--;
     }
     write_chunk(p, w, t, segment, q, c);
   }

@@ -14,28 +14,26 @@ struct Work {
   Scan scan;
   unsigned char* memory;   // of this warp
   float* states;
-  int channel, member;
-  // As a carrier of 16 bytes of each operand: which line of a batch, whether they are there, and where.
-  int line, bytes;
+  // As a carrier of 16 bytes of each operand: which line of a batch, how many bytes are there, and where. The sums of
+  // places beyond a block's own are for the block that owns them to change.
+  int line, bytes, sum_bytes;
   const unsigned char* from[OPERANDS];
 };
 
-__device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t, int member) {
+__device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t) {
   Work w;
   w.scan = scan;
   w.memory = shared_memory() + t.warp * WARP_BYTES;
   w.states = (float*)(w.memory + S * UNITS * UNIT);
-  w.member = member;
-  const int members = p.channels / p.groups;
-  w.channel = t.group * members + member;
   const int piece = t.lane % PIECES, first = piece * EACH;
   w.line = t.lane / PIECES;
   const Thread carried = thread_of(p, scan, t.warp * 32 + first / N, t.edges);
   const int place = carried.place + first % N;
   w.bytes = carried.b < p.batch && place < t.end ? 16 : 0;
+  w.sum_bytes = place >= t.own_begin && place < t.own_end ? w.bytes : 0;
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++)
-    w.from[op] = source_of(p, op, carried.b, carried.group, carried.group * members + member) + place * SIZE;
+    w.from[op] = source_of(p, op, carried.b, carried.group, carried.channel) + place * SIZE;
   return w;
 }
 
@@ -62,7 +60,7 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
       const bool entering = HAS_HIDDEN && op == HIDDEN;
       copy_async<16>(unit_at(w, segment, s, op) + t.lane % PIECES * 16,
                      at_row(w.from[op], entering ? row_of(w.scan, line - 1) : row, source_pitch(p, op)),
-                     entering && line == 0 ? 0 : w.bytes);
+                     op >= SUM ? w.sum_bytes : entering && line == 0 ? 0 : w.bytes);
     }
   }
 }
@@ -109,7 +107,7 @@ __device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thr
 // One output of a line: `v` in the place of operand `op`.
 __device__ __forceinline__ void write_line(const Params& p, const Work& w, const Thread& t, int op, int row, const Packed<N>& v) {
   if (!t.own) return;
-  unsigned char* base = sink_of(p, op, t.b, t.group, w.channel) + t.place * SIZE;
+  unsigned char* base = sink_of(p, op, t.b, t.group, t.channel) + t.place * SIZE;
   store_words(at_row(base, row, sink_pitch(p, op)), v.words);
 }
 __device__ __forceinline__ void write_line(const Params& p, const Work& w, const Thread& t, int op, int row,
@@ -149,9 +147,8 @@ __device__ __forceinline__ void write_input_gradient(const Params& p, const Work
   write_line(p, w, t, X, row, dx);
 }
 
-__device__ __forceinline__ void write_tap_gradient(const Params& p, const Work& w, const Thread& t, int line, int row, Taps (&dw)[N],
+__device__ __forceinline__ void write_tap_gradient(const Params& p, const Work& w, const Thread& t, int row, const Taps (&dw)[N],
                                                    const Taps (&taps)[N]) {
-  if (!sum_channels(p, line, w.member, dw)) return;
   float before[N], here[N], after[N];
 #pragma unroll
   for (int n = 0; n < N; n++) {
@@ -162,6 +159,98 @@ __device__ __forceinline__ void write_tap_gradient(const Params& p, const Work& 
   write_line(p, w, t, TAPS + 1, row, here);
   write_line(p, w, t, TAPS + 2, row, after);
 }
+
+#if SHARED
+// Gradients of shared weights of a line: those that only this thread's warp looks at until the cluster meets.
+__device__ __forceinline__ void park(const Work& w, const Thread& t, int segment, int s, const Taps (&dw)[N]) {
+  Packed<N> packed[4];
+#if STORAGE == 0
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    packed[0].words[n] = __float_as_uint(dw[n].before);
+    packed[1].words[n] = __float_as_uint(dw[n].here);
+    packed[2].words[n] = __float_as_uint(dw[n].after);
+  }
+#else
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    const Pair before = split(dw[n].before, dw[n + 1].before), here = split(dw[n].here, dw[n + 1].here);
+    packed[0].words[n / 2] = before.upper, packed[1].words[n / 2] = before.lower;
+    packed[2].words[n / 2] = here.upper, packed[3].words[n / 2] = here.lower;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < (STORAGE == 0 ? 3 : 4); i++)
+    write_words(unit_at(w, segment, s, parked_in(i)) + t.lane * (N * SIZE), packed[i].words);
+}
+// The third, in the place of a state that other warps look at until the line is settled.
+__device__ __forceinline__ void park_last(const Work& w, const Thread& t, int s, const Taps (&dw)[N]) {
+#if STORAGE != 0
+  float after[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) after[n] = dw[n].after;
+  put_state(w.states, s, t.lane, after);
+#endif
+}
+
+// What block `rank` of the cluster parked for this thread's places, added to dw.
+__device__ __forceinline__ void add_parked(const Work& w, const Thread& t, int segment, int s, int rank, Taps (&dw)[N]) {
+  Packed<N> packed[4];
+#pragma unroll
+  for (int i = 0; i < (STORAGE == 0 ? 3 : 4); i++) {
+    unsigned char* unit = unit_at(w, segment, s, parked_in(i)) + t.lane * (N * SIZE);
+    read_words(packed[i].words, CLUSTER ? cluster_map(unit, rank) : unit);
+  }
+#if STORAGE == 0
+#pragma unroll
+  for (int n = 0; n < N; n++) dw[n].before += packed[0][n], dw[n].here += packed[1][n], dw[n].after += packed[2][n];
+#else
+  float* states = CLUSTER ? cluster_map(w.states, rank) : w.states;
+#pragma unroll
+  for (int n = 0; n < N; n += VEC) {
+    const Floats after = *(const Floats*)(states + state_index(s, n, t.lane));
+#pragma unroll
+    for (int i = 0; i < VEC; i++) dw[n + i].after += after.v[i];
+  }
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    dw[n].before += joined(packed[0].words[n / 2], packed[1].words[n / 2], n);
+    dw[n].here += joined(packed[2].words[n / 2], packed[3].words[n / 2], n);
+  }
+#endif
+}
+
+// The gradient of shared taps in one segment: each block of the cluster sums some of its lines over all channels.
+__device__ __forceinline__ void sum_channels(const Params& p, const Work& w, const Thread& t, int segment) {
+  const int first = segment * S, count = min(S, w.scan.lines - first), strips = strips_of(p);
+  for (int s = t.member; s < count; s += p.knobs[5]) {
+    if (!t.own) continue;
+    const int row = row_of(w.scan, first + s);
+    Taps taps[N] = {}, dw[N] = {};
+    const bool complete = is_single_part(p);
+    if (NORMALIZE && complete) {
+      Packed<N> packed[3];
+#pragma unroll
+      for (int k = 0; k < 3; k++)
+        read_words(packed[k].words, at_row(plane_of(p.taps, t.b, p.knobs[0], t.group, k) + t.place * SIZE, row, (int)p.taps.h));
+#pragma unroll
+      for (int n = 0; n < N; n++) taps[n] = {packed[0][n], packed[1][n], packed[2][n]};
+    }
+    for (int member = 0; member < t.members; member++) add_parked(w, t, segment, s, member * strips + t.strip, dw);
+    if (complete) {
+      write_tap_gradient(p, w, t, row, dw, taps);
+    } else {
+      const long long offset = (long long)row * p.knobs[2] + t.place;
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        part_of(p, t, 0)[offset + n] = dw[n].before;
+        part_of(p, t, 1)[offset + n] = dw[n].here;
+        part_of(p, t, 2)[offset + n] = dw[n].after;
+      }
+    }
+  }
+}
+#endif
 
 // The state that enters a line, with its edges.
 __device__ __forceinline__ Edges state_of(const Work& w, const Thread& t, int segment, int s, float (&h)[N]) {
@@ -212,13 +301,15 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
       shown = carry_line(t, carried, g, weight);
     }
     publish(t, shown);
+    Taps dw[N] = {};
     if (needs_states(p)) {
       const Edges edges = state_of(w, t, segment, s, h);
-      if (p.dtaps.data != nullptr) {
-        Taps dw[N] = {};
-        if (!restart) weight_gradients(dw, g, h, edges);
-        write_tap_gradient(p, w, t, line, row, dw, taps);
-      }
+      if (!restart) weight_gradients(dw, g, h, edges);
+#if SHARED
+      park(w, t, segment, s, dw);
+#else
+      if (p.dtaps.data != nullptr) write_tap_gradient(p, w, t, row, dw, taps);
+#endif
     }
 #if HAS_LAM
     if (p.dlam.data != nullptr) {
@@ -240,6 +331,9 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     const Edges from = settle(t, shown);
     carried[0] += from.before;
     carried[N - 1] += from.after;
+#if SHARED
+    park_last(w, t, s, dw);
+#endif
     phase = restart ? p.chunk - 1 : phase - 1;
   }
 }

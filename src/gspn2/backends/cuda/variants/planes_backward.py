@@ -48,33 +48,37 @@ def plan(case: Case) -> Plan:
     """One launch for each direction, in order: each adds its part of dx to that of those before."""
     problem = case.problem
     launches = []
-    kept = taps = 0
+    kept = parts = 0
     reasons = ["gradients of planes, one direction a launch"]
     for index, direction in enumerate(problem.directions):
         cut = _best(case, direction)
         assert cut is not None
-        line = 4 * cut.places * cut.threads
         if not _has_hidden(case):
+            line = 4 * cut.places * cut.threads
             kept = max(kept, cut.blocks * -(-cut.sizes.lines // cut.segment) * line)
-        if _shares_taps(case):
-            taps = max(taps, cut.blocks * cut.sizes.lines * 3 * line)
-        launches.append(
-            Launch(
-                Kernel(SOURCE, FUNCTION, _defines(case, cut)),
-                cut.blocks,
-                cut.threads,
-                cut.shared,
-                cut.strips,
-                knobs=(index, cut.width, _sum_pitch(case), cut.strips, cut.own),
-            )
-        )
+        knobs = (index, cut.width, _row(case), cut.strips, cut.own, cut.together)
+        kernel = Kernel(SOURCE, FUNCTION, _defines(case, cut))
+        launches.append(Launch(kernel, cut.blocks, cut.threads, cut.shared, cut.cluster, knobs))
+        if cut.parts > 1:
+            parts = max(parts, cut.parts)
+            launches.append(_add_parts(case, index, cut.parts))
         reasons.append(
-            f"{direction}: {cut.strips} blocks a line, {cut.threads} threads with {cut.places} places each, "
-            f"segments of {cut.segment} lines"
+            f"{direction}: {cut.strips} blocks a line and {cut.together} channels in a cluster, {cut.threads} threads "
+            f"with {cut.places} places each, segments of {cut.segment} lines"
         )
-    sums = 4 * problem.batch * problem.channels * problem.height * _sum_pitch(case)
-    scratch = (sums if _has_partial_sums(case) else 0, kept, taps)
-    return Plan(NAME, tuple(launches), scratch, tuple(reasons))
+    plane = 4 * problem.batch * problem.height * _row(case)
+    sums = plane * problem.channels if _has_partial_sums(case) else 0
+    return Plan(NAME, tuple(launches), (sums, kept, parts * 3 * plane * problem.groups), tuple(reasons))
+
+
+def _add_parts(case: Case, index: int, parts: int) -> Launch:
+    """The launch that adds what the clusters of a group made of the gradient of shared taps."""
+    problem = case.problem
+    kernel = Kernel("planes_backward_taps.cu", "planes_backward_taps", options(case))
+    blocks = -(-problem.batch * problem.groups * problem.height * problem.width // 256)
+    return Launch(
+        kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, knobs=(index, parts, _row(case))
+    )
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
@@ -108,6 +112,8 @@ class Cut:
         places: of a thread.
         strips: blocks of a line, a cluster.
         own: places of a line that each of them writes.
+        together: channels with the same taps in a cluster, which sums the gradient over them.
+        parts: clusters for all channels with the same taps.
         width: threads of a block's part of a line.
         threads: of a block.
         blocks: of the grid.
@@ -119,11 +125,17 @@ class Cut:
     places: int
     strips: int
     own: int
+    together: int
+    parts: int
     width: int
     threads: int
     blocks: int
     segment: int
     shared: int
+
+    @property
+    def cluster(self) -> int:
+        return self.strips * self.together
 
 
 def _unsuitable(case: Case, name: str, view: View) -> str | None:
@@ -142,14 +154,17 @@ def _unsuitable(case: Case, name: str, view: View) -> str | None:
     return None
 
 
-def _shares_taps(case: Case) -> bool:
-    return case.problem.groups < case.problem.channels
+def _sums_channels(case: Case) -> bool:
+    """Is the gradient of the taps a sum over channels?"""
+    return case.problem.groups < case.problem.channels and "dtaps" in case.views
 
 
 def _has_hidden(case: Case) -> bool:
     """Is the state at hand, in rows as those of the other tensors?"""
     if "y" not in case.views or "gate" in case.views or len(case.problem.directions) > 1:
         return False
+    if _sums_channels(case):
+        return False  # the sum over channels needs the room of the states
     return _unsuitable(case, "y", case.views["y"]) is None
 
 
@@ -157,8 +172,8 @@ def _has_partial_sums(case: Case) -> bool:
     return len(case.problem.directions) > 1 and case.itemsize < 4 and "dx" in case.views
 
 
-def _sum_pitch(case: Case) -> int:
-    """Elements of a row of partial sums: whole sectors, whichever way it is read."""
+def _row(case: Case) -> int:
+    """Elements of a row of scratch planes: whole sectors, whichever way it is read."""
     return -(-case.problem.width // 16) * 16
 
 
@@ -177,14 +192,21 @@ def _place_bytes(case: Case, segment: int) -> int:
 
 
 def _traffic(case: Case, cut: Cut) -> float:
-    """Bytes to and from memory for one place of one line."""
-    size, sums = case.itemsize, len(case.problem.directions) > 1
+    """Bytes to and from memory for one place of one line of a channel."""
+    problem, size = case.problem, case.itemsize
+    sums = 4 * (len(problem.directions) > 1)
     lam, gate = "lam" in case.views, "gate" in case.views
-    read = size * (6 + lam + gate) + 4 * sums
-    written = size * (1 + lam + gate) + (size * 3 if not _shares_taps(case) else 0) + 4 * sums
+    # Blocks of a cluster read the same taps at about the same time.
+    taps = 3 * size / cut.together
+    traffic = size * (3 + 2 * lam + 2 * gate) + 2 * sums + taps
     if _has_hidden(case):
-        return read + written
-    return read + written + size * (4 + lam) + 8 / cut.segment
+        traffic += size
+    else:
+        traffic += size * (1 + lam) + taps + 8 / cut.segment
+    if not _sums_channels(case):
+        return traffic + 3 * size
+    per_group = problem.channels // problem.groups
+    return traffic + (24 * cut.parts if cut.parts > 1 else 3 * size) / per_group
 
 
 def _halo(case: Case, places: int, segment: int) -> int:
@@ -194,37 +216,47 @@ def _halo(case: Case, places: int, segment: int) -> int:
 
 def _cuts(case: Case, direction: str) -> Iterator[Cut]:
     """Every way to cut a direction that fits."""
-    sizes, size, device = Sizes.of(case, direction), case.itemsize, case.device
-    slots = case.problem.batch * case.problem.groups
+    sizes, size = Sizes.of(case, direction), case.itemsize
     each = UNIT // size
-    for strips in range(1, 9 if device.capability >= (9, 0) else 2):
+    most = 8 if case.device.capability >= (9, 0) else 1
+    for strips in range(1, most + 1):
         own = -(-sizes.places // (strips * 32)) * 32
         if strips > 1 and (own < 64 or -(-sizes.places // own) != strips):
             continue
         for places in (1, 2) if sizes.horizontal else (each // 4, each // 2, each):
             for segment in (32 // size * 2, 32 // size, 16 // size) if sizes.horizontal else (16, 8, 4):
-                halo = 0 if strips == 1 else _halo(case, places, segment)
-                if strips > 1 and halo > own:
-                    continue
-                needed = -(-min(sizes.places, own + min(2, strips - 1) * halo) // places)
-                width = -(-needed // 32) * 32
-                if not sizes.horizontal and strips == 1 and needed <= 16:
-                    width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
-                threads = max(width, 32)
-                shared = _place_bytes(case, segment) * threads * places
-                shared += 16 * (threads // 32 + 2) + 16 * halo
-                if (
-                    shared > device.shared_memory
-                    or threads > THREADS[-1]
-                    or (not sizes.horizontal and segment % (UNIT // (places * size)))
-                ):
-                    continue
-                blocks = -(-slots // (threads // width)) * strips
-                yield Cut(sizes, places, strips, own, width, threads, blocks, segment, shared)
+                cut = _fit(case, sizes, strips, most // strips, own, places, segment)
+                if cut is not None:
+                    yield cut
+
+
+def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int, segment: int) -> Cut | None:
+    """The cut with these numbers if it fits; a cluster takes up to `most` channels."""
+    problem, size = case.problem, case.itemsize
+    sums = _sums_channels(case)
+    halo = 0 if strips == 1 else _halo(case, places, segment)
+    if (strips > 1 and halo > own) or (not sizes.horizontal and segment % (UNIT // (places * size))):
+        return None
+    needed = -(-min(sizes.places, own + min(2, strips - 1) * halo) // places)
+    width = -(-needed // 32) * 32
+    if not sizes.horizontal and not sums and strips == 1 and needed <= 16:
+        width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
+    threads = max(width, 32)
+    shared = _place_bytes(case, segment) * threads * places + 16 * (threads // 32 + 2) + 16 * halo
+    if shared > case.device.shared_memory or threads > THREADS[-1]:
+        return None
+    together = parts = 1
+    blocks = -(-problem.batch * problem.channels // (threads // width)) * strips
+    if sums:
+        per_group = problem.channels // problem.groups
+        parts = -(-per_group // most)
+        together = -(-per_group // parts)
+        blocks = problem.batch * problem.groups * parts * together * strips
+    return Cut(sizes, places, strips, own, together, parts, width, threads, blocks, segment, shared)
 
 
 def _cost(case: Case, cut: Cut) -> float:
-    """Cycles that a launch takes, estimated: the largest of what latency, instructions and memory ask for.
+    """Cycles that a launch takes, estimated: waves of blocks, each as slow as what limits it.
 
     The constants are of an H200 at 1.8 GHz; only their order of magnitude matters for the choice.
     """
@@ -236,17 +268,27 @@ def _cost(case: Case, cut: Cut) -> float:
         max(1, RESIDENT // cut.threads),
         -(-cut.blocks // device.multiprocessors),
     )
-    waves = -(-cut.blocks // (device.multiprocessors * resident))
+    # Clusters live in a GPC, of about 16 multiprocessors.
+    at_once = device.multiprocessors * resident
+    if cut.cluster > 1:
+        at_once = device.multiprocessors // 16 * (16 * resident // cut.cluster) * cut.cluster
     instructions = walks * (50 + (30 if case.problem.normalize else 15) * cut.places)
-    waiting = walks * (120 + 60 * (cut.width > 32)) + (400 * (cut.strips > 1) + 600) / cut.segment
+    waiting = walks * (120 + 60 * (cut.width > 32)) + (600 + 400 * (cut.cluster > 1)) / cut.segment
     traffic = _traffic(case, cut) * (1.5 if cut.sizes.horizontal and cut.segment * case.itemsize == 16 else 1)
-    line = max(
-        instructions * warps * resident / 4,
-        instructions + waiting,
-        traffic * cut.threads * cut.places * resident / 35,
-    )
-    total = traffic * cut.sizes.lines * cut.sizes.places * case.problem.batch * case.problem.groups
-    return max(waves * cut.sizes.lines * line, total / (18 * device.multiprocessors))
+    place = cut.threads * cut.places
+
+    def wave(blocks: int) -> float:
+        busy = -(-blocks // device.multiprocessors)
+        own = blocks * cut.own if cut.strips > 1 else blocks * cut.sizes.places * cut.threads // cut.width
+        return cut.sizes.lines * max(
+            instructions * warps * busy / 4,
+            instructions + waiting,
+            traffic * place * busy / 35,
+            traffic * own / (18 * device.multiprocessors),
+        )
+
+    rest = cut.blocks % at_once
+    return cut.blocks // at_once * wave(at_once) + (wave(rest) if rest else 0)
 
 
 def _best(case: Case, direction: str) -> Cut | None:
@@ -267,8 +309,9 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("MIN_BLOCKS", max(1, RESIDENT // threads)),
         ("WIDE", int(cut.width > 32)),
         ("RAGGED", int(sizes.places % cut.places != 0)),
-        ("SHARED", int(_shares_taps(case))),
+        ("SHARED", int(_sums_channels(case))),
         ("HAS_SUMS", int(len(case.problem.directions) > 1)),
         ("HAS_HIDDEN", int(_has_hidden(case))),
         ("SPLIT", int(cut.strips > 1)),
+        ("CLUSTER", int(cut.cluster > 1)),
     )
