@@ -195,7 +195,7 @@ __device__ __forceinline__ Sums sums_of(const Params& p, void* scratch, const Sc
 }
 
 #if OWN_TAPS
-struct TapStages {};
+struct TapStages {};  // taps come with the other operands
 #else
 // The taps of a block's places, TAP_LINES lines a stage: raw values wait in registers for a stage, then all threads
 // turn them into weights, in shared memory, for the stage after. Two stages of weights take turns.

@@ -15,7 +15,7 @@
 // scratch, and pixels_taps adds up those of a group's blocks.
 //
 // More macros: SEGMENT lines (also TAP_LINES; also HALO with SPLIT), DEPTH of the ring, SUM 1 if there is more than one
-// direction, DIRECT.
+// direction, DIRECT; NEED_DX, NEED_DTAPS, NEED_DLAM, NEED_DGATE the gradients that are asked for.
 // Knobs: those of Layout; 4 places of all kept lines of a direction.
 // Scratch: 0 float32 sums of dx (16-bit storage), 1 those of the horizontal directions (four roles), 2 kept states,
 // 3 sums of tap gradients (not DIRECT).
@@ -73,7 +73,8 @@ struct Phase {
   int exchanges;      // of halos, the same for all blocks of the cluster
 };
 
-// One thread's operands in one direction; strides of lines are applied at each use.
+// A thread's part in one direction. The streams that are read stand at the line to be copied next, those that are
+// written at the line to be written next.
 struct Walker {
   Scan s;
   Run run;
@@ -84,12 +85,12 @@ struct Walker {
   Stream taps, dtaps;
   long long tap_vector, dtap_vector;
 #endif
-  Sums sums;
-  float* kept;  // (segments, places, channels) of this image and direction
+  Sums read, write;
+  float* kept;        // (segments, places, channels) of this role's direction
   int kept_line;
-  int group;    // of taps, among the block's
+  int weights_at;     // of the thread's first place in a row of the stages' weights
 
-  __device__ __forceinline__ void start(const Params& p, const Layout& layout, const Self& me, int d, void* dx_sums) {
+  __device__ __forceinline__ void start(const Params& p, const Layout& layout, const Self& me, int d) {
     s = scan_of(p, d);
     run = run_of(layout, s, me.split);
     place = run.start + me.column * PLACES;
@@ -100,60 +101,105 @@ struct Walker {
       exists[q] = me.present && place + q < run.stop;
       own[q] = exists[q] && place + q >= run.own && place + q < run.end;
     }
-    x = stream_of(p.x, s, me.b, 0, me.channel, 0, place);
-    lam = stream_of(p.lam, s, me.b, d, me.channel, 0, place);
-    gate = stream_of(p.gate, s, me.b, d, me.channel, 0, place);
-    dy = stream_of(p.dy, s, me.b, 0, me.channel, 0, place);
-    dx = stream_of(p.dx, s, me.b, 0, me.channel, 0, place);
-    dlam = stream_of(p.dlam, s, me.b, d, me.channel, 0, place);
-    dgate = stream_of(p.dgate, s, me.b, d, me.channel, 0, place);
-#if OWN_TAPS
-    taps = stream_of(p.taps, s, me.b, d, me.channel, 0, place);
-    dtaps = stream_of(p.dtaps, s, me.b, d, me.channel, 0, place);
-    tap_vector = INTERLEAVED ? V : p.taps.k;
-    dtap_vector = INTERLEAVED ? V : p.dtaps.k;
-#endif
-    if (dx_sums != nullptr)
-      sums = sums_of(p, dx_sums, s, me.b, me.channel, 0, place);
-#if STORAGE == 0
-    else
-      sums = {dx.at, dx.line, dx.place};
-#endif
     kept_line = p.channels * s.places;
     // Every role keeps states of its own.
     kept = (float*)p.scratch[2] + (((long long)me.b * ROLES + me.role) * p.knobs[4] + place) * p.channels + me.channel;
-    const int per_group = p.channels / p.groups;
-    group = TAP_GROUPS > 1 ? min(me.vector * V / per_group, TAP_GROUPS - 1) : 0;
+    const int group = TAP_GROUPS > 1 ? min(me.vector * V / (p.channels / p.groups), TAP_GROUPS - 1) : 0;
+    weights_at = group * (run.stop - run.start) + place - run.start;
   }
 
-  // Sets a line's operands on their way: those of the way forward, or of the way back.
-  __device__ __forceinline__ void copy(int slot, int line, bool back, bool add, int channels, const float* state) const {
-#pragma unroll
-    for (int q = 0; q < PLACES; q++) {
-      const int bytes = exists[q] ? VECTOR : 0;
-      copy_async<VECTOR>(ring(slot, 0, q), x.at + line * x.line + q * x.place, bytes);
-      if (HAS_LAM) copy_async<VECTOR>(ring(slot, 1, q), lam.at + line * lam.line + q * lam.place, bytes);
+  // What both passes read, from `line` on.
+  __device__ __forceinline__ void start_inputs(const Params& p, const Self& me, int d, int line) {
+    x = stream_of(p.x, s, me.b, 0, me.channel, line, place);
+    if (HAS_LAM) lam = stream_of(p.lam, s, me.b, d, me.channel, line, place);
 #if OWN_TAPS
-#pragma unroll
-      for (int k = 0; k < 3; k++)
-        copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + line * taps.line + q * taps.place + k * tap_vector, bytes);
+    taps = stream_of(p.taps, s, me.b, d, me.channel, line, place);
+    tap_vector = INTERLEAVED ? V : p.taps.k;
 #endif
-      if (back) {
-        copy_async<VECTOR>(ring(slot, DY, q), dy.at + line * dy.line + q * dy.place, bytes);
-        if (HAS_GATE) copy_async<VECTOR>(ring(slot, GATE, q), gate.at + line * gate.line + q * gate.place, bytes);
-      }
-      const float* from = back ? sums.at + line * sums.line + q * sums.place : state + q * channels;
-      const bool wanted = back ? add && own[q] : state != nullptr && exists[q];
-      if (back ? add : state != nullptr)
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, from + part * F, wanted ? 4 * F : 0);
+  }
+
+  // What the adjoint reads and writes, from `line` on backwards.
+  __device__ __forceinline__ void start_adjoint(const Params& p, const Self& me, int d, int line, void* dx_sums) {
+    dy = stream_of(p.dy, s, me.b, 0, me.channel, line, place);
+    if (HAS_GATE) gate = stream_of(p.gate, s, me.b, d, me.channel, line, place);
+    if (NEED_DX) dx = stream_of(p.dx, s, me.b, 0, me.channel, line, place);
+    if (NEED_DLAM) dlam = stream_of(p.dlam, s, me.b, d, me.channel, line, place);
+    if (NEED_DGATE) dgate = stream_of(p.dgate, s, me.b, d, me.channel, line, place);
+#if OWN_TAPS
+    if (NEED_DTAPS) dtaps = stream_of(p.dtaps, s, me.b, d, me.channel, line, place);
+    dtap_vector = INTERLEAVED ? V : p.dtaps.k;
+#endif
+    if (NEED_DX && SUM) {
+      if (STORAGE == 0 && dx_sums == nullptr)
+        read = {(float*)dx.at, dx.line, dx.place};
+      else
+        read = sums_of(p, dx_sums, s, me.b, me.channel, line, place);
+      write = read;
     }
   }
 
-  // h of the line after that of states row `k`, into row `to`.
-  __device__ __forceinline__ void step(int slot, const TapStages* stages, int tap_line, int k, int to, bool restart,
-                                       float (&h)[PLACES][V]) const {
+  // Sets the operands of the way forward on their way.
+  __device__ __forceinline__ void copy_inputs(int slot) const {
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) {
+      const int bytes = exists[q] ? VECTOR : 0;
+      copy_async<VECTOR>(ring(slot, 0, q), x.at + q * x.place, bytes);
+      if (HAS_LAM) copy_async<VECTOR>(ring(slot, 1, q), lam.at + q * lam.place, bytes);
+#if OWN_TAPS
+#pragma unroll
+      for (int k = 0; k < 3; k++) copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + q * taps.place + k * tap_vector, bytes);
+#endif
+    }
+  }
+  template <int STEP>
+  __device__ __forceinline__ void move_inputs() {
+    x.at += STEP * x.line;
+    if (HAS_LAM) lam.at += STEP * lam.line;
+#if OWN_TAPS
+    taps.at += STEP * taps.line;
+#endif
+  }
+
+  // The other operands of the way back.
+  __device__ __forceinline__ void copy_adjoint(int slot, bool add) {
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) {
+      const int bytes = exists[q] ? VECTOR : 0;
+      copy_async<VECTOR>(ring(slot, DY, q), dy.at + q * dy.place, bytes);
+      if (HAS_GATE) copy_async<VECTOR>(ring(slot, GATE, q), gate.at + q * gate.place, bytes);
+      if (NEED_DX && SUM && add)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * F, own[q] ? 4 * F : 0);
+    }
+    dy.at -= dy.line;
+    if (HAS_GATE) gate.at -= gate.line;
+    if (NEED_DX && SUM) read.at -= read.line;
+  }
+
+  // The state before a segment.
+  __device__ __forceinline__ void copy_kept(int slot, int segment, int channels) const {
+    const float* from = kept + (long long)segment * kept_line;
+#pragma unroll
+    for (int q = 0; q < PLACES; q++)
+#pragma unroll
+      for (int part = 0; part < PARTS; part++)
+        copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, from + q * channels + part * F, exists[q] ? 4 * F : 0);
+  }
+
+  // On to the line before, in all that is written.
+  __device__ __forceinline__ void next_written() {
+    if (NEED_DX) dx.at -= dx.line;
+    if (NEED_DLAM) dlam.at -= dlam.line;
+    if (NEED_DGATE) dgate.at -= dgate.line;
+#if OWN_TAPS
+    if (NEED_DTAPS) dtaps.at -= dtaps.line;
+#endif
+    if (NEED_DX && SUM) write.at -= write.line;
+  }
+
+  // h of the line after that of states row `k`, into row `to`. `row`: of the stages' weights.
+  __device__ __forceinline__ void step(int slot, int row, int k, int to, bool restart, float (&h)[PLACES][V]) const {
     float before[V], after[V];
     load_floats(states(k, PLACES - 1) + before_at, PITCH, before);
     load_floats(states(k, 0) + after_at, PITCH, after);
@@ -162,7 +208,7 @@ struct Walker {
       float u[V];
       input(slot, q, u);
       float weight[PER_PLACE];
-      weights(slot, stages, tap_line, q, weight);
+      weights(slot, row, q, weight);
 #pragma unroll
       for (int v = 0; v < V; v++) {
         const float here = h[q][v], next = q + 1 < PLACES ? h[q + 1 < PLACES ? q + 1 : q][v] : after[v];
@@ -192,7 +238,7 @@ struct Walker {
 #pragma unroll
     for (int k = 0; k < 3; k++) unpack(*ring(slot, TAPS + k, q), raw + k * V);
   }
-  __device__ __forceinline__ void weights(int slot, const TapStages*, int, int q, float* weight) const {
+  __device__ __forceinline__ void weights(int slot, int, int q, float* weight) const {
     float raw[3 * V];
     raw_taps(slot, q, raw);
 #pragma unroll
@@ -206,11 +252,13 @@ struct Walker {
   }
 #else
   static constexpr int PER_PLACE = 3;
-  // Of the place `q`, which may be one of the neighbours' (-1, PLACES).
-  __device__ __forceinline__ void weights(int, const TapStages* stages, int line, int q, float* weight) const {
-    const int j = place + q;
+  // Of the place `q` in row `row` of the stages' weights; it may be one of the neighbours' (-1, PLACES).
+  __device__ __forceinline__ const Weights* weights_of(int row, int q) const {
+    return (const Weights*)(shared_memory() + WEIGHTS_AT) + row * TAP_GROUPS * (run.stop - run.start) + weights_at + q;
+  }
+  __device__ __forceinline__ void weights(int, int row, int q, float* weight) const {
     Weights w = {0.f, 0.f, 0.f, 0.f};
-    if (j >= run.start && j < run.stop) w = *stages->of(line, group, j - run.start);
+    if (exists[q]) w = *weights_of(row, q);
     weight[0] = w.before, weight[1] = w.here, weight[2] = w.after;
   }
   __device__ __forceinline__ static Taps weight_of(const float* weight, int) { return {weight[0], weight[1], weight[2]}; }
@@ -218,13 +266,14 @@ struct Walker {
 };
 
 // Pass 1: the states before every segment but the first, in scratch.
-__device__ __forceinline__ void keep_states(const Params& p, const Layout& layout, const Self& me, const Walker& walk, int d,
+__device__ __forceinline__ void keep_states(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
                                             const Segments& segments, int exchanges) {
   // The last segment is never run through here.
   const int upper = segments.count(true), lower = segments.count(false);
   const int stop = upper > 0 ? segments.boundary + (upper - 1) * SEGMENT : (lower - 1) * SEGMENT;
-  TapStages stages;
+  walk.start_inputs(p, me, d, 0);
 #if !OWN_TAPS
+  TapStages stages;
   stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), 0, stop,
                (Weights*)(shared_memory() + WEIGHTS_AT));
   stages.fetch(0);
@@ -233,7 +282,7 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
 #endif
 #pragma unroll
   for (int line = 0; line < DEPTH; line++) {
-    if (line < stop) walk.copy(line, line, false, false, 0, nullptr);
+    if (line < stop) walk.copy_inputs(line), walk.move_inputs<1>();
     copy_commit();
   }
   float h[PLACES][V];
@@ -270,9 +319,9 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
     }
 #endif
     copy_wait<DEPTH - 1>();
-    walk.step(slot, &stages, line, line & 1, (line + 1) & 1, since == 0, h);
+    walk.step(slot, line % (2 * SEGMENT), line & 1, (line + 1) & 1, since == 0, h);
     since = since + 1 == p.chunk ? 0 : since + 1;
-    if (line + DEPTH < stop) walk.copy(slot, line + DEPTH, false, false, 0, nullptr);
+    if (line + DEPTH < stop) walk.copy_inputs(slot), walk.move_inputs<1>();
     copy_commit();
     slot = slot + 1 == DEPTH ? 0 : slot + 1;
     __syncthreads();
@@ -287,31 +336,35 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
 
 // Which line's operands are set on their way next: a segment's lines forwards, then backwards, then the segment before.
 struct Queue {
-  int begin, end, segment, k, left, first_segment;
+  int first, end, segment, k, left;
   bool back;
 
   __device__ __forceinline__ void start(const Phase& phase) {
-    begin = phase.begin, end = phase.end, left = 2 * (end - begin), first_segment = phase.first_segment;
-    segment = segments_of(end - begin) - 1;
+    const int segments = segments_of(phase.end - phase.begin);
+    segment = phase.first_segment + segments - 1;
+    first = phase.begin + (segments - 1) * SEGMENT;
+    end = phase.end;
+    left = 2 * (phase.end - phase.begin);
     k = 0;
     back = false;
   }
 
-  __device__ __forceinline__ void copy(const Walker& walk, int slot, bool add, int channels) {
+  __device__ __forceinline__ void copy(Walker& walk, int slot, bool add, int channels) {
     if (left > 0) {
-      const int first = begin + segment * SEGMENT;
-      const bool keeps = !back && k == 0 && first > 0;
-      walk.copy(slot, first + k, back, add, channels,
-                keeps ? walk.kept + (long long)(first_segment + segment) * walk.kept_line : nullptr);
       left--;
-      if (!back && k + 1 == min(SEGMENT, end - first))
-        back = true;
-      else if (!back)
-        k++;
-      else if (k > 0)
-        k--;
-      else
-        segment--, back = false;
+      walk.copy_inputs(slot);
+      if (!back) {
+        if (k == 0 && first > 0) walk.copy_kept(slot, segment, channels);
+        back = k + 1 == SEGMENT || first + k + 1 == end;
+        if (!back) walk.move_inputs<1>(), k++;
+      } else {
+        walk.copy_adjoint(slot, add);
+        back = k > 0;
+        if (back)
+          walk.move_inputs<-1>(), k--;
+        else
+          walk.move_inputs<-SEGMENT>(), segment--, first -= SEGMENT;
+      }
     }
     copy_commit();
   }
@@ -322,7 +375,7 @@ struct Queue {
 __device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layout, const Self& me, const Walker& walk, int d,
                                             int first, int lines) {
   constexpr int GROUP_VECTORS = VECTORS / TAP_GROUPS;
-  if (p.dtaps.data == nullptr) return;
+  if (!NEED_DTAPS) return;
   const int places = walk.run.end - walk.run.own, all = lines * TAP_GROUPS * places;
   const int channel_block = (me.channel / V - me.vector) / VECTORS;
 #pragma unroll 1
@@ -380,8 +433,8 @@ __device__ __forceinline__ Floats* after_row(int parity) {
 
 // One line of the adjoint: states row `k` is that of the line before, row `k + 1` this line's, in whose place g is
 // published. `carried` is what the next line handed to this one, then what the thread's places hand to the line before.
-__device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase, const Walker& walk, const TapStages* stages,
-                                             int slot, int line, int tap_line, int k, bool restart, float (&carried)[PLACES][V]) {
+__device__ __forceinline__ void adjoint_line(bool add, bool last_sum, Walker& walk, int slot, int row, int k, bool restart,
+                                             float (&carried)[PLACES][V]) {
   Handed handed;
   clear(handed.to);
   float first[V], last[V];
@@ -403,8 +456,7 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
       // A place that is none takes no part: what was handed to it may be 0 * inf.
       if (PLACES > 1 && !walk.exists[q]) g[v] = 0.f;
     }
-    if (HAS_GATE && walk.own[q] && p.dgate.data != nullptr)
-      store_vector(walk.dgate.at + line * walk.dgate.line + q * walk.dgate.place, out);
+    if (NEED_DGATE && walk.own[q]) store_vector(walk.dgate.at + q * walk.dgate.place, out);
 
     // dw_k = g h_(j + k), of the line before.
     float before[V], here[V], after[V];
@@ -425,13 +477,12 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
       gradients[INTERLEAVED ? 3 * v + 2 : 2 * V + v] = d.after;
       handed.add(q, v, tap_weights(a, has_before, has_after), g[v], first, last);
     }
-    if (walk.own[q] && p.dtaps.data != nullptr)
+    if (NEED_DTAPS && walk.own[q])
 #pragma unroll
-      for (int t = 0; t < 3; t++)
-        store_vector(walk.dtaps.at + line * walk.dtaps.line + q * walk.dtaps.place + t * walk.dtap_vector, gradients + t * V);
+      for (int t = 0; t < 3; t++) store_vector(walk.dtaps.at + q * walk.dtaps.place + t * walk.dtap_vector, gradients + t * V);
 #else
     float dw[3] = {0.f, 0.f, 0.f}, weight[3];
-    walk.weights(slot, stages, tap_line, q, weight);
+    walk.weights(slot, row, q, weight);
 #pragma unroll
     for (int v = 0; v < V; v++) {
       dw[0] = fmaf(g[v], before[v], dw[0]);
@@ -440,7 +491,8 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
       handed.add(q, v, Walker::weight_of(weight, v), g[v], first, last);
     }
 #pragma unroll
-    for (int tap = 0; tap < 3; tap++) *gradient(k, tap, q, threadIdx.x) = restart ? 0.f : dw[tap];
+    for (int tap = 0; tap < 3; tap++)
+      if (NEED_DTAPS) *gradient(k, tap, q, threadIdx.x) = restart ? 0.f : dw[tap];
 #endif
 
     // du = g: to x through lam, to lam through x.
@@ -448,27 +500,27 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
 #if HAS_LAM
 #pragma unroll
     for (int v = 0; v < V; v++) out[v] = g[v] * in[v];
-    if (walk.own[q] && p.dlam.data != nullptr)
-      store_vector(walk.dlam.at + line * walk.dlam.line + q * walk.dlam.place, out);
+    if (NEED_DLAM && walk.own[q]) store_vector(walk.dlam.at + q * walk.dlam.place, out);
     unpack(*ring(slot, 1, q), e);
 #else
 #pragma unroll
     for (int v = 0; v < V; v++) e[v] = 1.f;
 #endif
-    if (!walk.own[q] || p.dx.data == nullptr) continue;
+    if (!NEED_DX || !walk.own[q]) continue;
 #pragma unroll
     for (int v = 0; v < V; v++) out[v] = 0.f;
-    if (SUM && phase.add) load_floats(ring_sum(slot, q), THREADS, out);
+    if (SUM && add) load_floats(ring_sum(slot, q), THREADS, out);
 #pragma unroll
     for (int v = 0; v < V; v++) out[v] = fmaf(g[v], e[v], out[v]);
-    if (!SUM || phase.last)
-      store_vector(walk.dx.at + line * walk.dx.line + q * walk.dx.place, out);
+    if (!SUM || last_sum)
+      store_vector(walk.dx.at + q * walk.dx.place, out);
     else
-      store_sums(walk.sums.at + line * walk.sums.line + q * walk.sums.place, out);
+      store_sums(walk.write.at + q * walk.write.place, out);
   }
+  walk.next_written();
   store_floats(states(k + 1, 0), PITCH, first);
   if (OWN_TAPS)
-    store_floats(after_row(line & 1), PITCH, last);
+    store_floats(after_row(k & 1), PITCH, last);
   else if (PLACES > 1)
     store_floats(states(k + 1, PLACES - 1), PITCH, last);
 #pragma unroll
@@ -478,22 +530,19 @@ __device__ __forceinline__ void adjoint_line(const Params& p, const Phase& phase
 }
 
 // After the barrier: what the neighbours hand over, too.
-__device__ __forceinline__ void receive(const Walker& walk, const TapStages* stages, int line, int tap_line, int k, bool restart,
-                                        float (&carried)[PLACES][V]) {
+__device__ __forceinline__ void receive(const Walker& walk, int row, int k, bool restart, float (&carried)[PLACES][V]) {
   if (restart) {
     clear(carried);
     return;
   }
   float from_before[V], from_after[V];
-  load_floats((OWN_TAPS ? after_row(line & 1) : states(k + 1, PLACES - 1)) + walk.before_at, PITCH, from_before);
+  load_floats((OWN_TAPS ? after_row(k & 1) : states(k + 1, PLACES - 1)) + walk.before_at, PITCH, from_before);
   load_floats(states(k + 1, 0) + walk.after_at, PITCH, from_after);
   float w_after = 1.f, w_before = 1.f;
 #if !OWN_TAPS
-  float weight[3];
-  walk.weights(0, stages, tap_line, -1, weight);
-  w_after = weight[2];
-  walk.weights(0, stages, tap_line, PLACES, weight);
-  w_before = weight[0];
+  w_after = w_before = 0.f;
+  if (walk.exists[0] && walk.place > walk.run.start) w_after = walk.weights_of(row, -1)->after;
+  if (walk.exists[0] && walk.place + PLACES < walk.run.stop) w_before = walk.weights_of(row, PLACES)->before;
 #endif
 #pragma unroll
   for (int v = 0; v < V; v++) {
@@ -503,8 +552,8 @@ __device__ __forceinline__ void receive(const Walker& walk, const TapStages* sta
 }
 
 // Pass 2 over the lines of a phase, from the last to the first. `carried` is what the lines after them hand over.
-__device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, const Self& me, const Walker& walk, int d,
-                                        const Phase& phase, float (&carried)[PLACES][V]) {
+__device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
+                                        const Phase& phase, void* sums, float (&carried)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
 #if SPLIT
   int exchanged = 0;
@@ -512,11 +561,12 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
   int slot = 0;
   Queue queue;
   queue.start(phase);
-  const bool add = SUM && phase.add && p.dx.data != nullptr;
+  walk.start_inputs(p, me, d, queue.first);
+  walk.start_adjoint(p, me, d, phase.end - 1, sums);
 #pragma unroll 1
-  for (int i = 0; i < DEPTH; i++) queue.copy(walk, i, add, p.channels);
-  TapStages stages;
+  for (int i = 0; i < DEPTH; i++) queue.copy(walk, i, phase.add, p.channels);
 #if !OWN_TAPS
+  TapStages stages;
   stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), phase.begin, phase.end,
                (Weights*)(shared_memory() + WEIGHTS_AT));
   stages.fetch(segments_of(lines) - 1);
@@ -544,14 +594,15 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
     stages.turn(segment - 1);
     stages.fetch(segment - 2);
 #endif
+    const int row = (segment & 1) * SEGMENT;
     u32 restarts = 0;
     for (int k = 0, since = first % p.chunk; k < count; k++, since = since + 1 == p.chunk ? 0 : since + 1)
       restarts |= (u32)(since == 0) << k;
 #pragma unroll 1
     for (int k = 0; k < count; k++) {
       copy_wait<DEPTH - 1>();
-      walk.step(slot, &stages, begin + k, k, k + 1, restarts >> k & 1, h);
-      queue.copy(walk, slot, add, p.channels);
+      walk.step(slot, row + k, k, k + 1, restarts >> k & 1, h);
+      queue.copy(walk, slot, phase.add, p.channels);
       slot = slot + 1 == DEPTH ? 0 : slot + 1;
       __syncthreads();
     }
@@ -559,11 +610,11 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
     for (int k = count - 1; k >= 0; k--) {
       const bool restart = restarts >> k & 1;
       copy_wait<DEPTH - 1>();
-      adjoint_line(p, phase, walk, &stages, slot, first + k, begin + k, k, restart, carried);
-      queue.copy(walk, slot, add, p.channels);
+      adjoint_line(phase.add, phase.last, walk, slot, row + k, k, restart, carried);
+      queue.copy(walk, slot, phase.add, p.channels);
       slot = slot + 1 == DEPTH ? 0 : slot + 1;
       __syncthreads();
-      receive(walk, &stages, first + k, begin + k, k, restart, carried);
+      receive(walk, row + k, k, restart, carried);
     }
 #if !OWN_TAPS
     reduce_taps(p, layout, me, walk, d, first, count);
@@ -588,7 +639,7 @@ __device__ __forceinline__ void run_direction(const Params& p, const Layout& lay
   const int most = ROLES == 4 ? max(p.height, p.width) : segments.lines;
   const int upper = (ROLES == 1 ? most : (most + 1) / 2) + SEGMENT - 1, lower = ROLES == 1 ? 0 : most / 2 + SEGMENT - 1;
   Walker walk;
-  walk.start(p, layout, me, d, sums);
+  walk.start(p, layout, me, d);
   keep_states(p, layout, me, walk, d, segments, upper / SEGMENT + lower / SEGMENT);
   float carried[PLACES][V];
   clear(carried);
@@ -604,7 +655,7 @@ __device__ __forceinline__ void run_direction(const Params& p, const Layout& lay
     phase.add = add || (ROLES > 1 && turn == 1);
     phase.last = last && turn == 1;
     phase.exchanges = upper / SEGMENT;
-    adjoint(p, layout, me, walk, d, phase, carried);
+    adjoint(p, layout, me, walk, d, phase, sums, carried);
   }
 }
 
@@ -640,7 +691,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
     cluster_barrier();
   }
 #if ROLES == 4
-  if (p.dx.data != nullptr) add_axes(p, p.dx, layout, me);
+  if (NEED_DX) add_axes(p, p.dx, layout, me);
 #endif
 #endif
 }

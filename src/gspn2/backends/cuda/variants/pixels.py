@@ -113,7 +113,8 @@ def _backward(case: Case, tiling: Tiling) -> Plan:
     problem = case.problem
     blocks = _channel_blocks(case, tiling)
     direct = _own_taps(case) or "dtaps" not in case.views or blocks <= problem.groups
-    defines = (*_defines(case, tiling), ("SEGMENT", tiling.tap_lines), ("DIRECT", int(direct)))
+    needs = tuple((f"NEED_{name.upper()}", int(name in case.views)) for name in ("dx", "dtaps", "dlam", "dgate"))
+    defines = (*_defines(case, tiling), ("SEGMENT", tiling.tap_lines), ("DIRECT", int(direct)), *needs)
     kernel = Kernel("pixels_backward.cu", "pixels_backward", defines)
     axes = []
     if {"down", "up"} & set(problem.directions):
