@@ -24,7 +24,7 @@
 #define GSPN2_JOIN_(a, b) a##b
 #define GSPN2_JOIN(a, b) GSPN2_JOIN_(a, b)
 #define KERNEL(threads, blocks)                                                                       \
-  static_assert((threads) >= 1 && (threads) <= 1024 && (blocks) >= 0, "launch bounds");               \
+  static_assert((threads) >= 1 && (threads) <= 1024, "launch bounds");                                \
   __attribute__((section("gspn2_bounds"), used)) static const int GSPN2_JOIN(launch_bounds_, __LINE__) = (threads); \
   extern "C" __attribute__((visibility("default"))) void
 #define CONSTANT_PARAMS const Params&
@@ -71,6 +71,11 @@ EMULATED void copy_async(void* shared, const void* global, int bytes = SIZE) {
   static_assert(SIZE == 4 || SIZE == 8 || SIZE == 16, "copy_async moves 4, 8 or 16 bytes");
   emulator::copy_async(shared, global, SIZE, bytes);
 }
+EMULATED u64 cache_policy(bool read_once) { return read_once; }
+template <int SIZE>
+EMULATED void copy_async_cached(void* shared, const void* global, int bytes, u64) {
+  copy_async<SIZE>(shared, global, bytes);
+}
 EMULATED void copy_commit() { emulator::copy_commit(); }
 template <int PENDING>
 EMULATED void copy_wait() {
@@ -87,6 +92,9 @@ EMULATED void mbarrier_arrive_expect(u64* bar, u32 bytes) {
 EMULATED void mbarrier_wait(u64* bar, u32 parity) { emulator::mbarrier_wait(bar, parity); }
 EMULATED void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   emulator::bulk_copy(shared, global, bytes, bar);
+}
+EMULATED void bulk_copy_cached(void* shared, const void* global, u32 bytes, u64* bar, u64) {
+  bulk_copy(shared, global, bytes, bar);
 }
 EMULATED void copy_engine_fence() { emulator::may_switch(); }
 EMULATED void bulk_store_fence() { emulator::bulk_store_fence(); }

@@ -72,6 +72,7 @@ struct Worker {
   unsigned char* ring;
   int exchanges, crossings;     // so far: exchanges within the block, and across blocks
   int bulk_stages;              // so far
+  u64 once, of_taps;            // cache policies of what is read once, and of taps
 
   // One direction:
   int begin, end;               // places the block holds
@@ -118,6 +119,10 @@ __device__ __forceinline__ Worker worker(const Params& p) {
   t.ring = shared_memory() + BARRIERS + (4 * STATE_LINES * t.channels * t.pitch + 127) / 128 * 128;
   t.exchanges = t.crossings = 0;
   t.bulk_stages = 0;
+#if SUMS
+  t.once = cache_policy(true);
+  t.of_taps = cache_policy(t.channels * p.groups == p.channels);
+#endif
   return t;
 }
 
@@ -271,6 +276,29 @@ __device__ __forceinline__ void copy_vector(unsigned char* shared, const void* g
   for (int at = 0; at < 16; at += ALIGNMENT)
     copy_async<ALIGNMENT>(shared + at, (const unsigned char*)global + at, max(0, min(ALIGNMENT, bytes - at)));
 }
+
+// The same of lam, gate and taps. With several directions the cache is kept for x and the sums, which come again,
+// and for taps that other blocks read as well.
+__device__ __forceinline__ void copy_vector(unsigned char* shared, const void* global, int bytes, u64 policy) {
+#if SUMS
+#pragma unroll
+  for (int at = 0; at < 16; at += ALIGNMENT)
+    copy_async_cached<ALIGNMENT>(shared + at, (const unsigned char*)global + at, max(0, min(ALIGNMENT, bytes - at)),
+                                 policy);
+#else
+  copy_vector(shared, global, bytes);
+#endif
+}
+
+#if BULK
+__device__ __forceinline__ void copy_row(unsigned char* shared, const void* global, int bytes, u64* full, u64 policy) {
+#if SUMS
+  bulk_copy_cached(shared, global, bytes, full, policy);
+#else
+  bulk_copy(shared, global, bytes, full);
+#endif
+}
+#endif
 
 // `count` of N neighbours in a row.
 template <typename T, int N>

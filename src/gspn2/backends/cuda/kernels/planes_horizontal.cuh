@@ -48,13 +48,14 @@ struct HorizontalScan {
     unsigned char* shared = ring + slot_offset<ROW_VECTORS>(slot, vector);
     const storage_t* taps = from.taps + row * p.taps.h + column;
 #pragma unroll
-    for (int k = 0; k < 3; ++k) copy_vector(shared + k * tile, taps + k * p.taps.k, bytes);
+    for (int k = 0; k < 3; ++k) copy_vector(shared + k * tile, taps + k * p.taps.k, bytes, t.of_taps);
 #pragma unroll 1
     for (int c = 0; c < t.channels; ++c) {
       unsigned char* to = shared + channel_offset(c, tile);
       copy_vector(to, from.x + c * p.x.c + row * p.x.h + column, bytes);
-      if (HAS_LAM) copy_vector(to + tile, from.lam + c * p.lam.c + row * p.lam.h + column, bytes);
-      if (HAS_GATE) copy_vector(to + (TENSORS - 1) * tile, from.gate + c * p.gate.c + row * p.gate.h + column, bytes);
+      if (HAS_LAM) copy_vector(to + tile, from.lam + c * p.lam.c + row * p.lam.h + column, bytes, t.once);
+      if (HAS_GATE)
+        copy_vector(to + (TENSORS - 1) * tile, from.gate + c * p.gate.c + row * p.gate.h + column, bytes, t.once);
     }
     if (SUMS && adds) copy_sums(ring, slot, row, vector, column, bytes);
   }
@@ -92,7 +93,8 @@ struct HorizontalScan {
 
   __device__ __forceinline__ void read_block(const unsigned char* ring, int vector, Block& k) const {
     const int m = t.inside ? (t.first - t.begin) / N : 0;
-    const unsigned char *taps = ring + slot_offset<ROW_VECTORS>(m, vector), *tensors = taps + channel_offset(t.mine, tile);
+    const unsigned char* taps = ring + slot_offset<ROW_VECTORS>(m, vector);
+    const unsigned char* tensors = taps + channel_offset(t.mine, tile);
 #pragma unroll
     for (int r = 0; r < N; ++r) {
       // slots is a multiple of 8: the permutation of vectors is the same for every r.

@@ -53,12 +53,12 @@ struct VerticalScan {
     const int bytes = held * SIZE;
     const storage_t* taps = from.taps + row * p.taps.h + t.begin;
 #pragma unroll
-    for (int k = 0; k < 3; ++k, to += tile) bulk_copy(to, taps + k * p.taps.k, bytes, full);
+    for (int k = 0; k < 3; ++k, to += tile) copy_row(to, taps + k * p.taps.k, bytes, full, t.of_taps);
 #pragma unroll 1
     for (int c = 0; c < t.channels; ++c) {
       bulk_copy(to, from.x + c * p.x.c + row * p.x.h + t.begin, bytes, full), to += tile;
-      if (HAS_LAM) bulk_copy(to, from.lam + c * p.lam.c + row * p.lam.h + t.begin, bytes, full), to += tile;
-      if (HAS_GATE) bulk_copy(to, from.gate + c * p.gate.c + row * p.gate.h + t.begin, bytes, full), to += tile;
+      if (HAS_LAM) copy_row(to, from.lam + c * p.lam.c + row * p.lam.h + t.begin, bytes, full, t.once), to += tile;
+      if (HAS_GATE) copy_row(to, from.gate + c * p.gate.c + row * p.gate.h + t.begin, bytes, full, t.once), to += tile;
       if (SUMS && adds)
         bulk_copy(ring + sums_offset(t, c, tile) + line * width * 4, sums.data + c * sums.c + row * sums.h + t.begin,
                   held * 4, full);
@@ -92,13 +92,14 @@ struct VerticalScan {
     const int bytes = min(16, (scan.places - place) * SIZE);
     const storage_t* taps = from.taps + row * p.taps.h + place;
 #pragma unroll
-    for (int k = 0; k < 3; ++k) copy_vector(shared + k * tile, taps + k * p.taps.k, bytes);
+    for (int k = 0; k < 3; ++k) copy_vector(shared + k * tile, taps + k * p.taps.k, bytes, t.of_taps);
 #pragma unroll 1
     for (int c = 0; c < t.channels; ++c) {
       unsigned char* to = shared + channel_offset(c, tile);
       copy_vector(to, from.x + c * p.x.c + row * p.x.h + place, bytes);
-      if (HAS_LAM) copy_vector(to + tile, from.lam + c * p.lam.c + row * p.lam.h + place, bytes);
-      if (HAS_GATE) copy_vector(to + (TENSORS - 1) * tile, from.gate + c * p.gate.c + row * p.gate.h + place, bytes);
+      if (HAS_LAM) copy_vector(to + tile, from.lam + c * p.lam.c + row * p.lam.h + place, bytes, t.once);
+      if (HAS_GATE)
+        copy_vector(to + (TENSORS - 1) * tile, from.gate + c * p.gate.c + row * p.gate.h + place, bytes, t.once);
     }
     if (SUMS && adds) copy_sums(ring + at * 4, row, place, bytes);
   }
@@ -215,7 +216,8 @@ struct VerticalScan {
     bool writes;
   };
 
-  __device__ __forceinline__ void scan_next(Cursor& at, int count, float (&h)[N], bool restart, const Ends& ends) const {
+  __device__ __forceinline__ void scan_next(Cursor& at, int count, float (&h)[N], bool restart,
+                                            const Ends& ends) const {
     const Step step = unpack(at.line, ends);
     // The next line's operands travel while this one is computed.
     if (at.next < count) at.line = read_line(at.ring, at.next);

@@ -63,6 +63,25 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                  "r"(bytes)
                  : "memory");
 }
+// The same with a cache policy: of data that will not be read again, which the second-level cache gives up first, or
+// of any other.
+__device__ __forceinline__ u64 cache_policy(bool read_once) {
+  u64 once, any;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(any));
+  return read_once ? once : any;
+}
+template <int SIZE>
+__device__ __forceinline__ void copy_async_cached(void* shared, const void* global, int bytes, u64 policy) {
+  if (SIZE == 16)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes), "l"(policy)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;" ::"r"(shared_address(shared)),
+                 "l"(global), "n"(SIZE), "r"(bytes), "l"(policy)
+                 : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most PENDING of this thread's latest groups are under way.
 template <int PENDING>
@@ -105,6 +124,13 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(bar))
                : "memory");
+}
+__device__ __forceinline__ void bulk_copy_cached(void* shared, const void* global, u32 bytes, u64* bar, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
+      : "memory");
 }
 // What ordinary stores wrote to global memory may then, after a barrier, be read by bulk copies.
 __device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
