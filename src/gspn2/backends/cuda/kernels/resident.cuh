@@ -1,14 +1,29 @@
-// What the resident kernels share: how operands lie in shared memory, and how a warp scans them there.
+// What the resident kernels share: what a task is, and how numbers lie in shared memory.
 //
 // A block takes a task: one image and some of its channels, in some or all directions. Two steps before and after the
 // scans do everything that is not serial: operands are put in order in shared memory, taps normalised, by all threads;
 // then each scan is run by one warp that holds a whole line in registers, PLACES places a lane, so that neighbours come
 // by shuffle and no line costs a barrier.
 //
-// Macros: PACK      channels in a unit, the item of shared memory: 2 (one 16-bit pair of channels) or 1
-//         PLACES    places of a line in a lane: 2, 4 or 8; a line has at most 32 * PLACES
+// Macros: THREADS, BLOCKS   of a block; blocks on a multiprocessor
+//         SCANS, DIRECTIONS their number; direction d is hexadecimal digit d from the right
+//         PACK              channels in a unit, the item of shared memory: 2 (one 16-bit pair of channels) or 1
+//         PLACES            places of a line in a lane: 2, 4 or 8; a line has at most 32 * PLACES
+//         ONE               a task is one unit with one tap group
+//         SPLIT             blocks of a cluster, which share the directions of a task
 #pragma once
 #include "common.cuh"
+
+// What the plan decided (`p.knobs`).
+enum {
+  CHANNELS, TASKS, PARTS, GROUPS,  // channels of a task, tasks, tasks of an image, tap groups of a task
+  PITCH_V, PITCH_H,                // units from line to line of vertical and of horizontal scans
+  UNIT_V, UNIT_H,                  // bytes of a plane of units
+  TAPS_V, TAPS_H,                  // bytes of the weights of a tap group
+  SLAB_ROWS, SLAB_BYTES, RING_AT,  // records: rows and bytes that arrive together, and where
+  SUMS_AT, PASSES,                 // backward: sums of dx; parts of a block's directions, one after the other
+  WIDTH_MAGIC, CHUNK_MAGIC         // of `Divisor`
+};
 
 #if STORAGE == 0 || PACK == 2
 typedef u32 unit_t;
@@ -56,6 +71,7 @@ __device__ __forceinline__ float widen_bits(u32 bits) {
 #endif
 }
 
+// The halves of a word of 16-bit numbers.
 __device__ __forceinline__ float widen_low(u32 word) { return widen_bits(word & 0xffffu); }
 __device__ __forceinline__ float widen_high(u32 word) {
 #if STORAGE == 1
@@ -177,6 +193,29 @@ __device__ __forceinline__ Taps weights_of(Taps a, bool has_before, bool has_aft
 #endif
 }
 
+// `tap_gradient` of common.cuh likewise. With E_k = e^m + e^(m - a_k): w_k = (1 / E_k) / sum of all 1 / E, and
+// 1 - sigmoid(a_k) = e^(m - a_k) / E_k.
+__device__ __forceinline__ Taps gradient_of(Taps a, const Taps& dw, bool has_before, bool has_after) {
+#if TAP_PAIR
+  const float log2e = 1.44269502f, missing = -3e38f;
+  a.before = has_before ? a.before : missing;
+  a.after = has_after ? a.after : missing;
+  const float m = fmin_nan(fmax_nan(fmax_nan(a.before, a.after), a.here), 0.f) * log2e;
+  const float e = exp2_fast(m);
+  const float before = exp2_fast(fmin_nan(fmaf(a.before, -log2e, m), 60.f));
+  const float here = exp2_fast(fmin_nan(fmaf(a.here, -log2e, m), 60.f));
+  const float after = exp2_fast(fmin_nan(fmaf(a.after, -log2e, m), 60.f));
+  const float r_before = reciprocal(e + before), r_here = reciprocal(e + here), r_after = reciprocal(e + after);
+  const float scale = reciprocal(r_before + r_here + r_after);
+  const float w_before = has_before ? r_before * scale : 0.f, w_here = r_here * scale, w_after = has_after ? r_after * scale : 0.f;
+  const float mean = w_before * dw.before + w_here * dw.here + w_after * dw.after;
+  return {w_before * (before * r_before) * (dw.before - mean), w_here * (here * r_here) * (dw.here - mean),
+          w_after * (after * r_after) * (dw.after - mean)};
+#else
+  return tap_gradient(a, dw, has_before, has_after);
+#endif
+}
+
 #if TAP_PAIR && STORAGE == 1
 __device__ __forceinline__ float truncate_to_half(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
@@ -243,25 +282,50 @@ __device__ __forceinline__ void widen_taps(const u32 (&w)[TAP_WORDS], LaneTaps& 
 
 // Tasks ---------------------------------------------------------------------------------------------------------
 
-// x / n for x * n < 2^32.
+// x / n by a multiplication, for x n < 2^32; magic is 2^32 / n + 1, or 0 for n = 1.
 struct Divisor {
-  u32 n, magic;
+  int n;
+  u32 magic;
 };
-__device__ __forceinline__ Divisor divisor(int n) { return {(u32)n, n == 1 ? 0u : (u32)(0x100000000ull / (u32)n) + 1u}; }
-__device__ __forceinline__ int quotient(int x, const Divisor& d) { return d.n == 1 ? x : (int)__umulhi((u32)x, d.magic); }
+__device__ __forceinline__ int quotient(int x, const Divisor& d) { return d.magic == 0 ? x : (int)__umulhi((u32)x, d.magic); }
+__device__ __forceinline__ Divisor width_of(const Params& p) { return {p.width, (u32)p.knobs[WIDTH_MAGIC]}; }
+__device__ __forceinline__ Divisor chunk_of(const Params& p) { return {p.chunk, (u32)p.knobs[CHUNK_MAGIC]}; }
 
-// Channels [c0, c0 + channels) of image b and their tap groups [g0, g0 + groups).
+__device__ __forceinline__ int units_of(const Params& p) { return ONE ? 1 : p.knobs[CHANNELS] / PACK; }
+__device__ __forceinline__ int groups_of(const Params& p) { return ONE ? 1 : p.knobs[GROUPS]; }
+
+// Channels from c0 of image b, and their tap groups from g0.
 struct Task {
-  int b, c0, g0, channels, groups;
+  int b, c0, g0;
 };
 
-__device__ __forceinline__ Task task_of(const Params& p, int index, int channels) {
-  const int parts = p.channels / channels, per_group = p.channels / p.groups;
-  const int b = index / parts, c0 = (index - b * parts) * channels;
-  return {b, c0, c0 / per_group, channels, channels > per_group ? channels / per_group : 1};
+__device__ __forceinline__ Task task_of(const Params& p, int index) {
+  if (p.knobs[PARTS] == 1) return {index, 0, 0};
+  const int b = index / p.knobs[PARTS], c0 = (index - b * p.knobs[PARTS]) * p.knobs[CHANNELS];
+  return {b, c0, c0 / (p.channels / p.groups)};
 }
 
-__device__ __forceinline__ const storage_t* at(const View& v, int b, int d, int c, int row, int column) {
+// Directions -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int direction_at(int d) { return DIRECTIONS >> 4 * d & 15; }
+__device__ __forceinline__ bool vertical_at(int d) { return direction_at(d) < 2; }
+
+__device__ __forceinline__ Scan scan_at(const Params& p, int d) {
+  const bool vertical = vertical_at(d);
+  return {vertical ? p.height : p.width, vertical ? p.width : p.height, vertical, (direction_at(d) & 1) != 0};
+}
+
+// Directions [first, last): part `part` of `parts`.
+struct Range {
+  int first, last;
+};
+__device__ __forceinline__ Range directions_of(int part, int parts) {
+  return parts == 1 ? Range{0, SCANS} : Range{part * SCANS / parts, (part + 1) * SCANS / parts};
+}
+
+// Tensors --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ storage_t* at(const View& v, int b, int d, int c, int row, int column) {
   return v.data + b * v.b + d * v.d + c * v.c + row * v.h + column * v.w;
 }
 
@@ -270,7 +334,7 @@ __device__ __forceinline__ bool paired(const View& v) {
   return v.c == 1 && (((u64)v.data >> 1 | (u64)v.b | (u64)v.d | (u64)v.h | (u64)v.w) & 1) == 0;
 }
 
-// The unit at p: a channel, or channels c and c + 1.
+// The unit at p: a channel, or two that are `channel_step` apart.
 __device__ __forceinline__ unit_t load_unit(const storage_t* p, long long channel_step, bool paired) {
 #if PACK == 2
   if (paired) return __ldg((const u32*)p);
@@ -278,4 +342,15 @@ __device__ __forceinline__ unit_t load_unit(const storage_t* p, long long channe
 #else
   return (unit_t)bits_of(__ldg(p));
 #endif
+}
+
+__device__ __forceinline__ void store_unit(storage_t* p, long long channel_step, bool paired, const float (&v)[PACK]) {
+#if PACK == 2
+  if (paired) {
+    *(u32*)p = bits_of(narrow(v[0])) | bits_of(narrow(v[1])) << 16;
+    return;
+  }
+#endif
+#pragma unroll
+  for (int c = 0; c < PACK; c++) p[c * channel_step] = narrow(v[c]);
 }

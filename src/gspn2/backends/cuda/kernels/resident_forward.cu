@@ -1,104 +1,140 @@
 // Forward of images that stay in shared memory: operands are read once, scanned in all directions at the same time by a
 // warp each, and summed at the end.
 //
-// A task is an image and some of its channels; blocks take one after the other. Its directions are shared out to the
-// blocks of a cluster. A scan overwrites lam and gate with its gated state in float32: only its own lane reads them.
+// Blocks take one task after the other. A scan overwrites lam and gate with its gated state in float32: only its own lane
+// reads them.
 //
-// Macros beyond those of resident_operands.cuh: BLOCKS (on a multiprocessor).
-#define UNIT_PLANES (HAS_LAM + HAS_GATE > RESULT_PLANES ? HAS_LAM + HAS_GATE : RESULT_PLANES)
+// Macro of its own: DIRECT, scans write y themselves: there is one direction, vertical, and y consists of planes.
+#define UNIT_PLANES (DIRECT || HAS_LAM + HAS_GATE > RESULT_PLANES ? HAS_LAM + HAS_GATE : RESULT_PLANES)
 #define LAM_PLANE 0
 #define GATE_PLANE HAS_LAM
 #define IMAGES 1
 #include "resident_scan.cuh"
 
-// One direction of one unit of the task, by one warp.
-__device__ __forceinline__ void scan(const Params& p, const Memory& m, const Range& range, int d, int unit) {
-  const Scan s = scan_of(p, d);
+// What a line of one direction leaves: its gated state in shared memory, or y.
+struct Output {
+  storage_t* y;     // this lane's places of the line, if DIRECT
+  long long step;   // elements to the line after
+};
+
+__device__ __forceinline__ Output output_of(const Params& p, const Task& task, const Scan& s, int unit, int place) {
+#if DIRECT
+  storage_t* y = at(p.y, task.b, 0, task.c0 + unit, 0, 0) + first_line(p.y, s) + place;
+  return {y, line_step(p.y, s)};
+#else
+  return {nullptr, 0};
+#endif
+}
+
+#if DIRECT
+__device__ __forceinline__ void store_line(storage_t* y, const Lane& r) {
+  u32 w[PLACES * (int)sizeof(storage_t) / 4];
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(w) / 4); i++)
+    w[i] = STORAGE == 0 ? __float_as_uint(r[0][i]) : bits_of(narrow(r[0][2 * i])) | bits_of(narrow(r[0][2 * i + 1])) << 16;
+  store_words((unsigned char*)y, w);
+}
+#endif
+
+// One direction of one unit of the task, by one warp. The operands of the next line are on their way while one is
+// computed.
+__device__ __forceinline__ void scan(const Params& p, const Memory& m, const Range& range, const Task& task, int d, int unit) {
+  const Scan s = scan_at(p, d);
   const Held held = held_by(s);
   Cursor c = cursor_of(p, m, range, s, d, unit, 0, 0, s.reversed);
+  Output output = output_of(p, task, s, unit, held.first);
   Lane h;
   Line line;
-  u32 gate[LINE_WORDS];
-  load_line<HAS_LAM>(c, line);
 #if HAS_GATE
-  load_words(c.units + GATE_PLANE * c.unit, gate);
+  u32 gate[LINE_WORDS];
 #endif
-  int until_restart = 0;
-#pragma unroll 2
-  for (int i = 0; i < s.lines; i++) {
+  const auto load = [&]() {
+    load_line<HAS_LAM>(c, line);
+#if HAS_GATE
+    load_words(c.units + GATE_PLANE * c.unit, gate);
+#endif
+  };
+  load();
+  int left = s.lines;
+  const auto step = [&](auto restart) {
     const Line now = line;
     unsigned char* out = c.units;
     Lane r;
 #if HAS_GATE
     widen_lane(gate, r);
 #endif
-    if (i + 1 < s.lines) {
-      advance(c);
-      load_line<HAS_LAM>(c, line);
-#if HAS_GATE
-      load_words(c.units + GATE_PLANE * c.unit, gate);
-#endif
-    }
-    state_of_line<HAS_LAM>(now, held, until_restart == 0, h);
-    until_restart = (until_restart == 0 ? p.chunk : until_restart) - 1;
+    advance(c, --left > 0);
+    load();
+    state_of_line<HAS_LAM, decltype(restart)::value>(now, held, h);
 #pragma unroll
     for (int k = 0; k < PACK; k++)
 #pragma unroll
       for (int v = 0; v < PLACES; v++) r[k][v] = HAS_GATE ? r[k][v] * h[k][v] : h[k][v];
-    if (held.any) store_result(out, c.unit, r);
+#if DIRECT
+    if (held.writes) store_line(output.y, r);
+    output.y += output.step;
+#else
+    __syncwarp();
+    if (held.writes) store_result(out, c.unit, r);
+#endif
+  };
+  while (left > 0) {
+    int more = min(p.chunk, left) - 1;
+    step(Yes());
+#pragma unroll 2
+    for (; more > 0; more--) step(No());
   }
 }
 
-// The sum over directions, in their order, by all blocks of the cluster.
-__device__ __forceinline__ void sum_directions(const Params& p, const Memory& m, const Task& task, int rank) {
-  const Divisor width = divisor(p.width);
-  const int pixels = p.height * p.width, first = rank * pixels / SPLIT, last = (rank + 1) * pixels / SPLIT;
-  const bool words = paired(p.y);
-  for (int unit = 0; unit < m.units; unit++) {
-    storage_t* y = p.y.data + task.b * p.y.b + (task.c0 + unit * PACK) * p.y.c;
-    for (int pixel = first + threadIdx.x; pixel < last; pixel += THREADS) {
-      const int row = quotient(pixel, width), column = pixel - row * p.width;
-      float sum[PACK];
+#if !DIRECT
+// The gated states of a unit at one pixel, summed over directions in their order.
+__device__ __forceinline__ void sum_of_pixel(const Params& p, int unit, int row, int column, float (&sum)[PACK]) {
+  const int vertical = row * p.knobs[PITCH_V] + column, horizontal = column * p.knobs[PITCH_H] + row;
 #pragma unroll
-      for (int c = 0; c < PACK; c++) sum[c] = 0.f;
+  for (int c = 0; c < PACK; c++) sum[c] = 0.f;
 #pragma unroll
-      for (int owner = 0; owner < SPLIT; owner++) {
-        const Range range = directions_of(p, owner, SPLIT);
+  for (int owner = 0; owner < SPLIT; owner++) {
+    const Range range = directions_of(owner, SPLIT);
+    const Memory m = memory_of(p, range);
+    unsigned char* from = shared_memory() + m.directions;
 #if SPLIT > 1
-        const Memory theirs = memory_of(p, range);
-        unsigned char* base = cluster_map(theirs.base, owner);
-        int offset = theirs.directions;
-#else
-        unsigned char* base = m.base;
-        int offset = m.directions;
+    from = cluster_map(from, owner);
 #endif
 #pragma unroll
-        for (int i = 0; i < 4 / SPLIT; i++) {
-          const int d = range.first + i;
-          if (d >= range.last) break;
-          const bool vertical = p.directions[d] < 2;
-          const Planes planes = planes_for(m, vertical);
-          const int index = vertical ? row * planes.pitch + column : column * planes.pitch + row;
-          const unsigned char* from = base + offset + unit * UNIT_PLANES * planes.unit + index * (int)sizeof(unit_t);
+    for (int d = 0; d < SCANS; d++) {
+      if (d < range.first || d >= range.last) continue;
+      const int plane = vertical_at(d) ? p.knobs[UNIT_V] : p.knobs[UNIT_H];
+      const int index = unit * UNIT_PLANES * plane + (vertical_at(d) ? vertical : horizontal) * (int)sizeof(unit_t);
 #pragma unroll
-          for (int c = 0; c < PACK; c++) sum[c] += load_result(from, planes.unit, c);
-          offset += planes.direction;
-        }
-      }
-      storage_t* out = y + row * p.y.h + column * p.y.w;
-#if PACK == 2
-      if (words) {
-        *(u32*)out = bits_of(narrow(sum[0])) | bits_of(narrow(sum[1])) << 16;
-      } else {
-        out[0] = narrow(sum[0]);
-        out[p.y.c] = narrow(sum[1]);
-      }
-#else
-      out[0] = narrow(sum[0]);
-#endif
+      for (int c = 0; c < PACK; c++) sum[c] += load_result(from + index, plane, c);
+      from += vertical_at(d) ? m.vertical_size : m.horizontal_size;
     }
   }
 }
+
+// y of a task; each block of the cluster takes its share of the rows.
+__device__ __forceinline__ void sum_directions(const Params& p, const Task& task, int rank) {
+  const int first = rank * p.height / SPLIT * p.width, last = (rank + 1) * p.height / SPLIT * p.width;
+  const bool words = paired(p.y), wide = two_columns(p, p.y);
+  for (int unit = 0; unit < units_of(p); unit++) {
+    storage_t* y = at(p.y, task.b, 0, task.c0 + unit * PACK, 0, 0);
+    if (wide) {
+      for_pixels<2>(p, first, last, [&](int row, int column) {
+        float left[PACK], right[PACK];
+        sum_of_pixel(p, unit, row, column, left);
+        sum_of_pixel(p, unit, row, column + 1, right);
+        *(u32*)(y + row * p.y.h + column) = bits_of(narrow(left[0])) | bits_of(narrow(right[0])) << 16;
+      });
+      continue;
+    }
+    for_pixels(p, first, last, [&](int row, int column) {
+      float sum[PACK];
+      sum_of_pixel(p, unit, row, column, sum);
+      store_unit(y + row * p.y.h + column * p.y.w, p.y.c, words, sum);
+    });
+  }
+}
+#endif
 
 __device__ __forceinline__ void whole_cluster() {
 #if SPLIT > 1
@@ -114,37 +150,36 @@ KERNEL(THREADS, BLOCKS) resident_forward(CONSTANT_PARAMS p) {
 #else
   const int rank = 0;
 #endif
-  const Range range = directions_of(p, rank, SPLIT);
+  const Range range = directions_of(rank, SPLIT);
   const Memory m = memory_of(p, range);
-  const int tasks = p.knobs[1], stride = gridDim.x / SPLIT, warp = threadIdx.x / 32;
 #if RECORDS
   Slabs slabs = slabs_of(p, 1);
 #endif
-  if (p.height % PLACES != 0 || p.width % PLACES != 0) clear_planes(p.knobs[6]);
-  __syncthreads();
+  clear_planes(p);
 
-  for (int index = blockIdx.x / SPLIT; index < tasks; index += stride) {
-    const Task task = task_of(p, index, p.knobs[0]);
+  for (int index = blockIdx.x / SPLIT; index < p.knobs[TASKS]; index += gridDim.x / SPLIT) {
+    const Task task = task_of(p, index);
 #if RECORDS
-    if (slabs.record.data != nullptr) {
-      if (slabs.record.x < 0) gather_image(p, p.x, 0, m, task);
-      for_slabs(p, slabs, [&](const unsigned char* raw, int row, int rows) {
-        unpack(p, m, range, slabs.record, task, raw, row, rows);
-      });
-    } else
-#endif
-    {
-      gather_image(p, p.x, 0, m, task);
+    const bool records = slabs.records != nullptr;
+    if (!RECORD_X || !records) gather_image(p, p.x, 0, m, task);
+    if (records)
+      for_slabs(p, slabs, [&](const unsigned char* raw, int row, int rows) { unpack(p, m, range, task, raw, row, rows); });
+    else
       gather(p, m, range, task);
-      __syncthreads();
-    }
-    const int items = (range.last - range.first) * m.units;
-    for (int item = warp; item < items; item += THREADS / 32) {
-      const int unit = item / (range.last - range.first);
-      scan(p, m, range, range.first + item - unit * (range.last - range.first), unit);
-    }
+#else
+    gather_image(p, p.x, 0, m, task);
+    gather(p, m, range, task);
+    copy_commit();
+    copy_wait<0>();
+#endif
+    __syncthreads();
+    const int directions = range.last - range.first;
+    for (int item = warp_index(); item < directions * units_of(p); item += THREADS / 32)
+      scan(p, m, range, task, range.first + item % directions, item / directions);
+#if !DIRECT
     whole_cluster();
-    sum_directions(p, m, task, rank);
+    sum_directions(p, task, rank);
+#endif
     whole_cluster();
   }
 #if RECORDS

@@ -1,18 +1,30 @@
 // How a warp scans one direction of one unit in shared memory: the state line by line, and its adjoint.
 #pragma once
-#include "resident_operands.cuh"
+#include "resident_records.cuh"
+
+// Values as types, for a step of a scan that is compiled for each.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
 
 // The places that a lane holds, of every line of a scan.
+//
+// Lanes behind the end of a line do the same as the last, but write nothing; what the last writes they have read before,
+// hence a __syncwarp between.
 struct Held {
   int first;              // place
-  int beyond;             // how many of its places are on the line; PLACES but for the last lane
-  bool any, start, end;   // does it hold any; is it the first lane of the line; the last or behind it
-  bool ragged;            // lines end within a lane
+  int count;              // how many of its places are on the line; PLACES but for the last lane
+  int before, after;      // lanes of the neighbours
+  bool start, end;        // is it the first lane of the line; the last
+  bool writes;
 };
 
 __device__ __forceinline__ Held held_by(const Scan& s) {
-  const int lane = threadIdx.x & 31, last = (s.places - 1) / PLACES, first = min(lane, last) * PLACES;
-  return {first, min(PLACES, s.places - first), lane <= last, lane == 0, lane >= last, s.places % PLACES != 0};
+  const int last = (s.places - 1) / PLACES, mine = threadIdx.x & 31, lane = min(mine, last), first = lane * PLACES;
+  return {first, min(PLACES, s.places - first), max(lane - 1, 0), min(lane + 1, last), lane == 0, lane == last, mine <= last};
 }
 
 // Where a lane's places of a line are.
@@ -26,28 +38,30 @@ struct Cursor {
 // `image`: 0 x, 1 dy; `plane`: of the unit, lam's or gate's; `backwards`: from the last line of the image to the first.
 __device__ __forceinline__ Cursor cursor_of(const Params& p, const Memory& m, const Range& range, const Scan& s, int d, int unit,
                                             int image, int plane, bool backwards) {
-  const Planes planes = planes_for(m, s.vertical);
-  const int tap_size = TAP_BYTES / TAP_PLANES, unit_size = (int)sizeof(unit_t);
-  const int group = m.groups == 1 ? 0 : unit * m.groups / m.units;
-  const int start = (backwards ? s.lines - 1 : 0) * planes.pitch + held_by(s).first;
-  const int step = backwards ? -planes.pitch : planes.pitch;
-  unsigned char* base = m.base + offset_of(p, m, range.first, d);
+  const int tap_size = TAP_BYTES / TAP_PLANES, unit_size = (int)sizeof(unit_t), units = units_of(p);
+  const int pitch = s.vertical ? p.knobs[PITCH_V] : p.knobs[PITCH_H], bytes = s.vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H];
+  const int taps = s.vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H];
+  const int group = groups_of(p) == 1 ? 0 : unit * groups_of(p) / units;
+  const int start = (backwards ? s.lines - 1 : 0) * pitch + held_by(s).first, step = backwards ? -pitch : pitch;
+  const int images = s.vertical ? m.vertical_images : m.horizontal_images;
+  unsigned char* base = shared_memory() + offset_of(m, range.first, d);
   Cursor c;
-  c.image = m.base + (s.vertical ? m.vertical_images : m.horizontal_images) + (image * m.units + unit) * planes.unit +
-            start * unit_size;
-  c.units = base + (unit * UNIT_PLANES + plane) * planes.unit + start * unit_size;
-  c.taps = base + m.units * UNIT_PLANES * planes.unit + group * planes.taps + start * tap_size;
-  c.unit = planes.unit;
-  c.tap = planes.taps / TAP_PLANES;
+  c.image = shared_memory() + images + (image * units + unit) * bytes + start * unit_size;
+  c.units = base + (unit * UNIT_PLANES + plane) * bytes + start * unit_size;
+  c.taps = base + units * UNIT_PLANES * bytes + group * taps + start * tap_size;
+  c.unit = bytes;
+  c.tap = taps / TAP_PLANES;
   c.step = step * unit_size;
   c.tap_step = step * tap_size;
   return c;
 }
 
-__device__ __forceinline__ void advance(Cursor& c) {
-  c.image += c.step;
-  c.units += c.step;
-  c.taps += c.tap_step;
+// To the line after, if there is one.
+__device__ __forceinline__ void advance(Cursor& c, bool more) {
+  const int step = more ? c.step : 0, tap_step = more ? c.tap_step : 0;
+  c.image += step;
+  c.units += step;
+  c.taps += (int)sizeof(unit_t) == TAP_BYTES / TAP_PLANES ? step : tap_step;
 }
 
 // A line as it is stored: an image, what it is multiplied by, and weights.
@@ -87,26 +101,29 @@ __device__ __forceinline__ void source_of_line(const Line& line, Lane& u) {
 
 // Places behind the end of a line: zero, whatever their neighbours hold.
 __device__ __forceinline__ void clear_beyond(const Held& held, Lane& h) {
-  if (held.ragged) {
 #pragma unroll
-    for (int c = 0; c < PACK; c++)
+  for (int c = 0; c < PACK; c++)
 #pragma unroll
-      for (int v = 1; v < PLACES; v++) h[c][v] = v < held.beyond ? h[c][v] : 0.f;
-  }
+    for (int v = 1; v < PLACES; v++) h[c][v] = v < held.count ? h[c][v] : 0.f;
 }
 
 // h, of the line before in scan order, becomes the state of this line.
-template <bool FACTOR>
-__device__ __forceinline__ void state_of_line(const Line& line, const Held& held, bool restart, Lane& h) {
+template <bool FACTOR, bool RESTART>
+__device__ __forceinline__ void state_of_line(const Line& line, const Held& held, Lane& h) {
   Lane u;
   source_of_line<FACTOR>(line, u);
-  if (!restart) {
+  if (!RESTART) {
     LaneTaps w;
     widen_taps(line.taps, w);
+#if !NORMALIZE
+    // Weights as given, also those of neighbours that do not exist.
+    w.before[0] = held.start ? 0.f : w.before[0];
+    w.after[PLACES - 1] = held.end ? 0.f : w.after[PLACES - 1];
+#endif
 #pragma unroll
     for (int c = 0; c < PACK; c++) {
-      float before = __shfl_up_sync(0xffffffffu, h[c][PLACES - 1], 1);
-      float after = __shfl_down_sync(0xffffffffu, h[c][0], 1);
+      float before = __shfl_sync(0xffffffffu, h[c][PLACES - 1], held.before);
+      float after = __shfl_sync(0xffffffffu, h[c][0], held.after);
       before = held.start ? 0.f : before;
       after = held.end ? 0.f : after;
 #pragma unroll
@@ -128,8 +145,8 @@ __device__ __forceinline__ void state_of_line(const Line& line, const Held& held
 
 // g = source + carried is the gradient that reaches this line; `carried` becomes what it hands to the line before in scan
 // order: place j hands w_k g to place j + k. A restart hands on nothing.
-template <bool FACTOR>
-__device__ __forceinline__ void adjoint_of_line(const Line& line, const Held& held, bool restart, Lane& carried, Lane& g) {
+template <bool FACTOR, bool RESTART>
+__device__ __forceinline__ void adjoint_of_line(const Line& line, const Held& held, Lane& carried, Lane& g) {
   source_of_line<FACTOR>(line, g);
 #pragma unroll
   for (int c = 0; c < PACK; c++)
@@ -137,11 +154,16 @@ __device__ __forceinline__ void adjoint_of_line(const Line& line, const Held& he
     for (int v = 0; v < PLACES; v++) g[c][v] += carried[c][v];
   clear_beyond(held, g);
   LaneTaps w;
-  widen_taps(line.taps, w);
+  if (!RESTART) widen_taps(line.taps, w);
 #pragma unroll
   for (int c = 0; c < PACK; c++) {
-    float before = __shfl_up_sync(0xffffffffu, w.after[PLACES - 1] * g[c][PLACES - 1], 1);
-    float after = __shfl_down_sync(0xffffffffu, w.before[0] * g[c][0], 1);
+    if (RESTART) {
+#pragma unroll
+      for (int v = 0; v < PLACES; v++) carried[c][v] = 0.f;
+      continue;
+    }
+    float before = __shfl_sync(0xffffffffu, w.after[PLACES - 1] * g[c][PLACES - 1], held.before);
+    float after = __shfl_sync(0xffffffffu, w.before[0] * g[c][0], held.after);
     before = held.start ? 0.f : before;
     after = held.end ? 0.f : after;
 #pragma unroll
@@ -151,7 +173,10 @@ __device__ __forceinline__ void adjoint_of_line(const Line& line, const Held& he
       if (v + 1 < PLACES) sum = fmaf(w.before[v + 1], g[c][v + 1], sum);
       if (v == 0) sum += before;
       if (v == PLACES - 1) sum += after;
-      carried[c][v] = restart ? 0.f : sum;
+      carried[c][v] = sum;
     }
   }
 }
+
+// The warp of this thread: the same number in all its lanes, and the compiler knows.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...problem import DIRECTIONS
 from ..geometry import Case, Kernel, Launch, Plan, options
 
 LANES = 32
@@ -14,7 +15,7 @@ MOST_PLACES = 8
 RING = 3
 """Slabs of records on their way into shared memory."""
 
-SLAB_PIXELS = 1024
+SLAB_PIXELS = 512
 """Pixels of a slab: enough work for the threads of a block between two barriers."""
 
 BLOCK_OVERHEAD = 1024
@@ -40,36 +41,75 @@ def plan(case: Case) -> Plan:
     """One task for each image and its channels; blocks take one after the other."""
     layout = _best(case)
     threads = _threads(case, layout)
-    fitting = (case.device.shared_memory + BLOCK_OVERHEAD) // (layout.shared + BLOCK_OVERHEAD)
-    blocks = max(1, min(fitting, 1024 // threads))
-    defines = (
-        *options(case),
-        *(("THREADS", threads), ("BLOCKS", 1 << blocks.bit_length() - 1)),
-        *(("PACK", layout.pack), ("PLACES", layout.places), ("RECORDS", int(layout.slab_rows > 0))),
-        *(("RING", RING), ("SPLIT", layout.split)),
-    )
+    blocks = max(1, min(_fitting_blocks(case, layout.shared), _thread_room(case, layout) // threads))
     tasks = case.problem.batch * case.problem.channels // layout.channels
     grid = min(tasks, max(1, case.device.multiprocessors * blocks // layout.split)) * layout.split
-    knobs = (
-        *(layout.channels, tasks, *layout.pitches, layout.slab_rows, layout.slab),
-        *(layout.planes + layout.sums, layout.passes, layout.planes),
-    )
     name = "resident_backward" if case.backward else "resident_forward"
-    kernel = Kernel(f"{name}.cu", name, defines)
+    kernel = Kernel(f"{name}.cu", name, _macros(case, layout, threads, 1 << blocks.bit_length() - 1))
+    knobs = _knobs(case, layout, tasks)
     launch = Launch(kernel, grid, threads, layout.shared, layout.split, knobs)
     return Plan("resident", (launch,), (), _reasons(case, layout, blocks))
+
+
+def _macros(case: Case, layout: Layout, threads: int, blocks: int) -> tuple[tuple[str, int], ...]:
+    """Macros of the kernels (`resident.cuh`, `resident_records.cuh`)."""
+    names = case.problem.directions
+    directions = sum(DIRECTIONS.index(name) << 4 * d for d, name in enumerate(names))
+    one = layout.channels == layout.pack and _groups(case, layout.channels) == 1
+    macros = {
+        "THREADS": threads,
+        "BLOCKS": blocks,
+        "SCANS": len(names),
+        "DIRECTIONS": directions,
+        "PACK": layout.pack,
+        "PLACES": layout.places,
+        "ONE": int(one),
+        "SPLIT": layout.split,
+        "RECORDS": int(layout.slab_rows > 0),
+    }
+    if not case.backward:
+        macros["DIRECT"] = int(_writes_lines(case, layout.pack))
+    if layout.slab_rows:
+        macros |= {"RECORD_X": int(_record_has_x(case)), "RING": RING}
+    return (*options(case), *macros.items())
+
+
+def _knobs(case: Case, layout: Layout, tasks: int) -> tuple[int, ...]:
+    """In the order of the kernels' enumeration (`resident.cuh`)."""
+    problem = case.problem
+    units, taps = zip(
+        *(_plane(case, layout.pack, places) for places in _places(case, layout.pitches)), strict=True
+    )
+    lines = max(problem.height, problem.width)
+    return (
+        *(layout.channels, tasks, problem.channels // layout.channels, _groups(case, layout.channels)),
+        *(*layout.pitches, *units, *taps),
+        *(layout.slab_rows, layout.slab, layout.planes + layout.sums),
+        *(layout.planes, layout.passes),
+        *(_magic(problem.width), _magic(min(problem.chunk or lines, lines))),
+    )
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1))
     given = (("STORAGE", 0), ("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0))
-    records = (("THREADS", 512), ("BLOCKS", 1), ("PACK", 2), ("PLACES", 2), ("RECORDS", 1), ("RING", RING))
-    planes = (("THREADS", 256), ("BLOCKS", 2), ("PACK", 1), ("PLACES", 4), ("RECORDS", 0), ("RING", RING))
+    every = (("SCANS", 4), ("DIRECTIONS", 0x3210))
+    records = (
+        *every,
+        *(("THREADS", 512), ("BLOCKS", 1), ("PACK", 2), ("PLACES", 2), ("ONE", 1), ("SPLIT", 1)),
+        *(("RECORDS", 1), ("RECORD_X", 0), ("RING", RING)),
+    )
+    planes = (("THREADS", 256), ("BLOCKS", 2), ("PACK", 1), ("PLACES", 4), ("ONE", 1), ("RECORDS", 0))
+    one = (("SCANS", 1), ("DIRECTIONS", 0), ("SPLIT", 1))
     return [
-        (Kernel(f"{name}.cu", name, (*macros, ("SPLIT", split))), True)
+        (Kernel(f"{name}.cu", name, macros), True)
         for name in ("resident_forward", "resident_backward")
-        for macros, split in (((*plain, *records), 1), ((*given, *planes), 1), ((*plain, *planes), 4))
+        for macros in (
+            (*plain, *records, ("DIRECT", 0)),
+            (*given, *planes, *one, ("DIRECT", 1)),
+            (*plain, *planes, *every, ("SPLIT", 4), ("DIRECT", 0)),
+        )
     ]
 
 
@@ -157,9 +197,7 @@ def _layout(case: Case, channels: int, pack: int, split: int, passes: int, recor
     """The layout with these numbers, or None if it does not fit."""
     problem = case.problem
     height, width = problem.height, problem.width
-    places = 2
-    while LANES * places < _longest(case):
-        places *= 2
+    places = _lane_places(case)
     vertical = _up(width, places)
     # Pixels of a row go to different lines: an odd number of lane widths spreads them over the banks.
     horizontal = _up(height, places)
@@ -172,39 +210,92 @@ def _layout(case: Case, channels: int, pack: int, split: int, passes: int, recor
     sums = summed * channels * (4 // case.itemsize) // pack * _up(height * width * pack * case.itemsize, 16)
     slab_rows = slab = 0
     if record:
-        room = (case.device.shared_memory - planes - sums) // RING - 32
-        slab_rows = min(height, room // (width * record), max(1, -(-SLAB_PIXELS // width)))
+        slab_rows = _slab_rows(case, planes + sums, record)
         if slab_rows < 1:
             return None
-        # A word more than the pixels: logits are read by words.
-        slab = _up(slab_rows * width * record + 4, 16)
+        slab = _slab(case, slab_rows, record)
     layout = Layout(channels, pack, places, pitches, split, passes, planes, sums, slab_rows, slab)
     return layout if layout.shared <= case.device.shared_memory else None
+
+
+def _slab_rows(case: Case, planes: int, record: int) -> int:
+    """Rows that arrive together: as many as a block has threads for, if that leaves room for enough blocks.
+
+    0 if not even one row fits.
+    """
+    problem = case.problem
+    wanted = max(1, min(4, -(-problem.batch // case.device.multiprocessors)))
+    most = min(problem.height, -(-SLAB_PIXELS // problem.width))
+    best = (0, 0)
+    for rows in range(1, most + 1):
+        blocks = _fitting_blocks(case, planes + RING * _slab(case, rows, record))
+        if blocks:
+            best = max(best, (min(blocks, wanted) if rows * problem.width >= 128 else 1, rows))
+    return best[1]
+
+
+def _slab(case: Case, rows: int, record: int) -> int:
+    """Bytes of so many rows. A word more than the pixels: logits are read by words."""
+    return _up(rows * case.problem.width * record + 4, 16)
+
+
+def _fitting_blocks(case: Case, shared: int) -> int:
+    """Blocks with that much shared memory that a multiprocessor holds."""
+    device = case.device
+    return (
+        (device.shared_memory + BLOCK_OVERHEAD) // (shared + BLOCK_OVERHEAD)
+        if shared <= device.shared_memory
+        else 0
+    )
+
+
+def _thread_room(case: Case, layout: Layout) -> int:
+    """Threads of a multiprocessor that leave each as many registers as the kernel needs."""
+    if case.backward:
+        return 512
+    return 1024 if layout.pack * layout.places <= 2 else 768 if layout.pack * layout.places <= 4 else 512
 
 
 def _plane_bytes(
     case: Case, channels: int, pack: int, pitches: tuple[int, int], part: int, parts: int
 ) -> int:
     """Bytes of operands for part `part` of the directions (`memory_of` in the kernel)."""
-    problem, itemsize = case.problem, case.itemsize
-    units = channels // pack
-    groups = max(1, channels * problem.groups // problem.channels)
-    results = 2 if itemsize == 2 else 1
+    results = 2 if case.itemsize == 2 else 1
     operands = ("lam" in case.views) + ("gate" in case.views)
-    per_unit = 2 * results if case.backward else max(operands, results)
-    images = 2 if case.backward else 1
-    names = problem.directions
+    per_unit = 2 * results if case.backward else max(operands, 0 if _writes_lines(case, pack) else results)
+    units = channels // pack
+    names = case.problem.directions
     mine = names[part * len(names) // parts : (part + 1) * len(names) // parts]
     total = 0
-    for axis, places in (
-        (("down", "up"), problem.height * pitches[0]),
-        (("right", "left"), problem.width * pitches[1]),
-    ):
+    for axis, places in zip((("down", "up"), ("right", "left")), _places(case, pitches), strict=True):
         count = sum(name in axis for name in mine)
-        unit = _up(places * pack * itemsize, 16)
-        taps = _up(places * 4, 16) if problem.normalize and itemsize == 2 else 3 * _up(places * itemsize, 16)
-        total += (images * units * unit if count else 0) + count * (units * per_unit * unit + groups * taps)
+        unit, taps = _plane(case, pack, places)
+        total += (1 + case.backward) * units * unit if count else 0
+        total += count * (units * per_unit * unit + _groups(case, channels) * taps)
     return total
+
+
+def _places(case: Case, pitches: tuple[int, int]) -> tuple[int, int]:
+    """Places of a plane, for vertical and for horizontal scans."""
+    return case.problem.height * pitches[0], case.problem.width * pitches[1]
+
+
+def _plane(case: Case, pack: int, places: int) -> tuple[int, int]:
+    """Bytes of a plane of units, and of the weights of a tap group."""
+    if case.problem.normalize and case.itemsize == 2:
+        taps = _up(places * 4, 16)
+    else:
+        taps = 3 * _up(places * case.itemsize, 16)
+    return _up(places * pack * case.itemsize, 16), taps
+
+
+def _groups(case: Case, channels: int) -> int:
+    """Tap groups of so many channels."""
+    return max(1, channels * case.problem.groups // case.problem.channels)
+
+
+def _record_has_x(case: Case) -> bool:
+    return case.views["x"].w == case.views["taps"].w
 
 
 def _record(case: Case) -> int:
@@ -217,14 +308,17 @@ def _record(case: Case) -> int:
     scans, channels = len(problem.directions), problem.channels
     per_pixel = [views[name] for name in ("lam", "gate") if name in views]
     elements = scans * (len(per_pixel) * channels + 3 * problem.groups)
-    if taps.w not in (elements, elements + channels) or taps.w * case.itemsize % 4:
+    inside = [taps, *per_pixel]
+    if _record_has_x(case):
+        elements += channels
+        inside.append(views["x"])
+        if views["x"].c != 1:
+            return 0
+    if taps.w != elements or taps.w * case.itemsize % 4:
         return 0
     if (taps.d, taps.c, taps.k) != (3 * problem.groups, 3, 1):
         return 0
     if any((view.d, view.c) != (channels, 1) for view in per_pixel):
-        return 0
-    inside = [taps, *per_pixel, *((views["x"],) if taps.w > elements else ())]
-    if taps.w > elements and views["x"].c != 1:
         return 0
     row, image = problem.width * taps.w, problem.height * problem.width * taps.w
     dense = all(
@@ -235,13 +329,40 @@ def _record(case: Case) -> int:
     return taps.w * case.itemsize if dense else 0
 
 
+def _writes_lines(case: Case, pack: int) -> bool:
+    """Can the one scan write its lines to y as it goes: whole vectors of neighbouring places?"""
+    problem, y = case.problem, case.views["y"]
+    places = _lane_places(case)
+    vector = places * case.itemsize
+    strides = (y.b if problem.batch > 1 else 0, y.c if problem.channels > 1 else 0, y.h)
+    return (
+        len(problem.directions) == 1
+        and problem.directions[0] in ("down", "up")
+        and pack == 1
+        and y.w == 1
+        and problem.width % places == 0
+        and y.alignment % min(vector, 16) == 0
+        and all(stride * case.itemsize % min(vector, 16) == 0 for stride in strides)
+    )
+
+
+def _magic(divisor: int) -> int:
+    """For division by a multiplication (`Divisor` in the kernel), as a signed number."""
+    magic = 2**32 // divisor + 1 if divisor > 1 else 0
+    return magic - 2**32 if magic >= 2**31 else magic
+
+
 def _threads(case: Case, layout: Layout) -> int:
     """A warp for every scan, and enough threads to bring the operands."""
-    parts = layout.split * layout.passes
-    scans = -(-len(case.problem.directions) // parts) * layout.channels // layout.pack * (1 + case.backward)
-    pixels = case.problem.height * case.problem.width * scans
+    problem = case.problem
+    scans = -(-len(problem.directions) // (layout.split * layout.passes))
+    warps = scans * layout.channels // layout.pack * (1 + case.backward)
+    # A block that has its multiprocessor for itself has as many threads as that feeds.
+    alone = _fitting_blocks(case, layout.shared) == 1
+    most = 512 if alone else 256
+    pixels = problem.height * problem.width * warps
     threads = 128
-    while threads < 512 and (threads < LANES * scans or threads * 8 < pixels):
+    while threads < most and (threads < LANES * warps or threads * 8 < pixels):
         threads *= 2
     return threads
 
@@ -252,6 +373,14 @@ def _longest(case: Case) -> int:
     vertical = any(name in ("down", "up") for name in names)
     horizontal = any(name in ("right", "left") for name in names)
     return max(case.problem.width * vertical, case.problem.height * horizontal)
+
+
+def _lane_places(case: Case) -> int:
+    """Places of a line in a lane."""
+    places = 2
+    while LANES * places < _longest(case):
+        places *= 2
+    return places
 
 
 def _up(value: int, multiple: int) -> int:

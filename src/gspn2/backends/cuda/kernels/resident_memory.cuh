@@ -1,0 +1,195 @@
+// Shared memory of a task, and its operands put in order there from tensors of any strides.
+//
+// A direction's operands lie in scan coordinates, (line, place) with places adjacent, lines in image order: planes of
+// units, UNIT_PLANES for each unit of the task, and the weights of each tap group. Images (x, and dy in backward) are
+// there for vertical scans, and with rows and columns exchanged for horizontal ones.
+//
+// Macros of the kernel itself: UNIT_PLANES; LAM_PLANE and GATE_PLANE, which of them; IMAGES, 1 (x) or 2 (x and dy).
+#pragma once
+#include "resident.cuh"
+
+// Byte offsets. An orientation that no direction needs has no images.
+struct Memory {
+  int vertical_images, horizontal_images, directions;
+  int vertical_size, horizontal_size;  // of all that belongs to one direction
+};
+
+__device__ __forceinline__ Memory memory_of(const Params& p, const Range& range) {
+  const int units = units_of(p), groups = groups_of(p);
+  bool vertical = false, horizontal = false;
+#pragma unroll
+  for (int d = 0; d < SCANS; d++) {
+    if (d < range.first || d >= range.last) continue;
+    if (vertical_at(d))
+      vertical = true;
+    else
+      horizontal = true;
+  }
+  Memory m;
+  m.vertical_images = 0;
+  m.horizontal_images = vertical ? IMAGES * units * p.knobs[UNIT_V] : 0;
+  m.directions = m.horizontal_images + (horizontal ? IMAGES * units * p.knobs[UNIT_H] : 0);
+  m.vertical_size = units * UNIT_PLANES * p.knobs[UNIT_V] + groups * p.knobs[TAPS_V];
+  m.horizontal_size = units * UNIT_PLANES * p.knobs[UNIT_H] + groups * p.knobs[TAPS_H];
+  return m;
+}
+
+// Of direction d, where those of the block begin with `first`.
+__device__ __forceinline__ int offset_of(const Memory& m, int first, int d) {
+  int offset = m.directions;
+#pragma unroll
+  for (int i = 0; i < SCANS; i++)
+    if (i >= first && i < d) offset += vertical_at(i) ? m.vertical_size : m.horizontal_size;
+  return offset;
+}
+
+// Where the operands of one direction go: (row, column) is place row * row_step + column * column_step.
+struct Target {
+  unsigned char *units, *taps;
+  int unit, tap;  // bytes of a plane of units, and of the weights of one tap group
+  int row_step, column_step;
+  bool vertical;
+};
+
+__device__ __forceinline__ Target target_of(const Params& p, const Memory& m, int first, int d) {
+  const bool vertical = vertical_at(d);
+  const int unit = vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H];
+  unsigned char* units = shared_memory() + offset_of(m, first, d);
+  return {units,
+          units + units_of(p) * UNIT_PLANES * unit,
+          unit,
+          vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H],
+          vertical ? p.knobs[PITCH_V] : 1,
+          vertical ? 1 : p.knobs[PITCH_H],
+          vertical};
+}
+
+// Lanes read whole groups of places: what lies behind the end of a line has to count as 0, and stays so, because scans
+// write zeros there.
+__device__ __forceinline__ void clear_planes(const Params& p) {
+  if (p.height % PLACES == 0 && p.width % PLACES == 0) return;
+  for (int i = threadIdx.x * 16; i < p.knobs[SUMS_AT]; i += THREADS * 16) *(uint4*)(shared_memory() + i) = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+}
+
+// The weights of a place, from taps as stored.
+__device__ __forceinline__ void put_weights(const Params& p, const Target& t, int g, int row, int column, const Taps& a) {
+  const int place = t.vertical ? column : row, places = t.vertical ? p.width : p.height;
+  const Taps w = weights_of(a, place > 0, place + 1 < places);
+  store_taps(t.taps + g * t.tap, row * t.row_step + column * t.column_step, t.tap / TAP_PLANES, w);
+}
+
+// body(row, column) for the pixels [first, last) of an image, every STEP-th, shared out to the threads of the block. A
+// width that is not a multiple of STEP has STEP 1.
+template <int STEP = 1, typename Body>
+__device__ __forceinline__ void for_pixels(const Params& p, int first, int last, Body body) {
+  const Divisor width = width_of(p);
+#pragma unroll 4
+  for (int pixel = first + threadIdx.x * STEP; pixel < last; pixel += THREADS * STEP) {
+    const int row = quotient(pixel, width);
+    body(row, pixel - row * p.width);
+  }
+}
+
+// A unit of image 0 (x) or 1 (dy).
+__device__ __forceinline__ void put_image(const Params& p, const Memory& m, int image, int unit, int row, int column, unit_t value) {
+  const int plane = image * units_of(p) + unit;
+  unsigned char *vertical = shared_memory() + m.vertical_images + plane * p.knobs[UNIT_V],
+                *horizontal = shared_memory() + m.horizontal_images + plane * p.knobs[UNIT_H];
+  if (m.horizontal_images > m.vertical_images) ((unit_t*)vertical)[row * p.knobs[PITCH_V] + column] = value;
+  if (m.directions > m.horizontal_images) ((unit_t*)horizontal)[column * p.knobs[PITCH_H] + row] = value;
+}
+
+// Two 16-bit columns can be read as a word, in every row and plane.
+__device__ __forceinline__ bool two_columns(const Params& p, const View& v) {
+  return STORAGE != 0 && PACK == 1 && v.w == 1 && p.width % 2 == 0 &&
+         (((u64)v.data >> 1 | (u64)v.b | (u64)v.d | (u64)v.c | (u64)v.k | (u64)v.h) & 1) == 0;
+}
+
+// body(row, column, unit) for one channel or pair of channels of an image at `data`.
+template <typename Body>
+__device__ __forceinline__ void for_units(const Params& p, const View& v, const storage_t* data, Body body) {
+  if (two_columns(p, v)) {
+    for_pixels<2>(p, 0, p.height * p.width, [&](int row, int column) {
+      const u32 word = __ldg((const u32*)(data + row * v.h + column));
+      body(row, column, (unit_t)(word & 0xffffu));
+      body(row, column + 1, (unit_t)(word >> 16));
+    });
+    return;
+  }
+  const bool words = paired(v);
+  for_pixels(p, 0, p.height * p.width, [&](int row, int column) {
+    body(row, column, load_unit(data + row * v.h + column * v.w, v.c, words));
+  });
+}
+
+// Copies a plane of one channel to vertical lines as it is, in the background, if that can be done.
+__device__ __forceinline__ bool copy_plane(const Params& p, const View& v, const storage_t* data, unsigned char* to) {
+  const int bytes = p.height * p.width * (int)sizeof(storage_t);
+  if (RECORDS || PACK == 2 || v.w != 1 || v.h != p.width || p.knobs[PITCH_V] != p.width || ((bytes | (int)(u64)data) & 15) != 0)
+    return false;
+  for (int o = threadIdx.x * 16; o < bytes; o += THREADS * 16) copy_async<16>(to + o, (const unsigned char*)data + o);
+  return true;
+}
+
+__device__ __forceinline__ void gather_image(const Params& p, const View& v, int image, const Memory& m, const Task& task) {
+  for (int unit = 0; unit < units_of(p); unit++) {
+    const storage_t* data = at(v, task.b, 0, task.c0 + unit * PACK, 0, 0);
+    unsigned char* vertical = shared_memory() + m.vertical_images + (image * units_of(p) + unit) * p.knobs[UNIT_V];
+    if (m.directions == m.horizontal_images && copy_plane(p, v, data, vertical)) continue;
+    for_units(p, v, data, [&](int row, int column, unit_t value) { put_image(p, m, image, unit, row, column, value); });
+  }
+}
+
+// lam or gate of one unit in direction d, into the plane at `out`.
+__device__ __forceinline__ void gather_units(const Params& p, const View& v, const Target& t, unsigned char* out, const storage_t* data) {
+  if (t.vertical && copy_plane(p, v, data, out)) return;
+  for_units(p, v, data, [&](int row, int column, unit_t value) {
+    ((unit_t*)out)[row * t.row_step + column * t.column_step] = value;
+  });
+}
+
+// The weights of tap group g, from taps at `data`.
+__device__ __forceinline__ void gather_taps(const Params& p, const Target& t, int g, const storage_t* data) {
+  const View& v = p.taps;
+#if !NORMALIZE
+  if (t.vertical) {
+    bool copied = true;
+#pragma unroll
+    for (int k = 0; k < 3; k++)
+      copied = copied && copy_plane(p, v, data + k * v.k, t.taps + g * t.tap + k * (t.tap / TAP_PLANES));
+    if (copied) return;
+  }
+#endif
+  if (two_columns(p, v)) {
+    for_pixels<2>(p, 0, p.height * p.width, [&](int row, int column) {
+      const storage_t* a = data + row * v.h + column;
+      const u32 before = __ldg((const u32*)a), here = __ldg((const u32*)(a + v.k)), after = __ldg((const u32*)(a + 2 * v.k));
+      put_weights(p, t, g, row, column, {widen_low(before), widen_low(here), widen_low(after)});
+      put_weights(p, t, g, row, column + 1, {widen_high(before), widen_high(here), widen_high(after)});
+    });
+    return;
+  }
+  for_pixels(p, 0, p.height * p.width, [&](int row, int column) {
+    const storage_t* a = data + row * v.h + column * v.w;
+    put_weights(p, t, g, row, column, {widen(__ldg(a)), widen(__ldg(a + v.k)), widen(__ldg(a + 2 * v.k))});
+  });
+}
+
+// Everything of a task but images. Copies in the background have to be waited for.
+__device__ __forceinline__ void gather(const Params& p, const Memory& m, const Range& range, const Task& task) {
+  for (int d = range.first; d < range.last; d++) {
+    const Target t = target_of(p, m, range.first, d);
+    for (int unit = 0; unit < units_of(p); unit++) {
+      unsigned char* out = t.units + unit * UNIT_PLANES * t.unit;
+      const int c = task.c0 + unit * PACK;
+#if HAS_LAM
+      gather_units(p, p.lam, t, out + LAM_PLANE * t.unit, at(p.lam, task.b, d, c, 0, 0));
+#endif
+#if HAS_GATE
+      gather_units(p, p.gate, t, out + GATE_PLANE * t.unit, at(p.gate, task.b, d, c, 0, 0));
+#endif
+    }
+    for (int g = 0; g < groups_of(p); g++) gather_taps(p, t, g, at(p.taps, task.b, d, task.g0 + g, 0, 0));
+  }
+}

@@ -1,0 +1,201 @@
+// Operands that are records: lam, gate and taps are views of one tensor (B, H, W, record), dense, in that order, maybe
+// behind x. Models make them so. The rows of an image are copied as they are, whole cache lines, slab after slab through
+// a ring of RING, and put in order from there; the ring runs ahead into the next image.
+//
+// Macros: RECORDS, RECORD_X (x comes first in a record), RING.
+#pragma once
+#include "resident_memory.cuh"
+
+#if RECORDS
+// Elements of a record, and where its parts begin.
+#if ONE
+#define RECORD_CHANNELS PACK
+#define RECORD_GROUPS 1
+#else
+#define RECORD_CHANNELS p.channels
+#define RECORD_GROUPS p.groups
+#endif
+#define RECORD_LAM (RECORD_X * RECORD_CHANNELS)
+#define RECORD_GATE (RECORD_LAM + HAS_LAM * SCANS * RECORD_CHANNELS)
+#define RECORD_TAPS (RECORD_GATE + HAS_GATE * SCANS * RECORD_CHANNELS)
+#define RECORD_SIZE (RECORD_TAPS + 3 * SCANS * RECORD_GROUPS)
+
+// The first record, or null if these tensors are no such records after all: the plan saw strides, not addresses.
+__device__ __forceinline__ const storage_t* records_of(const Params& p) {
+  const storage_t* first = p.taps.data - RECORD_TAPS;
+  bool fine = p.taps.w == RECORD_SIZE && ((u64)first & 3) == 0;
+#if HAS_LAM
+  fine = fine && p.lam.data == first + RECORD_LAM;
+#endif
+#if HAS_GATE
+  fine = fine && p.gate.data == first + RECORD_GATE;
+#endif
+#if RECORD_X
+  fine = fine && p.x.data == first;
+#endif
+  return fine ? first : nullptr;
+}
+
+// What a block reads, in the order in which it needs it: for each of its tasks, `rounds` times all rows.
+struct Slabs {
+  const storage_t* records;
+  int rounds, task, round, row, slot;  // to be read next
+  int used;                            // slot to be used next
+};
+
+template <int SIZE>
+__device__ __forceinline__ void copy_run(unsigned char* to, const unsigned char* from, int bytes) {
+#pragma unroll 1
+  for (int o = threadIdx.x * SIZE; o < bytes; o += THREADS * SIZE) copy_async<SIZE>(to + o, from + o);
+}
+
+__device__ __forceinline__ void read_slab(const Params& p, Slabs& s) {
+  if (s.records != nullptr && s.task < p.knobs[TASKS]) {
+    const int rows = min(p.knobs[SLAB_ROWS], p.height - s.row), bytes = rows * p.width * RECORD_SIZE * (int)sizeof(storage_t);
+    const long long first = ((long long)s.task * p.height + s.row) * p.width;
+    const unsigned char* from = (const unsigned char*)(s.records + first * RECORD_SIZE);
+    unsigned char* to = shared_memory() + p.knobs[RING_AT] + s.slot * p.knobs[SLAB_BYTES];
+    const int alignment = (int)(u64)from | bytes;
+    if ((alignment & 15) == 0)
+      copy_run<16>(to, from, bytes);
+    else if ((alignment & 7) == 0)
+      copy_run<8>(to, from, bytes);
+    else
+      copy_run<4>(to, from, bytes);
+    s.row += rows;
+    if (s.row == p.height) {
+      s.row = 0;
+      if (++s.round == s.rounds) s.round = 0, s.task += gridDim.x;
+    }
+  }
+  copy_commit();
+  if (++s.slot == RING) s.slot = 0;
+}
+
+// Starts reading.
+__device__ __forceinline__ Slabs slabs_of(const Params& p, int rounds) {
+  Slabs s = {records_of(p), rounds, (int)blockIdx.x, 0, 0, 0, 0};
+  for (int n = 0; n < RING - 1; n++) read_slab(p, s);
+  return s;
+}
+
+// body(raw, row, rows) for each slab of an image.
+template <typename Body>
+__device__ __forceinline__ void for_slabs(const Params& p, Slabs& s, Body body) {
+  for (int row = 0; row < p.height; row += p.knobs[SLAB_ROWS]) {
+    copy_wait<RING - 2>();
+    __syncthreads();
+    read_slab(p, s);  // into the slot that was used before the barrier
+    body(shared_memory() + p.knobs[RING_AT] + s.used * p.knobs[SLAB_BYTES], row, min(p.knobs[SLAB_ROWS], p.height - row));
+    if (++s.used == RING) s.used = 0;
+  }
+}
+
+// Three logits at an element.
+__device__ __forceinline__ Taps logits_at(const storage_t* record, int element) {
+#if STORAGE == 0
+  return {record[element], record[element + 1], record[element + 2]};
+#else
+  const u32* words = (const u32*)(record + (element & ~1));
+  const int shift = (element & 1) * 16;
+  const u32 low = words[0], high = words[1];
+  const u32 pair = __funnelshift_r(low, high, shift);
+  return {widen_low(pair), widen_high(pair), widen_low(high >> shift)};
+#endif
+}
+
+#if ONE && PACK == 2
+// A record as words in registers.
+struct Words {
+  u32 w[RECORD_SIZE / 2];
+  __device__ __forceinline__ float operator[](int element) const {
+    return element % 2 ? widen_high(w[element / 2]) : widen_low(w[element / 2]);
+  }
+};
+
+__device__ __forceinline__ Words words_at(const unsigned char* record) {
+  Words r;
+#pragma unroll
+  for (int i = 0; i < RECORD_SIZE / 2; i++) {
+    if ((RECORD_SIZE / 2) % 2) {
+      r.w[i] = ((const u32*)record)[i];
+    } else if (i % 2 == 0) {
+      const uint2 pair = ((const uint2*)record)[i / 2];
+      r.w[i] = pair.x, r.w[i + 1] = pair.y;
+    }
+  }
+  return r;
+}
+
+// Puts the rows of a slab in order: a thread takes a pixel in all directions.
+__device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task,
+                                       const unsigned char* raw, int row0, int rows) {
+  const Divisor width = width_of(p);
+#pragma unroll 1
+  for (int pixel = threadIdx.x; pixel < rows * p.width; pixel += THREADS) {
+    const int line = quotient(pixel, width), column = pixel - line * p.width, row = row0 + line;
+    const int vertical = (row * p.knobs[PITCH_V] + column) * 4, horizontal = (column * p.knobs[PITCH_H] + row) * 4;
+    const Words record = words_at(raw + pixel * RECORD_SIZE * 2);
+    unsigned char* base = shared_memory() + m.directions;
+#pragma unroll
+    for (int d = 0; d < SCANS; d++) {
+      if (d < range.first || d >= range.last) continue;
+      const bool is_vertical = vertical_at(d);
+      const int place = is_vertical ? column : row, places = is_vertical ? p.width : p.height;
+      const int unit = is_vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H];
+      unsigned char* out = base + (is_vertical ? vertical : horizontal);
+#if HAS_LAM
+      *(u32*)(out + LAM_PLANE * unit) = record.w[RECORD_LAM / 2 + d];
+#endif
+#if HAS_GATE
+      *(u32*)(out + GATE_PLANE * unit) = record.w[RECORD_GATE / 2 + d];
+#endif
+      const int k = RECORD_TAPS + 3 * d;
+      const Taps w = weights_of({record[k], record[k + 1], record[k + 2]}, place > 0, place + 1 < places);
+#if TAP_PAIR
+      *(u32*)(out + UNIT_PLANES * unit) = pack_taps(w);
+#else
+      store_taps(base + UNIT_PLANES * unit, (is_vertical ? vertical : horizontal) / 4,
+                 (is_vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H]) / 3, w);
+#endif
+      base += is_vertical ? m.vertical_size : m.horizontal_size;
+    }
+#if RECORD_X
+    put_image(p, m, 0, 0, row, column, record.w[0]);
+#endif
+  }
+}
+#else
+// Puts the rows of a slab in order.
+__device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task,
+                                       const unsigned char* raw, int row0, int rows) {
+  const int first = row0 * p.width, last = first + rows * p.width;
+  for (int d = range.first; d < range.last; d++) {
+    const Target t = target_of(p, m, range.first, d);
+    for_pixels(p, first, last, [&](int row, int column) {
+      const storage_t* record = (const storage_t*)raw + (row * p.width + column - first) * RECORD_SIZE;
+      const int index = row * t.row_step + column * t.column_step;
+      for (int unit = 0; unit < units_of(p); unit++) {
+        unsigned char* out = t.units + unit * UNIT_PLANES * t.unit;
+        const int channel = d * p.channels + task.c0 + unit * PACK;
+#if HAS_LAM
+        ((unit_t*)(out + LAM_PLANE * t.unit))[index] = *(const unit_t*)(record + RECORD_LAM + channel);
+#endif
+#if HAS_GATE
+        ((unit_t*)(out + GATE_PLANE * t.unit))[index] = *(const unit_t*)(record + RECORD_GATE + channel);
+#endif
+      }
+      for (int g = 0; g < groups_of(p); g++)
+        put_weights(p, t, g, row, column, logits_at(record, RECORD_TAPS + (d * p.groups + task.g0 + g) * 3));
+    });
+  }
+#if RECORD_X
+  for_pixels(p, first, last, [&](int row, int column) {
+    const storage_t* record = (const storage_t*)raw + (row * p.width + column - first) * RECORD_SIZE;
+    for (int unit = 0; unit < units_of(p); unit++)
+      put_image(p, m, 0, unit, row, column, *(const unit_t*)(record + task.c0 + unit * PACK));
+  });
+#endif
+}
+#endif
+#endif
