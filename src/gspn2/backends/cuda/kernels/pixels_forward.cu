@@ -485,7 +485,9 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
   }
   __syncthreads();
   const int phases = ROLES == 4 ? 2 : p.scans;
+#if !OWN_TAPS
   const int first_group = (me.channel - me.vector * V) / (p.channels / p.groups);
+#endif
   const int group = TAP_GROUPS > 1 ? min(me.vector * V / (p.channels / p.groups), TAP_GROUPS - 1) : 0;
   float h[PLACES][V];
   clear(h);

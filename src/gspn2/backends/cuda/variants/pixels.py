@@ -113,7 +113,9 @@ def _backward(case: Case, tiling: Tiling) -> Plan:
     problem = case.problem
     blocks = _channel_blocks(case, tiling)
     direct = _own_taps(case) or "dtaps" not in case.views or blocks <= problem.groups
-    needs = tuple((f"NEED_{name.upper()}", int(name in case.views)) for name in ("dx", "dtaps", "dlam", "dgate"))
+    needs = tuple(
+        (f"NEED_{name.upper()}", int(name in case.views)) for name in ("dx", "dtaps", "dlam", "dgate")
+    )
     defines = (*_defines(case, tiling), ("SEGMENT", tiling.tap_lines), ("DIRECT", int(direct)), *needs)
     kernel = Kernel("pixels_backward.cu", "pixels_backward", defines)
     axes = []
@@ -251,30 +253,40 @@ def _tiling(case: Case) -> Tiling | None:
 
 def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tiling | None:
     """The tiling with as few places a thread as possible, or None if a line is too long."""
-    problem = case.problem
+    problem, device = case.problem, case.device
     runs = (-(-problem.width // splits), -(-problem.height // splits))
-    for on_chip in (True, False) if splits == 1 and _sums(case) and not case.backward else (False,):
-        for places in (1, 2, 4):
+    blocks = problem.batch * _blocks_of(case, vector, vectors) * roles * splits
+    many = blocks >= device.multiprocessors
+    # Sums on chip leave room for a ring of four lines at least, or are not worth it.
+    choices = [(False, device.shared_memory, 3 if case.backward else 4), (False, device.shared_memory, 2)]
+    if case.backward and many:
+        # Two blocks of a multiprocessor, if there are, hide each other's latency.
+        choices.insert(0, (False, (device.shared_memory - 1024) // 2, 3))
+    if not case.backward and splits == 1 and _sums(case):
+        choices.insert(0, (True, device.shared_memory, 4))
+    for on_chip, memory, depth in choices:
+        # With narrow vectors a second place shares out what backward does once a thread.
+        for places in (2, 1, 4) if case.backward and many and vector <= 8 else (1, 2, 4):
             for lines in _tap_lines(case, vector, vectors, places, max(runs)):
                 halo = (lines if case.backward else HALO) if splits > 1 else 0
                 threads = -(-(max(runs) + 2 * halo) // places) * vectors
                 if threads > MOST_THREADS or (splits > 1 and min(runs) < halo):
                     continue
-                # Sums on chip leave room for a ring of four lines at least, or are not worth it.
-                depth, size = 4 if on_chip else 2, _rounded(threads)
+                size = _rounded(threads)
                 tiling = Tiling(
                     vector, vectors, places, roles, splits, runs, size, halo, lines, depth, on_chip
                 )
-                if _shared_memory(case, tiling) <= case.device.shared_memory:
-                    return _deepened(case, tiling)
+                if _shared_memory(case, tiling) <= memory:
+                    return _deepened(case, tiling, memory)
     return None
 
 
-def _deepened(case: Case, tiling: Tiling) -> Tiling:
+def _deepened(case: Case, tiling: Tiling, memory: int) -> Tiling:
     """With a ring that has enough bytes on their way, as far as shared memory allows."""
+    step = 1 if case.backward else 2
     while tiling.depth < DEEPEST and tiling.depth * _slot(case, tiling) < IN_FLIGHT:
-        deeper = replace(tiling, depth=tiling.depth + (1 if case.backward else 2))
-        if _shared_memory(case, deeper) > case.device.shared_memory:
+        deeper = replace(tiling, depth=tiling.depth + step)
+        if _shared_memory(case, deeper) > memory:
             break
         tiling = deeper
     return tiling
@@ -347,7 +359,8 @@ def _aligned(case: Case, vector: int) -> bool:
     if span % width:
         return False
     sizes = {"b": problem.batch, "d": len(problem.directions), "h": problem.height, "w": problem.width}
-    names = [name for name in case.views if _own_taps(case) or name not in ("taps", "dtaps")]
+    taps = [name for name in ("taps", "dtaps") if name in case.views and _own_taps(case)]
+    names = [*_operands(case), *taps]
     for name in names:
         view = case.views[name]
         if view.alignment < vector:
@@ -361,8 +374,9 @@ def _aligned(case: Case, vector: int) -> bool:
 
 
 def _operands(case: Case) -> list[str]:
-    """The tensors whose channels are read or written in vectors."""
-    return [name for name in case.views if name not in ("taps", "dtaps")]
+    """The tensors whose channels are read or written in vectors; a state that forward kept is not read."""
+    unread = ("taps", "dtaps", "y") if case.backward else ("taps",)
+    return [name for name in case.views if name not in unread]
 
 
 def _own_taps(case: Case) -> bool:
@@ -408,7 +422,7 @@ def _tap_lines(case: Case, vector: int, vectors: int, places: int, run: int) -> 
     if _own_taps(case):
         most = 8
     if case.backward:
-        return [lines for lines in (8, 4, 2) if lines <= max(2, most)]
+        return [lines for lines in (8, 6, 4, 2) if lines <= max(2, most)]
     return [next(lines for lines in (8, 4, 2) if lines == 2 or lines <= min(most, 1024 // run))]
 
 
@@ -428,30 +442,22 @@ def _reasons(tiling: Tiling) -> tuple[str, ...]:
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
-    plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("VECTOR", 16), ("SUM", 1))
-    shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1), ("TAP_LINES", 8))
-    own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1), ("TAP_LINES", 2))
-    cluster = (("ROLES", 1), ("SPLIT", 0), ("HALO", 0))
-    small = (
-        ("VECTORS", 2),
-        ("PLACES", 1),
-        *cluster,
-        ("DEPTH", 4),
-        ("THREADS", 128),
-        ("MIN_BLOCKS", 4),
-        ("ON_CHIP", 0),
-    )
-    large = (
-        ("VECTORS", 1),
-        ("PLACES", 2),
-        *cluster,
-        ("DEPTH", 4),
-        ("THREADS", 512),
-        ("MIN_BLOCKS", 1),
-        ("ON_CHIP", 0),
-    )
-    return [
-        (Kernel("pixels_forward.cu", "pixels_forward", (*plain, *taps, *size)), True)
-        for taps in (shared, own)
-        for size in (small, large)
-    ]
+    plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("SUM", 1))
+    shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1))
+    own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1))
+    alone = (("ROLES", 1), ("SPLIT", 0), ("HALO", 0))
+    wide = (("VECTOR", 16), ("VECTORS", 2), ("PLACES", 1), ("THREADS", 128), ("MIN_BLOCKS", 2))
+    packed = (("VECTOR", 8), ("VECTORS", 4), ("PLACES", 1), ("THREADS", 256), ("MIN_BLOCKS", 1))
+    long = (("VECTOR", 8), ("VECTORS", 2), ("PLACES", 2), ("THREADS", 320), ("MIN_BLOCKS", 1))
+    forward = ("pixels_forward.cu", "pixels_forward")
+    backward = ("pixels_backward.cu", "pixels_backward")
+    gradients = tuple((f"NEED_{name}", 1) for name in ("DX", "DTAPS", "DLAM", "DGATE"))
+    kernels = []
+    for taps in (shared, own):
+        for size, on_chip, lines in ((wide, 0, 8), (packed, 1, 8), (long, 0, 4)):
+            common = (*plain, *taps, *size, *alone, ("TAP_LINES", lines))
+            kernels.append((Kernel(*forward, (*common, ("DEPTH", 4), ("ON_CHIP", on_chip))), True))
+            segments = (("SEGMENT", lines), ("DEPTH", 3), ("DIRECT", on_chip), *gradients)
+            kernels.append((Kernel(*backward, (*common, *segments)), True))
+    kernels.append((Kernel("pixels_taps.cu", "pixels_taps", plain[:4]), False))
+    return kernels
