@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cuda_emulator import KernelError, compiler, run_plan
-from cuda_emulator.emulator import HERE
+from cuda_emulator.build import HERE
 from gspn2.backends.cuda.geometry import Kernel, Launch, Plan
 from gspn2.backends.problem import Problem
 

@@ -1,5 +1,6 @@
 """The CUDA kernels on a CPU: see README.md."""
 
-from .emulator import Declined, KernelError, compiler, emulate, run_launch, run_plan
+from .build import KernelError, compiler
+from .emulator import Declined, emulate, run_launch, run_plan
 
 __all__ = ["Declined", "KernelError", "compiler", "emulate", "run_launch", "run_plan"]

@@ -113,6 +113,28 @@ void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   may_switch();
 }
 
+// To another block of the cluster; there it counts on an mbarrier, like a bulk copy.
+void store_counted(void* shared, u64* bar, u32 rank, const void* words, u32 bytes) {
+  check_shared(shared, bytes, bytes, "store_counted", SITE);
+  check_shared(bar, 8, 8, "store_counted", SITE);
+  Fiber* f = self();
+  unsigned char* to = (unsigned char*)cluster_map(shared, rank);
+  const u64* there = (const u64*)cluster_map(bar, rank);
+  const u64 i = *there ^ TOKEN;
+  if (i >= mbarriers.size() || mbarriers[i].place != there)
+    fail_at(SITE, "store_counted: no mbarrier at byte %td of the shared memory of block %u", (unsigned char*)bar - f->shared,
+            rank);
+  Mbarrier& m = mbarriers[i];
+  if (!m.fenced) fail_at(SITE, "store_counted: its mbarrier was initialised without mbarrier_init_fence");
+  touch(to, bytes, WRITE, SITE);
+  memcpy(to, words, bytes);
+  m.arriving[f->index] = f->now > m.arriving[f->index] ? f->now : m.arriving[f->index];
+  ++f->now;
+  m.bytes -= bytes;
+  may_complete(m);
+  may_switch();
+}
+
 void finish_store(Store& s) {
   if (!s.buffer) return;
   memcpy(s.to, s.buffer, s.bytes);

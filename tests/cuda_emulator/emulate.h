@@ -97,6 +97,11 @@ EMULATED void bulk_copy_cached(void* shared, const void* global, u32 bytes, u64*
   bulk_copy(shared, global, bytes, bar);
 }
 EMULATED void copy_engine_fence() { emulator::may_switch(); }
+template <int WORDS>
+EMULATED void store_counted(void* p, u64* bar, u32 rank, const float* word) {
+  static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4, "store_counted moves 1, 2 or 4 words");
+  emulator::store_counted(p, bar, rank, word, 4 * WORDS);
+}
 EMULATED void bulk_store_fence() { emulator::bulk_store_fence(); }
 EMULATED void bulk_store(void* global, const void* shared, u32 bytes) { emulator::bulk_store(global, shared, bytes); }
 EMULATED void bulk_store_commit() { emulator::bulk_store_commit(); }

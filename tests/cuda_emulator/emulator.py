@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import functools
-import hashlib
-import os
-import re
-import shutil
-import subprocess
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,124 +12,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gspn2.backends import cuda
 from gspn2.backends.cuda import params
-from gspn2.backends.cuda.geometry import Case, Device, Kernel, Launch, Plan, View
+from gspn2.backends.cuda.geometry import Case, Device, Launch, Plan, View
 from gspn2.backends.cuda.plan import choose
 from gspn2.backends.problem import Problem
 
+from .build import KernelError, build, load, with_lines
 from .memory import Memory
 
-HERE = Path(__file__).parent
-KERNELS = Path(cuda.__file__).parent / "kernels"
-OPTIONS = (
-    *("-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"),
-    *("-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-parameter", "-Wno-unused-variable"),
-    *("-fno-exceptions", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-fcf-protection=none"),
-)
-SANITIZE = (
-    "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
-    "--param=tsan-instrument-func-entry-exit=0",
-    "-ftrivial-auto-var-init=pattern",
-)
-RUNTIME = ("schedule", "barriers", "copies", "races", "launch")
 _lock = threading.Lock()
-
-
-class KernelError(AssertionError):
-    """A kernel did what it must not do."""
-
-
-def compiler() -> str | None:
-    """The C++ compiler, if there is one."""
-    return shutil.which("g++")
-
-
-def _sources(path: Path) -> Iterator[Path]:
-    """A source file and what it includes, beside it or in the folder of kernels."""
-    yield path
-    for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
-        for folder in (path.parent, KERNELS):
-            if (folder / name).exists():
-                yield from _sources(folder / name)
-                break
-
-
-@functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"gspn2-emulator-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
-def _cached(kind: str, sources: Sequence[Path], command: Sequence[str]) -> Path:
-    """The file that `command OUTPUT` makes from the sources, made once for each content of all of them."""
-    files = sorted({file for source in sources for file in _sources(source)})
-    content = repr(command).encode() + b"".join(file.read_bytes() for file in files)
-    path = _folder() / f"{hashlib.sha256(content).hexdigest()[:24]}.{kind}"
-    with (path.parent / f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}.{kind}")
-            result = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
-            if result.returncode:
-                raise KernelError(f"g++ fails:\n{result.stderr[-6000:]}")
-            partial.replace(path)
-    return path
-
-
-def build(kernel: Kernel, device: Device | None = None) -> Path:
-    """The shared library of a kernel for the capability of `device`."""
-    gxx = compiler()
-    if gxx is None:
-        raise RuntimeError("the emulator needs g++")
-    major, minor = (device or Device()).capability
-    defines = (*kernel.defines, ("__CUDA_ARCH__", 100 * major + 10 * minor), ("GSPN2_EMULATE", 1))
-    source = KERNELS / kernel.source
-    compile_ = [gxx, *OPTIONS, "-c"]
-    parts = [HERE / f"{name}.cpp" for name in RUNTIME]
-    runtime = [_cached("o", [part], [*compile_, str(part)]) for part in parts]
-    macros = [f"-D{name}={value}" for name, value in defines]
-    host = HERE / "emulate.h"
-    kernel_object = _cached(
-        "o",
-        [source, host],
-        [*compile_, *SANITIZE, *macros, f"-I{KERNELS}", "-include", str(host), "-x", "c++", str(source)],
-    )
-    link = [gxx, "-shared", str(kernel_object), *map(str, runtime)]
-    return _cached("so", [], [*link])
-
-
-@functools.cache
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.gspn2_emulate.restype = ctypes.c_bool
-    return library
-
-
-def _with_lines(message: str, path: Path, base: int) -> str:
-    """The message with @{address} replaced by file and line of the innermost frame of the kernel."""
-    tool = shutil.which("addr2line")
-
-    def line(match: re.Match[str]) -> str:
-        offset = int(match[1], 16) - 1 - base
-        if tool is None or offset < 0:
-            return ""
-        result = subprocess.run(
-            [tool, "-i", "-s", "-e", str(path), hex(offset)], capture_output=True, text=True
-        )
-        frames = [re.sub(r" \(.*", "", frame) for frame in result.stdout.split()]
-        ours = [f for f in frames if re.match(r".*\.cuh?:", f)] or frames
-        return f"({' < '.join(ours)})"
-
-    return re.sub(r"@\{(0x[0-9a-f]+)\}", line, message)
-
-
-def _base(path: Path) -> int:
-    for row in Path("/proc/self/maps").read_text().splitlines():
-        if row.endswith(str(path)):
-            return int(row.split("-")[0], 16)
-    return 0
 
 
 def run_launch(
@@ -158,15 +41,25 @@ def run_launch(
         raise KernelError(
             f"{name}: {launch.shared} bytes of shared memory; a block has {device.shared_memory}"
         )
-    path = build(launch.kernel, device)
-    library = _load(path)
+    message = _emulated(launch, arguments, memory, seed, device)
+    if message is not None and "undefined behaviour" in message:
+        message = _emulated(launch, arguments, memory, seed, device, explain=True) or message
+    if message is not None:
+        raise KernelError(f"{name}: {message}")
+
+
+def _emulated(
+    launch: Launch, arguments: bytes, memory: Memory, seed: int, device: Device, explain: bool = False
+) -> str | None:
+    """Runs the launch; returns what went wrong."""
+    path = build(launch.kernel, device.capability, explain)
+    library = load(path)
     message = ctypes.create_string_buffer(1 << 14)
     ranges = memory.ranges()
-    aligned = ctypes.create_string_buffer(arguments, len(arguments))
     with _lock:
         fine = library.gspn2_emulate(
             ctypes.cast(getattr(library, launch.kernel.function), ctypes.c_void_p),
-            aligned,
+            ctypes.create_string_buffer(arguments, len(arguments)),
             ctypes.c_uint32(launch.grid),
             ctypes.c_int(launch.block),
             ctypes.c_uint64(launch.shared),
@@ -177,9 +70,7 @@ def run_launch(
             message,
             ctypes.c_size_t(len(message)),
         )
-    if not fine:
-        text = message.value.decode(errors="replace")
-        raise KernelError(f"{name}: {_with_lines(text, path, _base(path))}")
+    return None if fine else with_lines(message.value.decode(errors="replace"), path)
 
 
 def run_plan(

@@ -1,4 +1,4 @@
-// Fibers: stacks with a guard page below each, and the switch from one to another.
+// Fibers: memory for their stacks, and the switch from one to another.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -10,6 +10,7 @@
 namespace emulator {
 
 constexpr size_t PAGE = 4096, STACK = 32 * PAGE;
+constexpr unsigned long long STACK_END = 0x5741434b454e4421ull;  // the lowest word of a stack, never reached
 
 #if defined(__x86_64__) && !defined(GSPN2_UCONTEXT)
 
@@ -21,7 +22,7 @@ struct Context {
 extern "C" void gspn2_switch(Context* from, const Context* to);
 
 
-inline void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+inline void prepare(Context& context, const unsigned char* stack, void (*entry)()) {
   void** top = (void**)(stack + STACK);
   *--top = nullptr;        // where entry would return to: it never does
   *--top = (void*)entry;   // the stack is 8 past a multiple of 16 on entry, as after a call
@@ -37,9 +38,9 @@ namespace emulator {
 
 typedef ucontext_t Context;
 inline void gspn2_switch(Context* from, const Context* to) { swapcontext(from, to); }
-inline void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+inline void prepare(Context& context, const unsigned char* stack, void (*entry)()) {
   getcontext(&context);
-  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_sp = (void*)stack;
   context.uc_stack.ss_size = STACK;
   context.uc_link = nullptr;
   makecontext(&context, entry, 0);
@@ -51,6 +52,7 @@ inline void prepare(Context& context, unsigned char* stack, void (*entry)()) {
 struct Guarded {
   unsigned char *first = nullptr, *last = nullptr;  // what may be touched: [first, last)
 
+  Guarded() = default;
   explicit Guarded(size_t bytes) {
     const size_t pages = (bytes + PAGE - 1) / PAGE * PAGE;
     unsigned char* memory = (unsigned char*)mmap(nullptr, pages + 2 * PAGE, PROT_READ | PROT_WRITE,

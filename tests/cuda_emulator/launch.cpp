@@ -17,7 +17,8 @@ size_t shared_bytes;
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 std::vector<Block> blocks;
-std::vector<Guarded> stacks, shared_memories;
+Guarded stacks;
+std::vector<Guarded> shared_memories;
 std::vector<Mbarrier> mbarriers;
 std::vector<Bulk> bulks;
 std::vector<int> ready;
@@ -41,8 +42,7 @@ size_t message_size;
 namespace {
 
 void say_address(const unsigned char* p) {
-  for (const Guarded& stack : stacks)
-    if (p >= stack.first - PAGE && p < stack.first) return say("memory below its stack of %zu KiB", STACK / 1024);
+  if (p >= stacks.first - PAGE && p < stacks.first) return say("memory below its stack of %zu KiB", STACK / 1024);
   for (const Block& b : blocks)
     if (p >= b.memory->first - PAGE && p < b.memory->last + PAGE) {
       const bool inside = p >= b.shared && p < b.shared + shared_bytes;
@@ -76,6 +76,8 @@ void on_fault(int number, siginfo_t* info, void* state) {
     say("runs for seconds without waiting for anything");
   } else if (number == SIGFPE) {
     say("integer division by zero");
+  } else if (number == SIGILL) {
+    say("undefined behaviour: an access misaligned, an index out of an array, a shift too far, or an overflow");
   } else {
     say("touches ");
     say_address((const unsigned char*)info->si_addr);
@@ -119,15 +121,21 @@ struct Handlers {
 
 // Launch ----------------------------------------------------------------------------------------------------
 
-bool grow(std::vector<Guarded>& pool, size_t count, size_t bytes) {
-  while (pool.size() < count) {
-    pool.emplace_back(bytes);
-    if (!pool.back().first) {
-      pool.pop_back();
-      return false;
-    }
+bool reserve() {
+  stacks = Guarded((size_t)(ranks * threads) * STACK);
+  bool fine = stacks.first;
+  for (int r = 0; r < ranks && fine; ++r) {
+    shared_memories.emplace_back(shared_bytes);
+    fine = shared_memories.back().first;
   }
-  return true;
+  return fine;
+}
+
+void release() {
+  stacks.release();
+  for (Guarded& m : shared_memories) m.release();
+  shared_memories.clear();
+  end_races();
 }
 
 void set_up_cluster(u32 first_block, u32 grid) {
@@ -158,7 +166,8 @@ void set_up_cluster(u32 first_block, u32 grid) {
       f.ranks = (u32)ranks;
       f.shared = b.shared;
       f.home = &b;
-      f.stack = stacks[r * threads + t].first;
+      f.stack = stacks.first + (size_t)(r * threads + t) * STACK;
+      *(u64*)f.stack = STACK_END;
       f.index = (u32)(r * threads + t);
       f.warp = r * warps_each + t / 32;
       f.lane = t % 32;
@@ -169,7 +178,7 @@ void set_up_cluster(u32 first_block, u32 grid) {
         w.priority = random_below(1 << 30);
       }
       w.lanes |= 1u << f.lane;
-      prepare(f.context, stacks[r * threads + t].first, run_thread);
+      prepare(f.context, f.stack, run_thread);
       make_ready(&f);
     }
   }
@@ -220,12 +229,11 @@ extern "C" __attribute__((visibility("default"))) bool gspn2_emulate(void* funct
   message_size = text_size;
   *message = 0;
   if (!check_launch(grid)) return false;
-  if (!grow(stacks, (size_t)(ranks * threads), STACK) || !grow(shared_memories, (size_t)ranks, shared)) {
+  if (!reserve()) {
     say("not enough memory for the stacks of %d threads and %d x %llu bytes of shared memory", ranks * threads, ranks,
         shared);
-    return false;
-  }
-  {
+    failed = true;
+  } else {
     Handlers handlers;
     if (sigsetjmp(fault, 1) == 0) {
       for (u32 b = 0; b < grid && !failed; b += (u32)ranks) {
@@ -236,9 +244,7 @@ extern "C" __attribute__((visibility("default"))) bool gspn2_emulate(void* funct
       failed = true;
     }
   }
-  for (Guarded& m : shared_memories) m.release();
-  shared_memories.clear();
-  end_races();
+  release();
   return !failed;
 }
 

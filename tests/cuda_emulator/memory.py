@@ -128,7 +128,9 @@ class Memory:
         self._scratch: list[tuple[str, Tensor]] = []
 
     def scratch(self, size: int, name: str) -> int:
-        """Address of a buffer of `size` bytes, all 0xFF."""
+        """Address of a buffer of `size` bytes, all 0xFF; 0 if there are none."""
+        if size == 0:
+            return 0
         self._scratch.append((name, _guarded(size)))
         return self._scratch[-1][1].data_ptr()
 

@@ -116,6 +116,10 @@ void touch_global(u64 first, size_t bytes, Access access, const void* site) {
     table.bytes = ((r.last - r.first) / 2 + 1) * sizeof(Cell);
     table.cells = (Cell*)mmap(nullptr, table.bytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (table.cells == MAP_FAILED) {
+      table.cells = nullptr;
+      fail_at(site, "no memory to note accesses to [%s]", r.name);
+    }
   }
   for (u64 cell = (first - r.first) / 2; cell < (first - r.first + bytes + 1) / 2; ++cell) {
     const void* p = (const void*)(r.first + 2 * cell);

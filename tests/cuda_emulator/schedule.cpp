@@ -207,6 +207,7 @@ void end_block(Block& b) {
 
 void exit_thread() {
   Fiber* f = self();
+  if (*(const u64*)f->stack != STACK_END) fail_at(nullptr, "its local variables do not fit on %zu KiB", STACK / 1024);
   f->exited = true;
   const u32 bit = 1u << f->lane;
   Warp& w = warps[f->warp];
