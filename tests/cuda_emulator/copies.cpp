@@ -128,8 +128,8 @@ void store_counted(void* shared, u64* bar, u32 rank, const void* words, u32 byte
   if (!m.fenced) fail_at(SITE, "store_counted: its mbarrier was initialised without mbarrier_init_fence");
   touch(to, bytes, WRITE, SITE);
   memcpy(to, words, bytes);
-  m.arriving[f->index] = f->now > m.arriving[f->index] ? f->now : m.arriving[f->index];
-  ++f->now;
+  // It counts with release semantics.
+  release_to(m.arriving);
   m.bytes -= bytes;
   may_complete(m);
   may_switch();

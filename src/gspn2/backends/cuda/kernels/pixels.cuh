@@ -290,28 +290,55 @@ __device__ __forceinline__ int index_of(const Params& p, int direction) {
 }
 
 #if SPLIT
-// Neighbouring splits give each other the values that their halos need, through [2][2][HALO][PARTS][VECTORS] Floats
-// at `AT` of shared memory. The two buffers take turns, so one barrier is enough.
+// Neighbouring splits give each other the values that their halos need: [2][2][HALO][PARTS][VECTORS] Floats at `AT` of
+// shared memory, from the split before and the one after, in two buffers that take turns; and before them a barrier for
+// each buffer. A split cannot be two exchanges ahead of its neighbour, for it needs what that sends in between.
+constexpr int HALO_BYTES = 16 + 16 * V * HALO * VECTORS;
+
 template <int AT>
-__device__ __forceinline__ void exchange_halos(const Layout& layout, const Self& me, const Run& r, int place, int parity,
-                                               float (&h)[PLACES][V]) {
-  const int rank = me.role * layout.splits + me.split;
+__device__ __forceinline__ void start_halos() {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; i++) mbarrier_init((u64*)(shared_memory() + AT) + i, 1);
+    mbarrier_init_fence();
+  }
+  cluster_barrier();
+}
+
+__device__ __forceinline__ void send_floats(Floats* to, u64* bar, u32 rank, const float* e) {
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) store_counted<F>(to + part * VECTORS, bar, rank, e + part * F);
+}
+
+// `exchanged` counts all exchanges of the launch.
+template <int AT>
+__device__ __forceinline__ void exchange_halos(const Params& p, const Layout& layout, const Self& me, const Run& r, int place,
+                                               int& exchanged, float (&h)[PLACES][V]) {
+  const int rank = me.role * layout.splits + me.split, buffer = exchanged & 1;
+  const u32 parity = exchanged >> 1 & 1;
+  exchanged++;
   constexpr int side = HALO * PARTS * VECTORS;
-  Floats* from_before = (Floats*)(shared_memory() + AT) + parity * 2 * side;
+  u64* bar = (u64*)(shared_memory() + AT) + buffer;
+  Floats* from_before = (Floats*)(shared_memory() + AT + 16) + buffer * 2 * side;
+  const int halo_places = r.own - r.start + r.stop - r.end;
+  if (r.own >= r.end || halo_places == 0) return;
+  if (threadIdx.x == 0) {
+    const int vectors = min(VECTORS, (p.channels - (me.channel - me.vector * V)) / V);
+    mbarrier_arrive_expect(bar, 4 * V * vectors * halo_places);
+  }
 #pragma unroll
   for (int q = 0; q < PLACES; q++) {
     const int j = place + q;
     if (!me.present || j < r.own || j >= r.end) continue;
     if (me.split > 0 && j < r.own + HALO)
-      store_floats(cluster_map(from_before + side + (j - r.own) * PARTS * VECTORS + me.vector, rank - 1), VECTORS, h[q]);
+      send_floats(from_before + side + (j - r.own) * PARTS * VECTORS + me.vector, bar, rank - 1, h[q]);
     if (r.stop > r.end && j >= r.end - HALO)
-      store_floats(cluster_map(from_before + (j - r.end + HALO) * PARTS * VECTORS + me.vector, rank + 1), VECTORS, h[q]);
+      send_floats(from_before + (j - r.end + HALO) * PARTS * VECTORS + me.vector, bar, rank + 1, h[q]);
   }
-  cluster_barrier();
 #pragma unroll
   for (int q = 0; q < PLACES; q++) {
     const int j = place + q;
     if (!me.present || j >= r.stop || (j >= r.own && j < r.end)) continue;
+    mbarrier_wait(bar, parity);
     const Floats* from = j < r.own ? from_before + (j - r.own + HALO) * PARTS * VECTORS
                                    : from_before + side + (j - r.end) * PARTS * VECTORS;
     load_floats(from + me.vector, VECTORS, h[q]);

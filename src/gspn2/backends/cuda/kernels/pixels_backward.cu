@@ -35,8 +35,12 @@ constexpr int ROW = 4 * V * PLACES * PITCH;                      // a line's sta
 constexpr int SUMS_AT = DEPTH * SLOT;                            // [DEPTH][PLACES][PARTS][THREADS]
 constexpr int STATES_AT = SUMS_AT + DEPTH * FLOATS;              // [SEGMENT + 1] rows
 constexpr int AFTER_AT = STATES_AT + (SEGMENT + 1) * ROW;        // [2][PARTS][PITCH]: w_after g of a thread's last place
-constexpr int HALO_AT = AFTER_AT + OWN_TAPS * 8 * V * PITCH;     // [2][2][HALO][PARTS][VECTORS]
-constexpr int GRADIENTS_AT = HALO_AT + SPLIT * 16 * V * HALO * VECTORS;  // [SEGMENT][3][PLACES][THREADS]: of taps
+constexpr int HALO_AT = AFTER_AT + OWN_TAPS * 8 * V * PITCH;
+#if SPLIT
+constexpr int GRADIENTS_AT = HALO_AT + HALO_BYTES;               // [SEGMENT][3][PLACES][THREADS]: of taps
+#else
+constexpr int GRADIENTS_AT = HALO_AT;
+#endif
 #if !OWN_TAPS
 constexpr int WEIGHTS_AT = GRADIENTS_AT + SEGMENT * 12 * PLACES * THREADS;
 #endif
@@ -70,7 +74,6 @@ struct Phase {
   int begin, end;
   bool add, last;
   int first_segment;  // kept states that belong to lines before these
-  int exchanges;      // of halos, the same for all blocks of the cluster
 };
 
 // A thread's part in one direction. The streams that are read stand at the line to be copied next, those that are
@@ -267,7 +270,7 @@ struct Walker {
 
 // Pass 1: the states before every segment but the first, in scratch.
 __device__ __forceinline__ void keep_states(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
-                                            const Segments& segments, int exchanges) {
+                                            const Segments& segments, int& exchanged) {
   // The last segment is never run through here.
   const int upper = segments.count(true), lower = segments.count(false);
   const int stop = upper > 0 ? segments.boundary + (upper - 1) * SEGMENT : (lower - 1) * SEGMENT;
@@ -290,17 +293,14 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
 #pragma unroll
   for (int q = 0; q < PLACES; q++) store_floats(states(0, q), PITCH, h[q]);
   __syncthreads();
-  #if SPLIT
-  int exchanged = 0;
-#endif
-  int since = 0, slot = 0, until = 0, segment = 0;
+    int since = 0, slot = 0, until = 0, segment = 0;
 #pragma unroll 1
   for (int line = 0; line <= stop; line++) {
     if (line == segments.boundary) until = 0;
     if (until == 0) {
       until = SEGMENT;
 #if SPLIT
-      exchange_halos<HALO_AT>(layout, me, walk.run, walk.place, exchanged++ & 1, h);
+      exchange_halos<HALO_AT>(p, layout, me, walk.run, walk.place, exchanged, h);
 #pragma unroll
       for (int q = 0; q < PLACES; q++) store_floats(states(line & 1, q), PITCH, h[q]);
       __syncthreads();
@@ -326,10 +326,6 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
     slot = slot + 1 == DEPTH ? 0 : slot + 1;
     __syncthreads();
   }
-#if SPLIT
-#pragma unroll 1
-  while (exchanged++ < exchanges) cluster_barrier();
-#endif
   copy_wait<0>();
   __syncthreads();
 }
@@ -553,11 +549,8 @@ __device__ __forceinline__ void receive(const Walker& walk, int row, int k, bool
 
 // Pass 2 over the lines of a phase, from the last to the first. `carried` is what the lines after them hand over.
 __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
-                                        const Phase& phase, void* sums, float (&carried)[PLACES][V]) {
+                                        const Phase& phase, void* sums, int& exchanged, float (&carried)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
-#if SPLIT
-  int exchanged = 0;
-#endif
   int slot = 0;
   Queue queue;
   queue.start(phase);
@@ -577,7 +570,7 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
   for (int segment = segments_of(lines) - 1; segment >= 0; segment--) {
     const int begin = segment * SEGMENT, first = phase.begin + begin, count = min(SEGMENT, lines - begin);
 #if SPLIT
-    exchange_halos<HALO_AT>(layout, me, walk.run, walk.place, exchanged++ & 1, carried);
+    exchange_halos<HALO_AT>(p, layout, me, walk.run, walk.place, exchanged, carried);
 #endif
     float h[PLACES][V];
     copy_wait<DEPTH - 1>();
@@ -620,27 +613,20 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
     reduce_taps(p, layout, me, walk, d, first, count);
 #endif
   }
-#if SPLIT
-#pragma unroll 1
-  while (exchanged++ < phase.exchanges) cluster_barrier();
-#endif
   copy_wait<0>();
   __syncthreads();
 }
 
 // A direction whole. `add`, `last`: as in Phase, for the roles that meet in it.
 __device__ __forceinline__ void run_direction(const Params& p, const Layout& layout, const Self& me, int d, bool add, bool last,
-                                              void* sums) {
+                                              void* sums, int& exchanged) {
   Segments segments;
   segments.lines = scan_of(p, d).lines;
   const int middle = (segments.lines + 1) / 2;
   segments.boundary = ROLES == 1 ? 0 : (me.role & 1) == 0 ? middle : segments.lines - middle;
-  // With four roles the other axis runs along, through the same barriers.
-  const int most = ROLES == 4 ? max(p.height, p.width) : segments.lines;
-  const int upper = (ROLES == 1 ? most : (most + 1) / 2) + SEGMENT - 1, lower = ROLES == 1 ? 0 : most / 2 + SEGMENT - 1;
   Walker walk;
   walk.start(p, layout, me, d);
-  keep_states(p, layout, me, walk, d, segments, upper / SEGMENT + lower / SEGMENT);
+  keep_states(p, layout, me, walk, d, segments, exchanged);
   float carried[PLACES][V];
   clear(carried);
 #pragma unroll 1
@@ -654,8 +640,7 @@ __device__ __forceinline__ void run_direction(const Params& p, const Layout& lay
     phase.first_segment = turn == 0 ? segments.count(false) : 0;
     phase.add = add || (ROLES > 1 && turn == 1);
     phase.last = last && turn == 1;
-    phase.exchanges = upper / SEGMENT;
-    adjoint(p, layout, me, walk, d, phase, sums, carried);
+    adjoint(p, layout, me, walk, d, phase, sums, exchanged, carried);
   }
 }
 
@@ -673,10 +658,14 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
   }
   __syncthreads();
   void* const sums = STORAGE == 0 ? nullptr : p.scratch[0];
+  int exchanged = 0;
+#if SPLIT
+  start_halos<HALO_AT>();
+#endif
 #if ROLES == 1
 #pragma unroll 1
   for (int d = 0; d < p.scans; d++) {
-    run_direction(p, layout, me, d, d > 0, d + 1 == p.scans, sums);
+    run_direction(p, layout, me, d, d > 0, d + 1 == p.scans, sums, exchanged);
 #if CLUSTER
     cluster_barrier();
 #endif
@@ -687,7 +676,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
   for (int axis = 0; axis < 2; axis++) {
     if (!(axis == 0 ? vertical : horizontal) || (ROLES == 4 && me.role / 2 != axis)) continue;
     run_direction(p, layout, me, index_of(p, 2 * axis + (me.role & 1)), ROLES == 2 && axis == 1 && vertical,
-                  ROLES == 2 && (axis == 1 || !horizontal), ROLES == 4 && axis == 1 ? p.scratch[1] : sums);
+                  ROLES == 2 && (axis == 1 || !horizontal), ROLES == 4 && axis == 1 ? p.scratch[1] : sums, exchanged);
     cluster_barrier();
   }
 #if ROLES == 4

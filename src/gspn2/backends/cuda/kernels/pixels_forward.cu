@@ -28,8 +28,12 @@ constexpr int SUMS_AT = OPERANDS * PLACES * THREADS * VECTOR;     // of a slot: 
 constexpr int SLOT = SUMS_AT + SUMS_COME * FLOATS;
 constexpr int PUBLISHED_AT = DEPTH * SLOT;                        // [2][EDGES][PARTS][PITCH]: states at a thread's edges
 constexpr int CARRIED_AT = PUBLISHED_AT + 8 * V * EDGES * PITCH;  // [PLACES][PARTS][THREADS]: from the partner
-constexpr int HALO_AT = CARRIED_AT + (ROLES > 1) * FLOATS;        // [2][2][HALO][PARTS][VECTORS]: from both neighbours
-constexpr int WEIGHTS_AT = HALO_AT + SPLIT * 16 * V * HALO * VECTORS;
+constexpr int HALO_AT = CARRIED_AT + (ROLES > 1) * FLOATS;
+#if SPLIT
+constexpr int WEIGHTS_AT = HALO_AT + HALO_BYTES;
+#else
+constexpr int WEIGHTS_AT = HALO_AT;
+#endif
 
 __device__ __forceinline__ Floats* published(int parity) {
   return (Floats*)(shared_memory() + PUBLISHED_AT) + parity * EDGES * PARTS * PITCH + VECTORS + threadIdx.x;
@@ -81,7 +85,6 @@ struct Phase {
   int d, begin, end;
   bool add, last, resume;
   void* sums;
-  int exchanges;  // of halos between lines, the same for all blocks of the cluster
 };
 
 // One thread's part in a phase.
@@ -302,14 +305,14 @@ struct Scanner {
 
 // The lines of a phase, whose first are on their way. `h` is the state before them, unless the scan starts there.
 __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me, const Phase& phase,
-                                          Scanner& scan, TapStages& stages, int group, float (&h)[PLACES][V]) {
+                                          Scanner& scan, TapStages& stages, int group, int& exchanged, float (&h)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
 #if !OWN_TAPS
   stages.turn(0);
   stages.fetch(1);
 #endif
 #if SPLIT
-  if (phase.resume) exchange_halos<HALO_AT>(layout, me, scan.run, scan.place, 1, h);
+  if (phase.resume) exchange_halos<HALO_AT>(p, layout, me, scan.run, scan.place, exchanged, h);
 #endif
   scan.publish(0, h);
   copy_wait<DEPTH - 1>();
@@ -324,7 +327,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
 
   int since = phase.begin % p.chunk;  // lines since the last restart
 #if SPLIT
-  int until = HALO, exchanged = 0;
+  int until = HALO;
 #endif
   auto run_line = [&](int line, int parity, int slot, int next) {
     if (since == 0) {
@@ -339,7 +342,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
 #if SPLIT
     if (--until == 0) {
       until = HALO;
-      if (exchanged < phase.exchanges) exchange_halos<HALO_AT>(layout, me, scan.run, scan.place, exchanged++ & 1, h);
+      if (line + 1 < lines) exchange_halos<HALO_AT>(p, layout, me, scan.run, scan.place, exchanged, h);
     }
 #endif
     scan.publish(parity ^ 1, h);
@@ -370,31 +373,17 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
     if (line + 1 < lines) run_line(line + 1, 1, slot + SLOT, next);
     slot = next;
   }
-#if SPLIT
-#pragma unroll 1
-  while (exchanged++ < phase.exchanges) cluster_barrier();
-#endif
   copy_wait<0>();
 }
 
-// How often halos are exchanged while the longest part of a phase has `lines` lines.
-__device__ __forceinline__ int exchanges_of(const Layout& layout, int lines) {
-#if SPLIT
-  return (lines - 1) / HALO;
-#else
-  return 0;
-#endif
-}
-
 // Phase `f` of a block: for one role direction f; otherwise an axis has two, and roles meet in the middle of it.
-__device__ __forceinline__ Phase phase_of(const Params& p, const Layout& layout, const Self& me, int f) {
+__device__ __forceinline__ Phase phase_of(const Params& p, const Self& me, int f) {
   Phase phase;
   phase.sums = STORAGE == 0 ? nullptr : p.scratch[0];
 #if ROLES == 1
   const int lines = scan_of(p, f).lines;
   phase.d = f, phase.begin = 0, phase.end = lines;
   phase.add = f > 0, phase.last = f + 1 == p.scans, phase.resume = false;
-  phase.exchanges = exchanges_of(layout, lines);
 #else
   const bool vertical = index_of(p, 0) >= 0, horizontal = index_of(p, 2) >= 0;
   const int half = me.role & 1, turn = f & 1;
@@ -406,8 +395,6 @@ __device__ __forceinline__ Phase phase_of(const Params& p, const Layout& layout,
   phase.add = f > 0, phase.resume = turn == 1;
   phase.last = ROLES == 2 && turn == 1 && (axis == 1 || !horizontal);
   if (ROLES == 4 && axis == 1) phase.sums = p.scratch[1];
-  // With four roles the other axis runs along, through the same barriers.
-  phase.exchanges = exchanges_of(layout, ROLES == 4 ? (max(p.height, p.width) + 1) / 2 : middle);
 #endif
   return phase;
 }
@@ -491,16 +478,20 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
   const int group = TAP_GROUPS > 1 ? min(me.vector * V / (p.channels / p.groups), TAP_GROUPS - 1) : 0;
   float h[PLACES][V];
   clear(h);
+  int exchanged = 0;
+#if SPLIT
+  start_halos<HALO_AT>();
+#endif
   Scanner scan;
   TapStages stages;
   Phase phase;
 #pragma unroll 1
   for (int f = -1; f < phases; f++) {
-    if (f >= 0) run_phase(p, layout, me, phase, scan, stages, group, h);
+    if (f >= 0) run_phase(p, layout, me, phase, scan, stages, group, exchanged, h);
     const bool more = f + 1 < phases;
     // The next phase's operands set out at once; only sums in memory wait for the blocks that write them.
     if (more) {
-      phase = phase_of(p, layout, me, f + 1);
+      phase = phase_of(p, me, f + 1);
       scan.start(p, layout, me, phase);
 #if !OWN_TAPS
       stages.start(p, scan.s, scan.run, me.b, phase.d, first_group, phase.begin, phase.end,

@@ -82,6 +82,10 @@ __device__ __forceinline__ void copy_async_cached(void* shared, const void* glob
                  "l"(global), "n"(SIZE), "r"(bytes), "l"(policy)
                  : "memory");
 }
+// 16 bytes, and the 128 they lie in on their way to the second-level cache: the rest is asked for soon.
+__device__ __forceinline__ void copy_async_wide(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most PENDING of this thread's latest groups are under way.
 template <int PENDING>
@@ -164,11 +168,44 @@ __device__ __forceinline__ u32 cluster_rank() {
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Stores a float at the place that `at` has in block `rank`, and takes 4 bytes off what the mbarrier at the place of
+// `bar` there waits for. Whoever waits on it sees the float: no barrier and no fence in between.
+__device__ __forceinline__ void store_remote(float* at, float v, u64* bar, u32 rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counter;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 counter, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [counter];\n"
+      "}\n" ::"r"(shared_address(at)),
+      "r"(__float_as_uint(v)), "r"(shared_address(bar)), "r"(rank)
+      : "memory");
+}
 // The address, usable by ordinary loads and stores, of `p` of this block's shared memory in block `rank`.
 template <typename T>
 __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
   u64 r;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(r) : "l"((u64)p), "r"(rank));
   return (T*)r;
+}
+// WORDS (1, 2 or 4) words to `p` of block `rank`, where they count on its barrier `bar`: who waits there sees them,
+// without a fence and without a barrier of all threads. `p` and `bar` are this block's.
+template <int WORDS>
+__device__ __forceinline__ void store_counted(void* p, u64* bar, u32 rank, const float* word) {
+  u32 to, on;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(on) : "r"(shared_address(bar)), "r"(rank));
+  if constexpr (WORDS == 4)
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(word[0]), "f"(word[1]), "f"(word[2]), "f"(word[3]), "r"(on)
+                 : "memory");
+  else if constexpr (WORDS == 2)
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                 "f"(word[0]), "f"(word[1]), "r"(on)
+                 : "memory");
+  else
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(word[0]),
+                 "r"(on)
+                 : "memory");
 }
 #endif

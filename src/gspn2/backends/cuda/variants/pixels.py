@@ -192,7 +192,7 @@ def _shared_memory(case: Case, tiling: Tiling) -> int:
     floats = 4 * tiling.vector // case.itemsize
     pitch = threads + 2 * vectors
     slot = _slot(case, tiling)
-    halo = (tiling.splits > 1) * 4 * tiling.halo * floats * vectors
+    halo = (tiling.splits > 1) * (16 + 4 * tiling.halo * floats * vectors)
     groups = _tap_groups(case, tiling.vector, vectors)
     weights = (not own) * 2 * tiling.tap_lines * groups * tiling.longest * 16
     if case.backward:
