@@ -21,7 +21,7 @@ enum {
   UNIT_V, UNIT_H,                  // bytes of a plane of units
   TAPS_V, TAPS_H,                  // bytes of the weights of a tap group
   SLAB_ROWS, SLAB_BYTES, RING_AT,  // records: rows and bytes that arrive together, and where
-  SUMS_AT, PASSES,                 // backward: sums of dx; parts of a block's directions, one after the other
+  SUMS_AT,                         // backward: sums of dx over directions
   WIDTH_MAGIC, CHUNK_MAGIC         // of `Divisor`
 };
 
@@ -78,6 +78,16 @@ __device__ __forceinline__ float widen_high(u32 word) {
   return __uint_as_float(word & 0xffff0000u);
 #else
   return widen_bits(word >> 16);
+#endif
+}
+
+// Two numbers rounded to the halves of a word.
+__device__ __forceinline__ u32 narrow_pair(float low, float high) {
+#if STORAGE == 1
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *(const u32*)&pair;
+#else
+  return bits_of(narrow(low)) | bits_of(narrow(high)) << 16;
 #endif
 }
 
@@ -193,29 +203,6 @@ __device__ __forceinline__ Taps weights_of(Taps a, bool has_before, bool has_aft
 #endif
 }
 
-// `tap_gradient` of common.cuh likewise. With E_k = e^m + e^(m - a_k): w_k = (1 / E_k) / sum of all 1 / E, and
-// 1 - sigmoid(a_k) = e^(m - a_k) / E_k.
-__device__ __forceinline__ Taps gradient_of(Taps a, const Taps& dw, bool has_before, bool has_after) {
-#if TAP_PAIR
-  const float log2e = 1.44269502f, missing = -3e38f;
-  a.before = has_before ? a.before : missing;
-  a.after = has_after ? a.after : missing;
-  const float m = fmin_nan(fmax_nan(fmax_nan(a.before, a.after), a.here), 0.f) * log2e;
-  const float e = exp2_fast(m);
-  const float before = exp2_fast(fmin_nan(fmaf(a.before, -log2e, m), 60.f));
-  const float here = exp2_fast(fmin_nan(fmaf(a.here, -log2e, m), 60.f));
-  const float after = exp2_fast(fmin_nan(fmaf(a.after, -log2e, m), 60.f));
-  const float r_before = reciprocal(e + before), r_here = reciprocal(e + here), r_after = reciprocal(e + after);
-  const float scale = reciprocal(r_before + r_here + r_after);
-  const float w_before = has_before ? r_before * scale : 0.f, w_here = r_here * scale, w_after = has_after ? r_after * scale : 0.f;
-  const float mean = w_before * dw.before + w_here * dw.here + w_after * dw.after;
-  return {w_before * (before * r_before) * (dw.before - mean), w_here * (here * r_here) * (dw.here - mean),
-          w_after * (after * r_after) * (dw.after - mean)};
-#else
-  return tap_gradient(a, dw, has_before, has_after);
-#endif
-}
-
 #if TAP_PAIR && STORAGE == 1
 __device__ __forceinline__ float truncate_to_half(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
@@ -245,6 +232,23 @@ __device__ __forceinline__ Taps unpack_taps(u32 word) {
   return {before, word == NAN_TAPS ? __uint_as_float(0x7fffffffu) : 1.f - before - after, after};
 }
 #endif
+
+// `tap_gradient` of common.cuh, with the weights as they were kept where that is accurate enough.
+__device__ __forceinline__ Taps gradient_of(const unsigned char* taps, int index, const Taps& a, const Taps& dw, bool has_before,
+                                            bool has_after) {
+#if TAP_PAIR && STORAGE == 1
+  const float log2e = 1.44269502f;
+  const Taps w = unpack_taps(((const u32*)taps)[index]);
+  const float before = has_before ? dw.before : 0.f, after = has_after ? dw.after : 0.f;
+  const float mean = w.before * before + w.here * dw.here + w.after * after;
+  // 1 - sigmoid(a) = 1 / (1 + e^a).
+  return {has_before ? w.before * (before - mean) * reciprocal(1.f + exp2_fast(a.before * log2e)) : 0.f,
+          w.here * (dw.here - mean) * reciprocal(1.f + exp2_fast(a.here * log2e)),
+          has_after ? w.after * (after - mean) * reciprocal(1.f + exp2_fast(a.after * log2e)) : 0.f};
+#else
+  return tap_gradient(a, dw, has_before, has_after);
+#endif
+}
 
 // Stores the weights of one place. `plane`: bytes from one tap to the next where they are three planes.
 __device__ __forceinline__ void store_taps(unsigned char* p, int index, int plane, const Taps& w) {
@@ -347,7 +351,7 @@ __device__ __forceinline__ unit_t load_unit(const storage_t* p, long long channe
 __device__ __forceinline__ void store_unit(storage_t* p, long long channel_step, bool paired, const float (&v)[PACK]) {
 #if PACK == 2
   if (paired) {
-    *(u32*)p = bits_of(narrow(v[0])) | bits_of(narrow(v[1])) << 16;
+    *(u32*)p = narrow_pair(v[0], v[1]);
     return;
   }
 #endif

@@ -119,7 +119,7 @@ __device__ __forceinline__ void sum_directions(const Params& p, const Task& task
   for (int unit = 0; unit < units_of(p); unit++) {
     storage_t* y = at(p.y, task.b, 0, task.c0 + unit * PACK, 0, 0);
     if (wide) {
-      for_pixels<2>(p, first, last, [&](int row, int column) {
+      for_pixels<2, 2>(p, first, last, [&](int row, int column) {
         float left[PACK], right[PACK];
         sum_of_pixel(p, unit, row, column, left);
         sum_of_pixel(p, unit, row, column + 1, right);
@@ -127,7 +127,7 @@ __device__ __forceinline__ void sum_directions(const Params& p, const Task& task
       });
       continue;
     }
-    for_pixels(p, first, last, [&](int row, int column) {
+    for_pixels<1, 2>(p, first, last, [&](int row, int column) {
       float sum[PACK];
       sum_of_pixel(p, unit, row, column, sum);
       store_unit(y + row * p.y.h + column * p.y.w, p.y.c, words, sum);

@@ -80,11 +80,11 @@ __device__ __forceinline__ void put_weights(const Params& p, const Target& t, in
 }
 
 // body(row, column) for the pixels [first, last) of an image, every STEP-th, shared out to the threads of the block. A
-// width that is not a multiple of STEP has STEP 1.
-template <int STEP = 1, typename Body>
+// width that is not a multiple of STEP has STEP 1. UNROLL of a thread's turns have their reads on the way together.
+template <int STEP = 1, int UNROLL = 1, typename Body>
 __device__ __forceinline__ void for_pixels(const Params& p, int first, int last, Body body) {
   const Divisor width = width_of(p);
-#pragma unroll 4
+#pragma unroll UNROLL
   for (int pixel = first + threadIdx.x * STEP; pixel < last; pixel += THREADS * STEP) {
     const int row = quotient(pixel, width);
     body(row, pixel - row * p.width);
@@ -110,7 +110,7 @@ __device__ __forceinline__ bool two_columns(const Params& p, const View& v) {
 template <typename Body>
 __device__ __forceinline__ void for_units(const Params& p, const View& v, const storage_t* data, Body body) {
   if (two_columns(p, v)) {
-    for_pixels<2>(p, 0, p.height * p.width, [&](int row, int column) {
+    for_pixels<2, 4>(p, 0, p.height * p.width, [&](int row, int column) {
       const u32 word = __ldg((const u32*)(data + row * v.h + column));
       body(row, column, (unit_t)(word & 0xffffu));
       body(row, column + 1, (unit_t)(word >> 16));
@@ -118,18 +118,22 @@ __device__ __forceinline__ void for_units(const Params& p, const View& v, const 
     return;
   }
   const bool words = paired(v);
-  for_pixels(p, 0, p.height * p.width, [&](int row, int column) {
+  for_pixels<1, 4>(p, 0, p.height * p.width, [&](int row, int column) {
     body(row, column, load_unit(data + row * v.h + column * v.w, v.c, words));
   });
 }
 
 // Copies a plane of one channel to vertical lines as it is, in the background, if that can be done.
 __device__ __forceinline__ bool copy_plane(const Params& p, const View& v, const storage_t* data, unsigned char* to) {
+#if RECORDS || PACK == 2
+  return false;
+#else
   const int bytes = p.height * p.width * (int)sizeof(storage_t);
-  if (RECORDS || PACK == 2 || v.w != 1 || v.h != p.width || p.knobs[PITCH_V] != p.width || ((bytes | (int)(u64)data) & 15) != 0)
+  if (v.w != 1 || v.h != p.width || p.knobs[PITCH_V] != p.width || ((bytes | (int)(u64)data) & 15) != 0)
     return false;
   for (int o = threadIdx.x * 16; o < bytes; o += THREADS * 16) copy_async<16>(to + o, (const unsigned char*)data + o);
   return true;
+#endif
 }
 
 __device__ __forceinline__ void gather_image(const Params& p, const View& v, int image, const Memory& m, const Task& task) {
@@ -162,7 +166,7 @@ __device__ __forceinline__ void gather_taps(const Params& p, const Target& t, in
   }
 #endif
   if (two_columns(p, v)) {
-    for_pixels<2>(p, 0, p.height * p.width, [&](int row, int column) {
+    for_pixels<2, 2>(p, 0, p.height * p.width, [&](int row, int column) {
       const storage_t* a = data + row * v.h + column;
       const u32 before = __ldg((const u32*)a), here = __ldg((const u32*)(a + v.k)), after = __ldg((const u32*)(a + 2 * v.k));
       put_weights(p, t, g, row, column, {widen_low(before), widen_low(here), widen_low(after)});
@@ -170,7 +174,7 @@ __device__ __forceinline__ void gather_taps(const Params& p, const Target& t, in
     });
     return;
   }
-  for_pixels(p, 0, p.height * p.width, [&](int row, int column) {
+  for_pixels<1, 2>(p, 0, p.height * p.width, [&](int row, int column) {
     const storage_t* a = data + row * v.h + column * v.w;
     put_weights(p, t, g, row, column, {widen(__ldg(a)), widen(__ldg(a + v.k)), widen(__ldg(a + 2 * v.k))});
   });

@@ -67,7 +67,9 @@ def _macros(case: Case, layout: Layout, threads: int, blocks: int) -> tuple[tupl
         "SPLIT": layout.split,
         "RECORDS": int(layout.slab_rows > 0),
     }
-    if not case.backward:
+    if case.backward:
+        macros |= {"PASSES": layout.passes, "BY_PIXELS": int(_by_pixels(case, layout, one))}
+    else:
         macros["DIRECT"] = int(_writes_lines(case, layout.pack))
     if layout.slab_rows:
         macros |= {"RECORD_X": int(_record_has_x(case)), "RING": RING}
@@ -85,7 +87,7 @@ def _knobs(case: Case, layout: Layout, tasks: int) -> tuple[int, ...]:
         *(layout.channels, tasks, problem.channels // layout.channels, _groups(case, layout.channels)),
         *(*layout.pitches, *units, *taps),
         *(layout.slab_rows, layout.slab, layout.planes + layout.sums),
-        *(layout.planes, layout.passes),
+        layout.planes,
         *(_magic(problem.width), _magic(min(problem.chunk or lines, lines))),
     )
 
@@ -102,14 +104,16 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     )
     planes = (("THREADS", 256), ("BLOCKS", 2), ("PACK", 1), ("PLACES", 4), ("ONE", 1), ("RECORDS", 0))
     one = (("SCANS", 1), ("DIRECTIONS", 0), ("SPLIT", 1))
+    line = (*given, *planes, *one)
+    forward = [(*plain, *records, ("DIRECT", 0)), (*line, ("DIRECT", 1))]
+    backward = [
+        (*plain, *records, ("PASSES", 2), ("BY_PIXELS", 1)),
+        (*plain, *records, ("PASSES", 1), ("BY_PIXELS", 1)),
+        (*line, ("PASSES", 1), ("BY_PIXELS", 0)),
+    ]
     return [
-        (Kernel(f"{name}.cu", name, macros), True)
-        for name in ("resident_forward", "resident_backward")
-        for macros in (
-            (*plain, *records, ("DIRECT", 0)),
-            (*given, *planes, *one, ("DIRECT", 1)),
-            (*plain, *planes, *every, ("SPLIT", 4), ("DIRECT", 0)),
-        )
+        *((Kernel("resident_forward.cu", "resident_forward", macros), True) for macros in forward),
+        *((Kernel("resident_backward.cu", "resident_backward", macros), True) for macros in backward),
     ]
 
 
@@ -327,6 +331,27 @@ def _record(case: Case) -> int:
         for view in inside
     )
     return taps.w * case.itemsize if dense else 0
+
+
+def _by_pixels(case: Case, layout: Layout, one: bool) -> bool:
+    """Can a thread write the gradients of a pixel as vectors (`BY_PIXELS` in `resident_gradients.cuh`)?"""
+    problem, views = case.problem, case.views
+    scans = len(problem.directions)
+    part = scans // layout.passes
+    if not (layout.slab_rows and one and layout.pack == 2 and layout.split == 1 and "dx" in views):
+        return False
+    if scans % (2 * layout.passes):
+        return False
+    for name, size, alignment in (("dlam", 2, 4 * part), ("dgate", 2, 4 * part), ("dtaps", 3, 4)):
+        view = views.get(name)
+        if view is None or view.alignment < alignment:
+            return False
+        row, image = problem.width * scans * size, problem.height * problem.width * scans * size
+        inner = (view.k if name == "dtaps" else view.c, view.d, view.w)
+        outer = (view.h if problem.height > 1 else row, view.b if problem.batch > 1 else image)
+        if inner != (1, size, scans * size) or outer != (row, image):
+            return False
+    return True
 
 
 def _writes_lines(case: Case, pack: int) -> bool:

@@ -1,0 +1,274 @@
+// Gradients from states and adjoints in shared memory, by all threads.
+#pragma once
+#include "resident_scan.cuh"
+
+// Rows of a task's lam and logits: in memory, or as records in shared memory.
+struct Rows {
+  int first, count;
+  const storage_t* records;  // or null
+};
+
+__device__ __forceinline__ float lam_at(const Params& p, const Rows& rows, const Task& task, int d, int c, int row, int column) {
+#if RECORDS && HAS_LAM
+  if (rows.records != nullptr) {
+    const storage_t* record = rows.records + ((row - rows.first) * p.width + column) * RECORD_SIZE;
+    return widen(record[RECORD_LAM + d * p.channels + c]);
+  }
+#endif
+  return widen(__ldg(at(p.lam, task.b, d, c, row, column)));
+}
+
+__device__ __forceinline__ Taps taps_at(const Params& p, const Rows& rows, const Task& task, int d, int g, int row, int column) {
+#if RECORDS
+  if (rows.records != nullptr) {
+    const storage_t* record = rows.records + ((row - rows.first) * p.width + column) * RECORD_SIZE;
+    return logits_at(record, RECORD_TAPS + (d * p.groups + g) * 3);
+  }
+#endif
+  const storage_t* a = at(p.taps, task.b, d, g, row, column);
+  return {widen(__ldg(a)), widen(__ldg(a + p.taps.k)), widen(__ldg(a + 2 * p.taps.k))};
+}
+
+// Unit `unit` of image 0 (x) or 1 (dy), as the scans have it.
+__device__ __forceinline__ float image_at(const Params& p, const Memory& m, bool vertical, int image, int unit, int index, int c) {
+  const int plane = (image * units_of(p) + unit) * (vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H]);
+  const u32 bits = ((const unit_t*)(shared_memory() + (vertical ? m.vertical_images : m.horizontal_images) + plane))[index];
+#if PACK == 2
+  return c ? widen_high(bits) : widen_low(bits);
+#else
+  return widen_bits(bits);
+#endif
+}
+
+// dlam, dgate and the gradient of the taps, of some rows.
+__device__ __forceinline__ void scan_gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows) {
+  const Divisor chunk = chunk_of(p);
+  const int first = rows.first * p.width, last = first + rows.count * p.width;
+  const int per_group = units_of(p) / groups_of(p), size = (int)sizeof(unit_t);
+  const bool lam_words = HAS_LAM && paired(p.dlam), gate_words = HAS_GATE && paired(p.dgate);
+  for (int d = range.first; d < range.last; d++) {
+    const Scan s = scan_at(p, d);
+    const Target t = target_of(p, m, range.first, d);
+    const int to_previous = (s.reversed ? 1 : -1) * (s.vertical ? t.row_step : t.column_step) * size;
+    for (int group = 0; group < groups_of(p); group++) {
+      for_pixels(p, first, last, [&](int row, int column) {
+        const int line = s.vertical ? row : column, place = s.vertical ? column : row;
+        const int index = row * t.row_step + column * t.column_step, i = s.reversed ? s.lines - 1 - line : line;
+        const bool restart = i == quotient(i, chunk) * p.chunk;
+        const bool has_before = place > 0, has_after = place + 1 < s.places;
+        Taps dw = {0.f, 0.f, 0.f};
+        for (int unit = group * per_group; unit < (group + 1) * per_group; unit++) {
+          const unsigned char* h = t.units + unit * UNIT_PLANES * t.unit + index * size;
+          const unsigned char* previous = h + to_previous;
+          const int c = task.c0 + unit * PACK;
+          float dlam[PACK], dgate[PACK];
+#pragma unroll
+          for (int k = 0; k < PACK; k++) {
+            const float g = load_result(h + GATE_PLANE * t.unit, t.unit, k);
+            if (!restart) {
+              dw.here = fmaf(g, load_result(previous, t.unit, k), dw.here);
+              if (has_before) dw.before = fmaf(g, load_result(previous - size, t.unit, k), dw.before);
+              if (has_after) dw.after = fmaf(g, load_result(previous + size, t.unit, k), dw.after);
+            }
+            dlam[k] = g * image_at(p, m, s.vertical, 0, unit, index, k);
+            dgate[k] = load_result(h, t.unit, k) * image_at(p, m, s.vertical, 1, unit, index, k);
+          }
+          if (HAS_LAM && p.dlam.data != nullptr)
+            store_unit(at(p.dlam, task.b, d, c, row, column), p.dlam.c, lam_words, dlam);
+          if (HAS_GATE && p.dgate.data != nullptr)
+            store_unit(at(p.dgate, task.b, d, c, row, column), p.dgate.c, gate_words, dgate);
+        }
+        if (p.dtaps.data != nullptr) {
+          Taps da = {0.f, 0.f, 0.f};
+          if (!restart)
+            da = gradient_of(t.taps + group * t.tap, index, taps_at(p, rows, task, d, task.g0 + group, row, column), dw, has_before,
+                             has_after);
+          storage_t* out = at(p.dtaps, task.b, d, task.g0 + group, row, column);
+          out[0] = narrow(da.before);
+          out[p.dtaps.k] = narrow(da.here);
+          out[2 * p.dtaps.k] = narrow(da.after);
+        }
+      });
+    }
+  }
+}
+
+// Planes of the float32 sums of dx, in (row, column).
+__device__ __forceinline__ int sum_plane(const Params& p) { return (p.height * p.width * (int)sizeof(unit_t) + 15) & ~15; }
+
+__device__ __forceinline__ unsigned char* sum_at(const Params& p, int unit, int row, int column) {
+  return shared_memory() + p.knobs[SUMS_AT] + unit * RESULT_PLANES * sum_plane(p) + (row * p.width + column) * (int)sizeof(unit_t);
+}
+
+__device__ __forceinline__ void put_dx(const Params& p, const Task& task, int unit, int row, int column, const float (&sum)[PACK]) {
+  store_unit(at(p.dx, task.b, 0, task.c0 + unit * PACK, row, column), p.dx.c, paired(p.dx), sum);
+}
+
+// dx of some rows: the sum over the directions of this pass, after those of the passes before.
+__device__ __forceinline__ void image_gradient(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows,
+                                               bool first_pass, bool last_pass) {
+  const int first = rows.first * p.width, last = first + rows.count * p.width;
+  for (int unit = 0; unit < units_of(p); unit++)
+    for_pixels(p, first, last, [&](int row, int column) {
+      unsigned char* kept = sum_at(p, unit, row, column);
+      float sum[PACK];
+#pragma unroll
+      for (int k = 0; k < PACK; k++) sum[k] = first_pass ? 0.f : load_result(kept, sum_plane(p), k);
+      for (int d = range.first; d < range.last; d++) {
+        const Target t = target_of(p, m, range.first, d);
+        const unsigned char* g = t.units + (unit * UNIT_PLANES + GATE_PLANE) * t.unit +
+                                 (row * t.row_step + column * t.column_step) * (int)sizeof(unit_t);
+#pragma unroll
+        for (int k = 0; k < PACK; k++) {
+          const float lam = HAS_LAM ? lam_at(p, rows, task, d, task.c0 + unit * PACK + k, row, column) : 1.f;
+          sum[k] = fmaf(lam, load_result(g, t.unit, k), sum[k]);
+        }
+      }
+      if (SPLIT == 1 && last_pass)
+        put_dx(p, task, unit, row, column, sum);
+      else
+        store_result_at(kept, sum_plane(p), sum);
+    });
+}
+
+__device__ __forceinline__ void gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows,
+                                          bool first_pass, bool last_pass) {
+  scan_gradients(p, m, range, task, rows);
+  if (p.dx.data != nullptr) image_gradient(p, m, range, task, rows, first_pass, last_pass);
+}
+
+#if SPLIT > 1
+// dx from what the blocks of the cluster summed, in their order; each block takes its share of the pixels.
+__device__ __forceinline__ void sum_blocks(const Params& p, const Task& task, int rank) {
+  const int pixels = p.height * p.width;
+  for (int unit = 0; unit < units_of(p); unit++)
+    for_pixels(p, rank * pixels / SPLIT, (rank + 1) * pixels / SPLIT, [&](int row, int column) {
+      float sum[PACK];
+#pragma unroll
+      for (int k = 0; k < PACK; k++) sum[k] = 0.f;
+#pragma unroll
+      for (int owner = 0; owner < SPLIT; owner++) {
+        const unsigned char* from = cluster_map(sum_at(p, unit, row, column), owner);
+#pragma unroll
+        for (int k = 0; k < PACK; k++) sum[k] += load_result(from, sum_plane(p), k);
+      }
+      put_dx(p, task, unit, row, column, sum);
+    });
+}
+#endif
+
+// Gradients of records, a pixel a thread --------------------------------------------------------------------------
+//
+// BY_PIXELS, the plan's promise: a task is a pair of channels with shared taps; there are lam and gate; every gradient is
+// asked for, and dlam, dgate and dtaps are dense records, aligned to the vectors that are written here; the number of
+// directions of a pass is even, and a pass has no other block (SPLIT 1).
+
+#if BY_PIXELS
+#define PART (SCANS / PASSES)  // directions of a pass
+
+// What a pixel has to do with one orientation.
+struct Pixel {
+  int index;          // bytes
+  int before, after;  // bytes to its neighbours, or 0
+  float x[2], dy[2];
+};
+
+__device__ __forceinline__ Pixel pixel_of(const Params& p, const Memory& m, bool vertical, int row, int column) {
+  const int place = vertical ? column : row, places = vertical ? p.width : p.height;
+  const int index = 4 * (vertical ? row * p.knobs[PITCH_V] + column : column * p.knobs[PITCH_H] + row);
+  const unsigned char* x = shared_memory() + (vertical ? m.vertical_images : m.horizontal_images) + index;
+  const u32 word = *(const u32*)x, dy = *(const u32*)(x + (vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H]));
+  return {index, place > 0 ? -4 : 0, place + 1 < places ? 4 : 0, {widen_low(word), widen_high(word)}, {widen_low(dy), widen_high(dy)}};
+}
+
+// Field by field: a reference to either would keep both in memory.
+__device__ __forceinline__ Pixel either(bool first, const Pixel& a, const Pixel& b) {
+  return {first ? a.index : b.index,
+          first ? a.before : b.before,
+          first ? a.after : b.after,
+          {first ? a.x[0] : b.x[0], first ? a.x[1] : b.x[1]},
+          {first ? a.dy[0] : b.dy[0], first ? a.dy[1] : b.dy[1]}};
+}
+
+// Of one direction: dlam and dgate as words, dx added to a sum, and the gradients of the taps.
+__device__ __forceinline__ Taps direction_gradients(const Params& p, const Memory& m, const Range& range, int d, const Pixel& pixel,
+                                                    int line, const storage_t* record, u32& dlam, u32& dgate, float (&dx)[2]) {
+  const Scan s = scan_at(p, d);
+  const int plane = s.vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H], pitch = s.vertical ? p.knobs[PITCH_V] : p.knobs[PITCH_H];
+  const int i = s.reversed ? s.lines - 1 - line : line;
+  const bool restart = i == quotient(i, chunk_of(p)) * p.chunk;
+  const unsigned char* h = shared_memory() + offset_of(m, range.first, d) + pixel.index;
+  const unsigned char* previous = h + (restart ? 0 : s.reversed ? 4 * pitch : -4 * pitch);
+  const u32 lam = ((const u32*)record)[RECORD_LAM / 2 + d];
+  float g[2];
+  Taps dw = {0.f, 0.f, 0.f};
+#pragma unroll
+  for (int c = 0; c < 2; c++, h += plane, previous += plane) {
+    g[c] = *(const float*)(h + GATE_PLANE * plane);
+    dw.before = fmaf(g[c], *(const float*)(previous + pixel.before), dw.before);
+    dw.here = fmaf(g[c], *(const float*)previous, dw.here);
+    dw.after = fmaf(g[c], *(const float*)(previous + pixel.after), dw.after);
+  }
+  h -= 2 * plane;
+  dlam = narrow_pair(g[0] * pixel.x[0], g[1] * pixel.x[1]);
+  dgate = narrow_pair(*(const float*)h * pixel.dy[0], *(const float*)(h + plane) * pixel.dy[1]);
+  dx[0] = fmaf(widen_low(lam), g[0], dx[0]);
+  dx[1] = fmaf(widen_high(lam), g[1], dx[1]);
+  const Taps a = logits_at(record, RECORD_TAPS + 3 * d);
+  const Taps da = gradient_of(h + UNIT_PLANES * plane, 0, a, dw, pixel.before != 0, pixel.after != 0);
+  return {restart ? 0.f : da.before, restart ? 0.f : da.here, restart ? 0.f : da.after};
+}
+
+// The gradients of the rows of a slab. dtaps go through the slab itself, where every thread has read its record, so that
+// neighbouring words are written together.
+__device__ __forceinline__ void pixel_gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows,
+                                                bool first_pass, bool last_pass) {
+  const Divisor width = width_of(p);
+  const int n = rows.count * p.width, lane = threadIdx.x & 31, words = 3 * PART / 2, plane = sum_plane(p);
+  const long long first = ((long long)task.b * p.height + rows.first) * p.width;
+  u32* dlam_out = (u32*)p.dlam.data + (first * SCANS + range.first);
+  u32* dgate_out = (u32*)p.dgate.data + (first * SCANS + range.first);
+  u32* dtaps_out = (u32*)p.dtaps.data + (first * SCANS + range.first) / 2 * 3;
+  bool vertical = false, horizontal = false;
+#pragma unroll
+  for (int k = 0; k < PART; k++) (vertical_at(range.first + k) ? vertical : horizontal) = true;
+#pragma unroll 1
+  for (int start = threadIdx.x - lane; start < n; start += THREADS) {
+    const int at = start + lane;
+    u32* record = (u32*)rows.records + at * (RECORD_SIZE / 2);
+    if (at < n) {
+      const int line = quotient(at, width), column = at - line * p.width, row = rows.first + line;
+      unsigned char* kept = sum_at(p, 0, row, column);
+      u32 dlam[PART], dgate[PART];
+      float dtaps[3 * PART], dx[2] = {0.f, 0.f};
+      if (!first_pass) dx[0] = load_result(kept, plane, 0), dx[1] = load_result(kept, plane, 1);
+      Pixel down = {}, across = {};
+      if (vertical) down = pixel_of(p, m, true, row, column);
+      if (horizontal) across = pixel_of(p, m, false, row, column);
+#pragma unroll
+      for (int k = 0; k < PART; k++) {
+        const int d = range.first + k;
+        const bool is_vertical = vertical_at(d);
+        const Taps da = direction_gradients(p, m, range, d, either(is_vertical, down, across), is_vertical ? row : column,
+                                            (const storage_t*)record, dlam[k], dgate[k], dx);
+        dtaps[3 * k] = da.before, dtaps[3 * k + 1] = da.here, dtaps[3 * k + 2] = da.after;
+      }
+      store_words((unsigned char*)(dlam_out + at * SCANS), dlam);
+      store_words((unsigned char*)(dgate_out + at * SCANS), dgate);
+      if (last_pass)
+        put_dx(p, task, 0, row, column, dx);
+      else
+        store_result_at(kept, plane, dx);
+#pragma unroll
+      for (int i = 0; i < words; i++) record[i] = narrow_pair(dtaps[2 * i], dtaps[2 * i + 1]);
+    }
+    __syncwarp();
+    const u32* slab = (const u32*)rows.records;
+#pragma unroll
+    for (int i = 0; i < words; i++) {
+      const int word = 32 * i + lane, pixel = start + word / words, k = word % words;
+      if (pixel < n) dtaps_out[pixel * (3 * SCANS / 2) + k] = slab[pixel * (RECORD_SIZE / 2) + k];
+    }
+  }
+}
+#endif
