@@ -22,7 +22,7 @@ template <int PENDING>
 __device__ __forceinline__ void arrived() {
   copy_wait<PENDING>();
   if (WIDE && HAS_HIDDEN)
-    named_barrier(0, blockDim.x);
+    __syncthreads();
   else
     __syncwarp();
 }
@@ -61,7 +61,7 @@ __device__ __forceinline__ void walk_segment(const Params& p, const Work& w, Thr
   arrived<1>();
   if (segment > 0) fetch<0, DOUBLE>(p, w, t, segment - 1);
   copy_commit();
-  if (needs_states(p) && !HAS_HIDDEN) {
+  if (COMPUTES_STATES) {
 #pragma unroll
     for (int n = 0; n < N; n++) h[n] = entering[n], entering[n] = 0.f;
     const Shown shown = {h[0], h[N - 1]};
@@ -77,7 +77,7 @@ __device__ __forceinline__ void walk_segment(const Params& p, const Work& w, Thr
 __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t) {
   float h[N] = {}, entering[N] = {}, carried[N] = {};
   const int last = segments_of(w.scan) - 1;
-  if (needs_states(p) && !HAS_HIDDEN && last > 0) get_floats(kept_of(p, w, last), entering);
+  if (COMPUTES_STATES && last > 0) get_floats(kept_of(p, w, last), entering);
   for (int segment = last; segment >= 0; segment--) {
     if (has_channel(t)) walk_segment(p, w, t, segment, h, entering, carried);
     if (SHARED || (SPLIT && segment > 0)) {
@@ -100,9 +100,9 @@ KERNEL(THREADS, MIN_BLOCKS) planes_backward(CONSTANT_PARAMS p) {
   Thread t = thread_of(p, scan, threadIdx.x, edges);
   // Beyond the first and the last thread there is nothing, but it is looked at where a line goes on in other blocks.
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
-  cluster_meets();  // every block is there before another one writes into its memory
   const Work w = work_of(p, scan, t);
-  if (needs_states(p) && !HAS_HIDDEN) {
+  cluster_meets();  // every block is there before another one writes into its memory
+  if (COMPUTES_STATES) {
     scan_forward(p, w, t);
   } else {
     fetch<0, DOUBLE>(p, w, t, segments_of(scan) - 1);

@@ -1,7 +1,7 @@
 // Backward of vertical scans of planes: lines are rows, adjacent in memory. Each warp fetches its own places of each
 // line, 16 bytes a lane, and keeps them in shared memory that only it uses.
 #pragma once
-#include "planes_backward.cuh"
+#include "planes_backward_line.cuh"
 
 constexpr int UNIT = 32 * N * SIZE;      // bytes of a warp's part of a line of one operand
 constexpr int PIECES = UNIT / 16;
@@ -65,73 +65,120 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
   }
 }
 
-__device__ __forceinline__ Packed<N> read_places(const unsigned char* unit, int lane) {
-  Packed<N> packed;
-  read_words(packed.words, unit + lane * (N * SIZE));
-  return packed;
-}
-__device__ __forceinline__ void read_floats(const unsigned char* unit, int lane, float (&v)[N]) {
-  const Packed<N> packed = read_places(unit, lane);
+// What there is of one line in shared memory: operands, and the state that enters it, for the walk back.
+struct Line {
+  Packed<N> operand[OPERANDS];
+  float h[N];
+  Edges edges;
+
+  __device__ __forceinline__ Taps taps(int n) const {
+    return {operand[TAPS][n], operand[TAPS + 1][n], operand[TAPS + 2][n]};
+  }
+};
+
+template <int LAST>
+__device__ __forceinline__ void read_operands(const Params& p, const Work& w, const Thread& t, int segment, int s, Line& line) {
 #pragma unroll
-  for (int n = 0; n < N; n++) v[n] = packed[n];
-}
-__device__ __forceinline__ void read_taps(const Work& w, int segment, int s, int lane, Taps (&taps)[N]) {
-  const Packed<N> before = read_places(unit_at(w, segment, s, TAPS), lane);
-  const Packed<N> here = read_places(unit_at(w, segment, s, TAPS + 1), lane);
-  const Packed<N> after = read_places(unit_at(w, segment, s, TAPS + 2), lane);
-#pragma unroll
-  for (int n = 0; n < N; n++) taps[n] = {before[n], here[n], after[n]};
+  for (int op = 0; op < LAST; op++)
+    if (is_read(p, op)) read_words(line.operand[op].words, unit_at(w, segment, s, op) + t.lane * (N * SIZE));
 }
 
-// The lines of a segment in scan order; with `keep`, the state that enters each stays in shared memory.
+__device__ __forceinline__ void read_line(const Params& p, const Work& w, const Thread& t, int segment, int s, Line& line) {
+  read_operands<OPERANDS>(p, w, t, segment, s, line);
+#if HAS_HIDDEN
+  if (!NEEDS_STATES) return;
+  const unsigned char* unit = unit_at(w, segment, s, HIDDEN);
+  Edges others = {0.f, 0.f};
+  if (asks_before(t)) others.before = widen(((const storage_t*)(unit - WARP_BYTES))[32 * N - 1]);
+  if (asks_after(t)) others.after = widen(*(const storage_t*)(unit + WARP_BYTES));
+#pragma unroll
+  for (int n = 0; n < N; n++) line.h[n] = line.operand[HIDDEN][n];
+  line.edges = edges_of(t, line.h, others);
+#else
+  if (NEEDS_STATES) line.edges = get_state(w.states, WARP_BYTES / 4, s, t, line.h);
+#endif
+}
+
+// The lines of a segment in scan order; with `keep`, the state that enters each stays in shared memory. The next line
+// is read while the edges of this one travel.
 __device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N], Edges& edges,
                                              bool keep) {
   const int first = segment * S, count = min(S, w.scan.lines - first);
   int phase = first % p.chunk;
+  Line line;
+  read_operands<DY>(p, w, t, segment, 0, line);
+#pragma unroll 1
   for (int s = 0; s < count; s++) {
     if (keep) put_state(w.states, s, t.lane, h);
     float u[N];
     Taps taps[N];
-    read_floats(unit_at(w, segment, s, X), t.lane, u);
-#if HAS_LAM
-    const Packed<N> lam = read_places(unit_at(w, segment, s, LAM), t.lane);
 #pragma unroll
-    for (int n = 0; n < N; n++) u[n] *= lam[n];
+    for (int n = 0; n < N; n++) {
+      u[n] = line.operand[X][n];
+#if HAS_LAM
+      u[n] *= line.operand[LAM][n];
 #endif
-    read_taps(w, segment, s, t.lane, taps);
-    forward_line(t, h, edges, u, taps, phase == 0);
+      taps[n] = line.taps(n);
+    }
+    const Shown shown = forward_line(t, h, edges, u, taps, phase == 0);
+    publish(t, shown);
     if (++phase == p.chunk) phase = 0;
+    if (s + 1 < count) read_operands<DY>(p, w, t, segment, s + 1, line);
+    edges = settle(t, shown);
   }
+}
+
+// Gradients in memory, from the first place of this thread on: null where nothing is written.
+struct Sinks {
+  unsigned char* to[OPERANDS];
+};
+__device__ __forceinline__ Sinks sinks_of(const Params& p, const Thread& t) {
+  Sinks sinks;
+#pragma unroll
+  for (int op = 0; op < OPERANDS; op++)
+    sinks.to[op] = is_wanted(p, op) ? sink_of(p, op, t.b, t.group, t.channel) + t.place * SIZE : nullptr;
+  return sinks;
 }
 
 // One output of a line: `v` in the place of operand `op`.
-__device__ __forceinline__ void write_line(const Params& p, const Work& w, const Thread& t, int op, int row, const Packed<N>& v) {
-  if (!t.own) return;
-  unsigned char* base = sink_of(p, op, t.b, t.group, t.channel) + t.place * SIZE;
-  store_words(at_row(base, row, sink_pitch(p, op)), v.words);
+__device__ __forceinline__ void write_packed(const Params& p, const Thread& t, const Sinks& sinks, int op, int row,
+                                             const Packed<N>& v) {
+  unsigned char* to = at_row(sinks.to[op], row, sink_pitch(p, op));
+  if (t.own) store_words(to, v.words);
 }
-__device__ __forceinline__ void write_line(const Params& p, const Work& w, const Thread& t, int op, int row,
+__device__ __forceinline__ void write_line(const Params& p, const Thread& t, const Sinks& sinks, int op, int row,
                                            const float (&v)[N]) {
   Packed<N> packed;
   narrow_all(packed, v);
-  write_line(p, w, t, op, row, packed);
+  write_packed(p, t, sinks, op, row, packed);
+}
+__device__ __forceinline__ void write_taps(const Params& p, const Thread& t, const Sinks& sinks, int row, const Taps (&da)[N]) {
+  float before[N], here[N], after[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) before[n] = da[n].before, here[n] = da[n].here, after[n] = da[n].after;
+  write_line(p, t, sinks, TAPS, row, before);
+  write_line(p, t, sinks, TAPS + 1, row, here);
+  write_line(p, t, sinks, TAPS + 2, row, after);
 }
 
+#if SHARED
+#include "planes_backward_vertical_shared.cuh"
+#endif
+
 // dx of a line, added to what the directions before this one left.
-__device__ __forceinline__ void write_input_gradient(const Params& p, const Work& w, const Thread& t, int segment, int s, int row,
-                                                     float (&dx)[N]) {
-#if HAS_SUMS && STORAGE == 0
+__device__ __forceinline__ void write_input_gradient(const Params& p, const Thread& t, const Sinks& sinks, const Line& line,
+                                                     int row, float (&dx)[N]) {
+#if HAS_SUMS
   if (reads_sums(p)) {
-    const Packed<N> sum = read_places(unit_at(w, segment, s, SUM), t.lane);
 #pragma unroll
-    for (int n = 0; n < N; n++) dx[n] += sum[n];
+    for (int n = 0; n < N; n++)
+#if STORAGE == 0
+      dx[n] += line.operand[SUM][n];
+#else
+      dx[n] += joined(line.operand[SUM].words[n / 2], line.operand[SUM + 1].words[n / 2], n);
+#endif
   }
-#elif HAS_SUMS
-  if (reads_sums(p)) {
-    const Packed<N> upper = read_places(unit_at(w, segment, s, SUM), t.lane), lower = read_places(unit_at(w, segment, s, SUM + 1), t.lane);
-#pragma unroll
-    for (int n = 0; n < N; n++) dx[n] += joined(upper.words[n / 2], lower.words[n / 2], n);
-  }
+#if STORAGE != 0
   if (wants_sums(p)) {
     Packed<N> upper, lower;
 #pragma unroll
@@ -139,201 +186,93 @@ __device__ __forceinline__ void write_input_gradient(const Params& p, const Work
       const Pair halves = split(dx[n], dx[n + 1]);
       upper.words[n / 2] = halves.upper, lower.words[n / 2] = halves.lower;
     }
-    write_line(p, w, t, SUM, row, upper);
-    write_line(p, w, t, SUM + 1, row, lower);
+    write_packed(p, t, sinks, SUM, row, upper);
+    write_packed(p, t, sinks, SUM + 1, row, lower);
     return;
   }
 #endif
-  write_line(p, w, t, X, row, dx);
+#endif
+  write_line(p, t, sinks, X, row, dx);
 }
 
-__device__ __forceinline__ void write_tap_gradient(const Params& p, const Work& w, const Thread& t, int row, const Taps (&dw)[N],
-                                                   const Taps (&taps)[N]) {
-  float before[N], here[N], after[N];
+// g of a line: what its output and the lines after it say of its state. `h` is that state.
+__device__ __forceinline__ void state_gradient(const Params& p, const Thread& t, const Sinks& sinks, const Line& line, int row,
+                                               const float (&h)[N], const float (&carried)[N], float (&g)[N]) {
+  float dgate[N];
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    const Taps da = tap_gradient(taps[n], dw[n], has_before(t, n), has_after(t, n));
-    before[n] = da.before, here[n] = da.here, after[n] = da.after;
+    const float dy = line.operand[DY][n];
+#if HAS_GATE
+    dgate[n] = h[n] * dy;
+    g[n] = inside(t, n, fmaf(line.operand[GATE][n], dy, carried[n]));
+#else
+    g[n] = inside(t, n, dy + carried[n]);
+#endif
   }
-  write_line(p, w, t, TAPS, row, before);
-  write_line(p, w, t, TAPS + 1, row, here);
-  write_line(p, w, t, TAPS + 2, row, after);
+  if (HAS_GATE && WANTS_GATE) write_line(p, t, sinks, GATE, row, dgate);
 }
 
-#if SHARED
-// Gradients of shared weights of a line: those that only this thread's warp looks at until the cluster meets.
-__device__ __forceinline__ void park(const Work& w, const Thread& t, int segment, int s, const Taps (&dw)[N]) {
-  Packed<N> packed[4];
-#if STORAGE == 0
+__device__ __forceinline__ void write_product_gradients(const Params& p, const Thread& t, const Sinks& sinks, const Line& line,
+                                                        int row, const float (&g)[N]) {
+  float dx[N], dlam[N];
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    packed[0].words[n] = __float_as_uint(dw[n].before);
-    packed[1].words[n] = __float_as_uint(dw[n].here);
-    packed[2].words[n] = __float_as_uint(dw[n].after);
-  }
+    dlam[n] = g[n] * line.operand[X][n];
+#if HAS_LAM
+    dx[n] = g[n] * line.operand[LAM][n];
 #else
-#pragma unroll
-  for (int n = 0; n < N; n += 2) {
-    const Pair before = split(dw[n].before, dw[n + 1].before), here = split(dw[n].here, dw[n + 1].here);
-    packed[0].words[n / 2] = before.upper, packed[1].words[n / 2] = before.lower;
-    packed[2].words[n / 2] = here.upper, packed[3].words[n / 2] = here.lower;
-  }
+    dx[n] = g[n];
 #endif
-#pragma unroll
-  for (int i = 0; i < (STORAGE == 0 ? 3 : 4); i++)
-    write_words(unit_at(w, segment, s, parked_in(i)) + t.lane * (N * SIZE), packed[i].words);
-}
-// The third, in the place of a state that other warps look at until the line is settled.
-__device__ __forceinline__ void park_last(const Work& w, const Thread& t, int s, const Taps (&dw)[N]) {
-#if STORAGE != 0
-  float after[N];
-#pragma unroll
-  for (int n = 0; n < N; n++) after[n] = dw[n].after;
-  put_state(w.states, s, t.lane, after);
-#endif
-}
-
-// What block `rank` of the cluster parked for this thread's places, added to dw.
-__device__ __forceinline__ void add_parked(const Work& w, const Thread& t, int segment, int s, int rank, Taps (&dw)[N]) {
-  Packed<N> packed[4];
-#pragma unroll
-  for (int i = 0; i < (STORAGE == 0 ? 3 : 4); i++) {
-    unsigned char* unit = unit_at(w, segment, s, parked_in(i)) + t.lane * (N * SIZE);
-    read_words(packed[i].words, CLUSTER ? cluster_map(unit, rank) : unit);
   }
-#if STORAGE == 0
-#pragma unroll
-  for (int n = 0; n < N; n++) dw[n].before += packed[0][n], dw[n].here += packed[1][n], dw[n].after += packed[2][n];
-#else
-  float* states = CLUSTER ? cluster_map(w.states, rank) : w.states;
-#pragma unroll
-  for (int n = 0; n < N; n += VEC) {
-    const Floats after = *(const Floats*)(states + state_index(s, n, t.lane));
-#pragma unroll
-    for (int i = 0; i < VEC; i++) dw[n + i].after += after.v[i];
-  }
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-    dw[n].before += joined(packed[0].words[n / 2], packed[1].words[n / 2], n);
-    dw[n].here += joined(packed[2].words[n / 2], packed[3].words[n / 2], n);
-  }
-#endif
-}
-
-// The gradient of shared taps in one segment: each block of the cluster sums some of its lines over all channels.
-__device__ __forceinline__ void sum_channels(const Params& p, const Work& w, const Thread& t, int segment) {
-  const int first = segment * S, count = min(S, w.scan.lines - first), strips = strips_of(p);
-  for (int s = t.member; s < count; s += p.knobs[5]) {
-    if (!t.own) continue;
-    const int row = row_of(w.scan, first + s);
-    Taps taps[N] = {}, dw[N] = {};
-    const bool complete = is_single_part(p);
-    if (NORMALIZE && complete) {
-      Packed<N> packed[3];
-#pragma unroll
-      for (int k = 0; k < 3; k++)
-        read_words(packed[k].words, at_row(plane_of(p.taps, t.b, p.knobs[0], t.group, k) + t.place * SIZE, row, (int)p.taps.h));
-#pragma unroll
-      for (int n = 0; n < N; n++) taps[n] = {packed[0][n], packed[1][n], packed[2][n]};
-    }
-    for (int member = 0; member < t.members; member++) add_parked(w, t, segment, s, member * strips + t.strip, dw);
-    if (complete) {
-      write_tap_gradient(p, w, t, row, dw, taps);
-    } else {
-      const long long offset = (long long)row * p.knobs[2] + t.place;
-#pragma unroll
-      for (int n = 0; n < N; n++) {
-        part_of(p, t, 0)[offset + n] = dw[n].before;
-        part_of(p, t, 1)[offset + n] = dw[n].here;
-        part_of(p, t, 2)[offset + n] = dw[n].after;
-      }
-    }
-  }
-}
-#endif
-
-// The state that enters a line, with its edges.
-__device__ __forceinline__ Edges state_of(const Work& w, const Thread& t, int segment, int s, float (&h)[N]) {
-#if HAS_HIDDEN
-  const unsigned char* unit = unit_at(w, segment, s, HIDDEN);
-  read_floats(unit, t.lane, h);
-  Edges others = {0.f, 0.f};
-  if (asks_before(t)) others.before = widen(((const storage_t*)(unit - WARP_BYTES))[32 * N - 1]);
-  if (asks_after(t)) others.after = widen(*(const storage_t*)(unit + WARP_BYTES));
-  return edges_of(t, h, others);
-#else
-  return get_state(w.states, WARP_BYTES / 4, s, t, h);
-#endif
+  if (HAS_LAM && WANTS_LAM) write_line(p, t, sinks, LAM, row, dlam);
+  if (WANTS_X) write_input_gradient(p, t, sinks, line, row, dx);
 }
 
 // The lines of a segment from last to first. `h` is the state after the last, `carried` what later lines handed on.
 __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N],
                                           float (&carried)[N]) {
   const int first = segment * S, count = min(S, w.scan.lines - first);
+  const Sinks sinks = sinks_of(p, t);
   int phase = (first + count - 1) % p.chunk;
+  Line line;
+  read_line(p, w, t, segment, count - 1, line);
+#pragma unroll 1
   for (int s = count - 1; s >= 0; s--) {
-    const int line = first + s, row = row_of(w.scan, line);
+    const int row = row_of(w.scan, first + s);
     const bool restart = phase == 0;
-    const Packed<N> dy = read_places(unit_at(w, segment, s, DY), t.lane);
+    phase = restart ? p.chunk - 1 : phase - 1;
     float g[N];
-#if HAS_GATE
-    const Packed<N> gate = read_places(unit_at(w, segment, s, GATE), t.lane);
-#pragma unroll
-    for (int n = 0; n < N; n++) g[n] = inside(t, n, fmaf(gate[n], dy[n], carried[n]));
-    if (p.dgate.data != nullptr) {
-      float dgate[N];
-#pragma unroll
-      for (int n = 0; n < N; n++) dgate[n] = h[n] * dy[n];
-      write_line(p, w, t, GATE, row, dgate);
-    }
-#else
-#pragma unroll
-    for (int n = 0; n < N; n++) g[n] = inside(t, n, dy[n] + carried[n]);
-#endif
     Taps taps[N];
-    Shown shown = {0.f, 0.f};
+    Weighed weight[N];
+    state_gradient(p, t, sinks, line, row, h, carried, g);
 #pragma unroll
-    for (int n = 0; n < N; n++) carried[n] = 0.f;
-    read_taps(w, segment, s, t.lane, taps);
-    if (!restart) {
-      Taps weight[N];
-      weights(t, taps, weight);
-      shown = carry_line(t, carried, g, weight);
-    }
+    for (int n = 0; n < N; n++) taps[n] = line.taps(n), carried[n] = 0.f;
+    weigh(t, taps, weight);
+    Shown shown = {0.f, 0.f};
+    if (!restart) shown = carry_line(carried, g, weight);
     publish(t, shown);
     Taps dw[N] = {};
-    if (needs_states(p)) {
-      const Edges edges = state_of(w, t, segment, s, h);
-      if (!restart) weight_gradients(dw, g, h, edges);
+    if (WANTS_TAPS) {
+      if (!restart) weight_gradients(dw, g, line.h, line.edges);
 #if SHARED
       park(w, t, segment, s, dw);
 #else
-      if (p.dtaps.data != nullptr) write_tap_gradient(p, w, t, row, dw, taps);
-#endif
-    }
-#if HAS_LAM
-    if (p.dlam.data != nullptr) {
-      const Packed<N> x = read_places(unit_at(w, segment, s, X), t.lane);
-      float dlam[N];
+      Taps da[N];
 #pragma unroll
-      for (int n = 0; n < N; n++) dlam[n] = g[n] * x[n];
-      write_line(p, w, t, LAM, row, dlam);
-    }
+      for (int n = 0; n < N; n++) da[n] = dw[n];
+      tap_gradients(t, da, weight);
+      write_taps(p, t, sinks, row, da);
 #endif
-    if (p.dx.data != nullptr) {
-#if HAS_LAM
-      const Packed<N> lam = read_places(unit_at(w, segment, s, LAM), t.lane);
+    }
+    write_product_gradients(p, t, sinks, line, row, g);
 #pragma unroll
-      for (int n = 0; n < N; n++) g[n] *= lam[n];
-#endif
-      write_input_gradient(p, w, t, segment, s, row, g);
-    }
+    for (int n = 0; n < N; n++) h[n] = line.h[n];
+    if (s > 0) read_line(p, w, t, segment, s - 1, line);
     const Edges from = settle(t, shown);
     carried[0] += from.before;
     carried[N - 1] += from.after;
 #if SHARED
     park_last(w, t, s, dw);
 #endif
-    phase = restart ? p.chunk - 1 : phase - 1;
   }
 }

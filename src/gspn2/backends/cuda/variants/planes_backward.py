@@ -8,7 +8,7 @@ and back. Where forward saved its output, which is the state of a single scan, o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, View, options
@@ -16,13 +16,19 @@ from ..geometry import Case, Kernel, Launch, Plan, View, options
 NAME = "planes"
 SOURCE, FUNCTION = "planes_backward.cu", "planes_backward"
 
+GRADIENTS = ("dx", "dtaps", "dlam", "dgate")
+"""In the order of the bits of the macro WANTS."""
+
 UNIT = 16
 """Bytes of an asynchronous copy; rows start at multiples of it."""
+
+POINTERS = 2 * 8 * 10
+"""Bytes of the addresses that horizontal scans keep in shared memory: ten operands and gradients at most."""
 
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
 
-THREADS = (32, 64, 128, 256, 512, 576)
+THREADS = (32, 64, 128, 256, 320, 384, 512, 576)
 """Numbers of threads that kernels are compiled for: a block has at most as many."""
 
 RESIDENT = 512
@@ -44,14 +50,19 @@ def why_not(case: Case) -> str | None:
     return None
 
 
-def plan(case: Case) -> Plan:
-    """One launch for each direction, in order: each adds its part of dx to that of those before."""
+def plan(case: Case, choice: Mapping[str, Cut] | None = None) -> Plan:
+    """One launch for each direction, in order: each adds its part of dx to that of those before.
+
+    Args:
+        case: one that is taken.
+        choice: for some directions another cut out of `cuts` than the one expected to be fastest.
+    """
     problem = case.problem
     launches = []
     kept = parts = 0
     reasons = ["gradients of planes, one direction a launch"]
     for index, direction in enumerate(problem.directions):
-        cut = _best(case, direction)
+        cut = (choice or {}).get(direction) or _best(case, direction)
         assert cut is not None
         if not _has_hidden(case):
             line = 4 * cut.places * cut.threads
@@ -63,8 +74,8 @@ def plan(case: Case) -> Plan:
             parts = max(parts, cut.parts)
             launches.append(_add_parts(case, index, cut.parts))
         reasons.append(
-            f"{direction}: {cut.strips} blocks a line and {cut.together} channels in a cluster, {cut.threads} threads "
-            f"with {cut.places} places each, segments of {cut.segment} lines"
+            f"{direction}: {cut.strips} blocks a line and {cut.together} channels in a cluster, "
+            f"{cut.threads} threads with {cut.places} places each, segments of {cut.segment} lines"
         )
     plane = 4 * problem.batch * problem.height * _row(case)
     sums = plane * problem.channels if _has_partial_sums(case) else 0
@@ -83,7 +94,31 @@ def _add_parts(case: Case, index: int, parts: int) -> Launch:
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
-    return []
+    scan = {"STORAGE": 1, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, "HORIZONTAL": 0, "REVERSED": 0}
+    scan |= {"PLACES": 4, "SEGMENT": 8, "THREADS": 256, "MIN_BLOCKS": 1, "WIDE": 1, "RAGGED": 0, "SHARED": 0}
+    scan |= {"HAS_SUMS": 0, "WANTS": 7, "HAS_HIDDEN": 0, "SPLIT": 0, "CLUSTER": 0}
+    many = scan | {"NORMALIZE": 1, "HAS_GATE": 1, "HAS_SUMS": 1, "WANTS": 15}
+    across = {"HORIZONTAL": 1, "PLACES": 1, "SEGMENT": 16, "THREADS": 320}
+    hot = [
+        scan,
+        scan | {"HAS_HIDDEN": 1},
+        scan | {"STORAGE": 0, "HAS_HIDDEN": 1},
+        scan | across,
+        scan | across | {"HAS_HIDDEN": 1},
+        scan | across | {"HAS_HIDDEN": 1, "REVERSED": 1},
+        many,
+        many | across,
+    ]
+    cold = [
+        many | {"PLACES": 8, "THREADS": 32, "MIN_BLOCKS": 1, "WIDE": 0},
+        many | across | {"PLACES": 2, "SEGMENT": 8, "RAGGED": 1},
+        many | {"STORAGE": 2, "SHARED": 1},
+        many | across | {"STORAGE": 0, "SHARED": 1, "SEGMENT": 8},
+    ]
+    found = [(Kernel(SOURCE, FUNCTION, tuple(macros.items())), True) for macros in hot]
+    found += [(Kernel(SOURCE, FUNCTION, tuple(macros.items())), False) for macros in cold]
+    storage = tuple((name, scan[name]) for name in ("STORAGE", "NORMALIZE", "HAS_LAM", "HAS_GATE"))
+    return [*found, (Kernel("planes_backward_taps.cu", "planes_backward_taps", storage), False)]
 
 
 @dataclass(frozen=True)
@@ -214,7 +249,7 @@ def _halo(case: Case, places: int, segment: int) -> int:
     return -(-segment // rounded) * rounded
 
 
-def _cuts(case: Case, direction: str) -> Iterator[Cut]:
+def cuts(case: Case, direction: str) -> Iterator[Cut]:
     """Every way to cut a direction that fits."""
     sizes, size = Sizes.of(case, direction), case.itemsize
     each = UNIT // size
@@ -224,7 +259,9 @@ def _cuts(case: Case, direction: str) -> Iterator[Cut]:
         if strips > 1 and (own < 64 or -(-sizes.places // own) != strips):
             continue
         for places in (1, 2) if sizes.horizontal else (each // 4, each // 2, each):
-            for segment in (32 // size * 2, 32 // size, 16 // size) if sizes.horizontal else (16, 8, 4):
+            for segment in (
+                (32 // size * 2, 32 // size, 16 // size) if sizes.horizontal else (16, 12, 8, 6, 4)
+            ):
                 cut = _fit(case, sizes, strips, most // strips, own, places, segment)
                 if cut is not None:
                     yield cut
@@ -243,6 +280,7 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
         width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
     threads = max(width, 32)
     shared = _place_bytes(case, segment) * threads * places + 16 * (threads // 32 + 2) + 16 * halo
+    shared += POINTERS if sizes.horizontal else 0
     if shared > case.device.shared_memory or threads > THREADS[-1]:
         return None
     together = parts = 1
@@ -258,47 +296,61 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
 def _cost(case: Case, cut: Cut) -> float:
     """Cycles that a launch takes, estimated: waves of blocks, each as slow as what limits it.
 
-    The constants are of an H200 at 1.8 GHz; only their order of magnitude matters for the choice.
+    The constants are of an H200 at 1.8 GHz, instructions as compiled: an order of magnitude, to choose by.
     """
-    device = case.device
-    walks = 1 if _has_hidden(case) else 3
+    device, many = case.device, case.device.multiprocessors
+    hidden, normalize, wide = _has_hidden(case), case.problem.normalize, cut.width > 32
     warps = cut.threads // 32
     resident = min(
         (device.shared_memory + RESERVED) // (cut.shared + RESERVED),
         max(1, RESIDENT // cut.threads),
-        -(-cut.blocks // device.multiprocessors),
+        -(-cut.blocks // many),
     )
     # Clusters live in a GPC, of about 16 multiprocessors.
-    at_once = device.multiprocessors * resident
+    at_once = many * resident
     if cut.cluster > 1:
-        at_once = device.multiprocessors // 16 * (16 * resident // cut.cluster) * cut.cluster
-    instructions = walks * (50 + (30 if case.problem.normalize else 15) * cut.places)
-    waiting = walks * (120 + 60 * (cut.width > 32)) + (600 + 400 * (cut.cluster > 1)) / cut.segment
+        at_once = many // 16 * (16 * resident // cut.cluster) * cut.cluster
+    # Of a warp for one line on the way back, and twice on the way forward.
+    if cut.sizes.horizontal:
+        back, forward = 50 + (35 + 45 * normalize) * cut.places, 25 + (12 + 35 * normalize) * cut.places
+    else:
+        back, forward = 90 + (28 + 45 * normalize) * cut.places, 60 + (14 + 30 * normalize) * cut.places
+    instructions = back + (0 if hidden else 2 * forward)
+    # What one line waits for the one before, and a segment for its operands.
+    waiting = 100 + 50 * wide + (600 + 600 * (cut.cluster > 1)) / cut.segment
+    if not hidden:
+        waiting += 2 * (60 + 50 * wide)
     traffic = _traffic(case, cut) * (1.5 if cut.sizes.horizontal and cut.segment * case.itemsize == 16 else 1)
     place = cut.threads * cut.places
+    own = cut.own if cut.strips > 1 else cut.sizes.places * cut.threads // cut.width
 
     def wave(blocks: int) -> float:
-        busy = -(-blocks // device.multiprocessors)
-        own = blocks * cut.own if cut.strips > 1 else blocks * cut.sizes.places * cut.threads // cut.width
+        busy = -(-blocks // many)
         return cut.sizes.lines * max(
             instructions * warps * busy / 4,
-            instructions + waiting,
+            instructions * -(-warps // 4) + waiting,
             traffic * place * busy / 35,
-            traffic * own / (18 * device.multiprocessors),
+            traffic * blocks * own / (18 * many),
         )
 
     rest = cut.blocks % at_once
-    return cut.blocks // at_once * wave(at_once) + (wave(rest) if rest else 0)
+    total = cut.blocks // at_once * wave(at_once) + (wave(rest) if rest else 0)
+    # Of equals, the one with fewer places beyond its own.
+    return total * (0.9 + 0.1 * place / own)
 
 
 def _best(case: Case, direction: str) -> Cut | None:
     """The cut that is expected to be fastest, or None if none fits."""
-    return min(_cuts(case, direction), key=lambda cut: _cost(case, cut), default=None)
+    return min(cuts(case, direction), key=lambda cut: _cost(case, cut), default=None)
 
 
 def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
     sizes = cut.sizes
     threads = next(number for number in THREADS if number >= cut.threads)
+    # Registers as for as many blocks as there is shared memory for.
+    blocks = max(
+        1, min((case.device.shared_memory + RESERVED) // (cut.shared + RESERVED), RESIDENT // threads)
+    )
     return (
         *options(case),
         ("HORIZONTAL", int(sizes.horizontal)),
@@ -306,11 +358,12 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("PLACES", cut.places),
         ("SEGMENT", cut.segment),
         ("THREADS", threads),
-        ("MIN_BLOCKS", max(1, RESIDENT // threads)),
+        ("MIN_BLOCKS", 1 << (blocks.bit_length() - 1)),
         ("WIDE", int(cut.width > 32)),
         ("RAGGED", int(sizes.places % cut.places != 0)),
         ("SHARED", int(_sums_channels(case))),
         ("HAS_SUMS", int(len(case.problem.directions) > 1)),
+        ("WANTS", sum(1 << i for i, name in enumerate(GRADIENTS) if name in case.views)),
         ("HAS_HIDDEN", int(_has_hidden(case))),
         ("SPLIT", int(cut.strips > 1)),
         ("CLUSTER", int(cut.cluster > 1)),

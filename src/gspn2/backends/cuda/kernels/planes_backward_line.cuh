@@ -1,0 +1,151 @@
+// The maths of one line of a plane, forward and back, and its states in shared memory.
+#pragma once
+#include "planes_backward_memory.cuh"
+
+__device__ __forceinline__ void weights(const Thread& t, const Taps (&taps)[N], Taps (&w)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) w[n] = tap_weights(taps[n], has_before(t, n), has_after(t, n));
+}
+
+// Weights of one place, and what the gradient of its logits takes besides: 1 - sigmoid(a_k).
+struct Weighed {
+  Taps w, rest;
+};
+__device__ __forceinline__ Weighed weigh(const Taps& a, bool has_before, bool has_after) {
+#if NORMALIZE && !SHARED
+  // As `exponentials`: with D_k = e^(m - a_k) and E_k = e^m + D_k, w_k is proportional to 1 / E_k, and D_k / E_k is
+  // 1 - sigmoid(a_k) without cancellation.
+  const float top = fmax_nan(has_before ? a.before : a.here, fmax_nan(a.here, has_after ? a.after : a.here));
+  const float m = fmin_nan(top, 0.f), em = exponential(m);
+  const float d_before = has_before ? exponential(m - a.before) : 0.f, d_here = exponential(m - a.here);
+  const float d_after = has_after ? exponential(m - a.after) : 0.f;
+  const float before = has_before ? reciprocal(em + d_before) : 0.f, here = reciprocal(em + d_here);
+  const float after = has_after ? reciprocal(em + d_after) : 0.f;
+  const float scale = reciprocal(before + here + after);
+  return {{before * scale, here * scale, after * scale}, {d_before * before, d_here * here, d_after * after}};
+#else
+  return {tap_weights(a, has_before, has_after), {0.f, 0.f, 0.f}};
+#endif
+}
+__device__ __forceinline__ void weigh(const Thread& t, const Taps (&taps)[N], Weighed (&w)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) w[n] = weigh(taps[n], has_before(t, n), has_after(t, n));
+}
+
+// The state of the next line: h and its edges are those of the line before. The edges of the new one are still to come.
+__device__ __forceinline__ Shown forward_line(const Thread& t, float (&h)[N], const Edges& edges, const float (&u)[N],
+                                              const Taps (&taps)[N], bool restart) {
+  float next[N];
+  if (restart) {
+#pragma unroll
+    for (int n = 0; n < N; n++) next[n] = u[n];
+  } else {
+    Taps w[N];
+    weights(t, taps, w);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const float before = n > 0 ? h[n - 1] : edges.before, after = n + 1 < N ? h[n + 1] : edges.after;
+      next[n] = fmaf(w[n].before, before, fmaf(w[n].after, after, fmaf(w[n].here, h[n], u[n])));
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < N; n++) h[n] = inside(t, n, next[n]);
+  return {h[0], h[N - 1]};
+}
+
+// The part of the walk back that lines hand on. `g` is complete; afterwards `carried` is what this line hands to
+// the line before it in scan order, but for what `settle` brings in exchange for the result.
+__device__ __forceinline__ Shown carry_line(float (&carried)[N], const float (&g)[N], const Weighed (&weighed)[N]) {
+  Taps w[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) w[n] = weighed[n].w;
+  // By places: from the one before, here, from the one after, in this order.
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    float sum = w[n].here * g[n];
+    if (n > 0) sum = fmaf(w[n - 1].after, g[n - 1], sum);
+    if (n + 1 < N) sum = fmaf(w[n + 1].before, g[n + 1], sum);
+    carried[n] = sum;
+  }
+  return {w[0].before * g[0], w[N - 1].after * g[N - 1]};
+}
+
+// Gradients of the weights of one line from g and the state of the line before.
+__device__ __forceinline__ void weight_gradients(Taps (&dw)[N], const float (&g)[N], const float (&h)[N], const Edges& edges) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const float before = n > 0 ? h[n - 1] : edges.before, after = n + 1 < N ? h[n + 1] : edges.after;
+    dw[n] = {g[n] * before, g[n] * h[n], g[n] * after};
+  }
+}
+
+// Gradients of the taps as stored, from those of the weights: as `tap_gradient`.
+__device__ __forceinline__ void tap_gradients(const Thread& t, Taps (&dw)[N], const Weighed (&weighed)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    if (!has_before(t, n)) dw[n].before = 0.f;
+    if (!has_after(t, n)) dw[n].after = 0.f;
+#if NORMALIZE
+    const Taps &w = weighed[n].w, &rest = weighed[n].rest;
+    const float mean = w.before * dw[n].before + w.here * dw[n].here + w.after * dw[n].after;
+    dw[n] = {w.before * rest.before * (dw[n].before - mean), w.here * rest.here * (dw[n].here - mean),
+             w.after * rest.after * (dw[n].after - mean)};
+#endif
+  }
+}
+
+// Float32 numbers of a block, one thread's next to another's: only the thread that wrote them reads them.
+__device__ __forceinline__ void put_floats(float* base, const float (&v)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) base[n * blockDim.x + threadIdx.x] = v[n];
+}
+__device__ __forceinline__ void get_floats(const float* base, float (&v)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) v[n] = base[n * blockDim.x + threadIdx.x];
+}
+
+// A line of states in shared memory, private to a warp but for the edges: [SEGMENT][N / VEC][32][VEC].
+constexpr int VEC = N < 4 ? N : 4;
+constexpr int STATE_LINE = 32 * N;  // floats
+
+__device__ __forceinline__ int state_index(int s, int n, int lane) {
+  return s * STATE_LINE + (n / VEC * 32 + lane) * VEC + n % VEC;
+}
+struct alignas(4 * VEC) Floats {
+  float v[VEC];
+};
+__device__ __forceinline__ void put_state(float* states, int s, int lane, const float (&h)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n += VEC) {
+    Floats f;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) f.v[i] = h[n + i];
+    *(Floats*)(states + state_index(s, n, lane)) = f;
+  }
+}
+// What the neighbours of this thread hold of a line of states: `before` and `after`, read from other warps' memory,
+// count for the first and the last lane only.
+__device__ __forceinline__ Edges edges_of(const Thread& t, const float (&h)[N], const Edges& others) {
+  const float before = __shfl_up_sync(~0u, h[N - 1], 1), after = __shfl_down_sync(~0u, h[0], 1);
+  return {!t.has_before ? 0.f : WIDE && t.lane == 0 ? others.before : before,
+          !t.has_after ? 0.f : WIDE && t.lane == 31 ? others.after : after};
+}
+// Does the neighbour's state have to be read from the memory of the warp before, of the warp after?
+__device__ __forceinline__ bool asks_before(const Thread& t) { return WIDE && t.lane == 0 && t.warp > 0; }
+__device__ __forceinline__ bool asks_after(const Thread& t) {
+  return WIDE && t.lane == 31 && t.warp + 1 < (int)blockDim.x / 32;
+}
+
+// With the edges. `pitch`: floats from one warp's states to the next one's.
+__device__ __forceinline__ Edges get_state(const float* states, int pitch, int s, const Thread& t, float (&h)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n += VEC) {
+    const Floats f = *(const Floats*)(states + state_index(s, n, t.lane));
+#pragma unroll
+    for (int i = 0; i < VEC; i++) h[n + i] = f.v[i];
+  }
+  Edges others = {0.f, 0.f};
+  if (asks_before(t)) others.before = states[state_index(s, N - 1, 31) - pitch];
+  if (asks_after(t)) others.after = states[state_index(s, 0, 0) + pitch];
+  return edges_of(t, h, others);
+}
