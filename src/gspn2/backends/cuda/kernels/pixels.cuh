@@ -199,6 +199,8 @@ struct TapStages {};  // taps come with the other operands
 #else
 // The taps of a block's places, TAP_LINES lines a stage: raw values wait in registers for a stage, then all threads
 // turn them into weights, in shared memory, for the stage after. Two stages of weights take turns.
+// The next stage is turned in the middle of one, when its values have come, also in the first stage of a phase.
+constexpr int TAP_TURN = TAP_LINES / 4 * 2;
 constexpr int TAP_ITEMS = (TAP_LINES * TAP_GROUPS * PLACES + VECTORS - 1) / VECTORS;
 
 struct TapStages {

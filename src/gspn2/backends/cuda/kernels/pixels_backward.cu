@@ -313,7 +313,7 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
     until--;
     if (line == stop) break;
 #if !OWN_TAPS
-    if (line % SEGMENT == 0) {
+    if (line % SEGMENT == TAP_TURN) {
       stages.turn(line / SEGMENT + 1);
       stages.fetch(line / SEGMENT + 2);
     }
@@ -583,10 +583,6 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
       store_floats(states(0, q), PITCH, h[q]);
     }
     __syncthreads();
-#if !OWN_TAPS
-    stages.turn(segment - 1);
-    stages.fetch(segment - 2);
-#endif
     const int row = (segment & 1) * SEGMENT;
     u32 restarts = 0;
     for (int k = 0, since = first % p.chunk; k < count; k++, since = since + 1 == p.chunk ? 0 : since + 1)
@@ -599,6 +595,10 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
       slot = slot + 1 == DEPTH ? 0 : slot + 1;
       __syncthreads();
     }
+#if !OWN_TAPS
+    stages.turn(segment - 1);
+    stages.fetch(segment - 2);
+#endif
 #pragma unroll 1
     for (int k = count - 1; k >= 0; k--) {
       const bool restart = restarts >> k & 1;

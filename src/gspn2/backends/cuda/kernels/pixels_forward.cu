@@ -363,7 +363,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
 #pragma unroll 1
   for (int line = 0; line < lines; line += 2) {
 #if !OWN_TAPS
-    if (line % TAP_LINES == 0) {
+    if (line % TAP_LINES == TAP_TURN) {
       stages.turn(line / TAP_LINES + 1);
       stages.fetch(line / TAP_LINES + 2);
     }

@@ -4,7 +4,7 @@
 // Knobs: 0 channel blocks of the image, 1 channel blocks of a group. Scratch: 3 the sums (B, D, blocks, H, W, 3).
 #include "common.cuh"
 
-KERNEL(256, 4) pixels_taps(CONSTANT_PARAMS p) {
+KERNEL(256, 2) pixels_taps(CONSTANT_PARAMS p) {
   const long long pixels = (long long)p.height * p.width, index = (long long)blockIdx.x * 256 + threadIdx.x;
   const int blocks = p.knobs[0], of_group = p.knobs[1];
   const long long plane = index / pixels;  // (b, d, group)

@@ -36,9 +36,6 @@ MOST_TAPS = 4
 SECTOR = 32
 """Bytes that a read moves at least."""
 
-IN_FLIGHT = 48 * 1024
-"""Bytes that a multiprocessor should have on their way to reach memory bandwidth."""
-
 
 @dataclass(frozen=True)
 class Tiling:
@@ -257,20 +254,26 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tili
     runs = (-(-problem.width // splits), -(-problem.height // splits))
     blocks = problem.batch * _blocks_of(case, vector, vectors) * roles * splits
     many = blocks >= device.multiprocessors
-    # Sums on chip leave room for a ring of four lines at least, or are not worth it.
-    choices = [(False, device.shared_memory, 3 if case.backward else 4), (False, device.shared_memory, 2)]
-    if case.backward and many:
-        # Two blocks of a multiprocessor, if there are, hide each other's latency.
-        choices.insert(0, (False, (device.shared_memory - 1024) // 2, 3))
+    memory = device.shared_memory
+    # Sums on chip, shared memory of a block, lines of the ring and of a stage of taps at least.
+    choices = [(False, memory, depth, 2) for depth in (6, 4, 2)]
+    if case.backward:
+        # Short segments cost memory and, in splits, exchanges: a shorter ring is better.
+        choices = [(False, memory, 5, 4), (False, memory, 3, 4), (False, memory, 2, 2)]
+    if many:
+        # Blocks that are on a multiprocessor together hide each other's latency.
+        together = min(3, -(-blocks // device.multiprocessors))
+        choices.insert(0, (False, (memory + 1024) // together - 1024, 3 if case.backward else 4, 4))
     if not case.backward and splits == 1 and _sums(case):
-        choices.insert(0, (True, device.shared_memory, 4))
-    for on_chip, memory, depth in choices:
+        # Sums on chip leave room for a ring of four lines at least, or are not worth it.
+        choices.insert(0, (True, memory, 4, 2))
+    for on_chip, memory, depth, fewest in choices:
         # With narrow vectors a second place shares out what backward does once a thread.
         for places in (2, 1, 4) if case.backward and many and vector <= 8 else (1, 2, 4):
             for lines in _tap_lines(case, vector, vectors, places, max(runs)):
                 halo = (lines if case.backward else HALO) if splits > 1 else 0
                 threads = -(-(max(runs) + 2 * halo) // places) * vectors
-                if threads > MOST_THREADS or (splits > 1 and min(runs) < halo):
+                if threads > MOST_THREADS or lines < fewest or (splits > 1 and min(runs) < halo):
                     continue
                 size = _rounded(threads)
                 tiling = Tiling(
@@ -282,9 +285,9 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tili
 
 
 def _deepened(case: Case, tiling: Tiling, memory: int) -> Tiling:
-    """With a ring that has enough bytes on their way, as far as shared memory allows."""
+    """With a ring that reaches as far ahead as shared memory allows: a line takes less time than memory."""
     step = 1 if case.backward else 2
-    while tiling.depth < DEEPEST and tiling.depth * _slot(case, tiling) < IN_FLIGHT:
+    while tiling.depth < DEEPEST:
         deeper = replace(tiling, depth=tiling.depth + step)
         if _shared_memory(case, deeper) > memory:
             break
