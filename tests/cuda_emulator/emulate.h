@@ -1,6 +1,5 @@
 // CUDA C++ for g++: what kernels find on a GPU, on the host. Included before the kernel's source; see README.md.
 #pragma once
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -63,6 +62,7 @@ EMULATED void global_store(T* p, T v, const char* what) {
   emulator::check_global(p, sizeof(T), sizeof(T), emulator::WRITE, what);
   *p = v;
 }
+EMULATED void prefetch(const void*) {}
 EMULATED uint4 load_stream(const void* p) { return global_load((const uint4*)p, "load_stream"); }
 EMULATED void store_stream(void* p, uint4 v) { global_store((uint4*)p, v, "store_stream"); }
 
@@ -71,6 +71,7 @@ EMULATED void copy_async(void* shared, const void* global, int bytes = SIZE) {
   static_assert(SIZE == 4 || SIZE == 8 || SIZE == 16, "copy_async moves 4, 8 or 16 bytes");
   emulator::copy_async(shared, global, SIZE, bytes);
 }
+EMULATED void copy_async_wide(void* shared, const void* global) { copy_async<16>(shared, global); }
 EMULATED u64 cache_policy(bool read_once) { return read_once; }
 template <int SIZE>
 EMULATED void copy_async_cached(void* shared, const void* global, int bytes, u64) {
@@ -116,6 +117,7 @@ EMULATED void bulk_store_wait() {
 
 EMULATED u32 cluster_rank() { return emulator::current->rank; }
 EMULATED void cluster_barrier() { emulator::cluster_barrier(); }
+EMULATED void store_remote(float* at, float v, u64* bar, u32 rank) { emulator::store_remote(at, v, bar, rank); }
 template <typename T>
 EMULATED T* cluster_map(T* p, u32 rank) {
   return (T*)emulator::cluster_map(p, rank);

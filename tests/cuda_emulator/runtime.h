@@ -59,6 +59,7 @@ void bulk_store_commit();
 void bulk_store_wait(int pending, bool only_read);
 
 void* cluster_map(const void* p, u32 rank);
+void store_remote(float* at, float v, u64* bar, u32 rank);
 u32 shared_address(const void* p);
 
 }  // namespace emulator

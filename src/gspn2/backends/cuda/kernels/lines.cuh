@@ -1,0 +1,231 @@
+// Planes scanned a block a line, or, for long columns, a cluster a column: what both orientations share.
+//
+// Macros beside those of common.cuh:
+//   THREADS    of a block
+//   CLUSTER    blocks of a cluster (1: none). They share the lines of a plane, one plane after another; but rows
+//              (down, up) are scanned a plane a block unless VSPLIT
+//   VSPLIT     1: rows are cut over the blocks, too
+//   SUMS       1: more than one direction, whose sum travels in float32
+//   VPLACES, VLINES, VRING   down and up: places of a thread, lines it takes at once, groups of these in its ring;
+//              VPLACES 0: no such direction
+//   HPIECE, HBUFFERS         right and left: bytes of a row in a tile, tiles in a warp's ring; HPIECE 0: none
+// Knobs: 0 planes of a cluster; places of a block, its own: 1 of a column, 2 of a row.
+// Scratch: 0 float32 sums over directions (16-bit storage), as planes.
+#pragma once
+#include "common.cuh"
+
+constexpr int SIZE = sizeof(storage_t);
+constexpr int WARPS = THREADS / 32;
+constexpr int TENSORS = 4 + HAS_LAM + HAS_GATE;  // x, three taps, lam, gate: in this order
+constexpr int HALO = CLUSTER > 1 ? 16 : 0;       // places beyond a block's own, and lines between exchanges
+
+// Shared memory: the warps' edges, then what blocks of a cluster send each other, then rings.
+constexpr int EDGES = 2 * 2 * (WARPS + 2);             // floats: [turn][side][warp]
+constexpr int HALOS = 2 * 2 * (HALO > 0 ? HALO : 1);   // floats: [turn][side][row]
+constexpr int RING = (4 * (EDGES + HALOS) + 32 + 127) / 128 * 128;
+
+__device__ __forceinline__ float* edges() { return (float*)shared_memory(); }
+__device__ __forceinline__ float* halos() { return edges() + EDGES; }
+__device__ __forceinline__ u64* halo_barriers() { return (u64*)(shared_memory() + (4 * (EDGES + HALOS) + 7) / 8 * 8); }
+
+// Element e of stored words.
+__device__ __forceinline__ float element(const u32* words, int e) {
+#if STORAGE == 0
+  return __uint_as_float(words[e]);
+#elif STORAGE == 1
+  const u32 word = words[e / 2];
+  return __uint_as_float(e & 1 ? word & 0xffff0000u : word << 16);
+#else
+  const u32 word = words[e / 2];
+  return __half2float(__ushort_as_half((unsigned short)(e & 1 ? word >> 16 : word & 0xffffu)));
+#endif
+}
+
+// Words of two neighbouring elements (float32: of one).
+__device__ __forceinline__ u32 stored(float first, float second) {
+#if STORAGE == 0
+  return __float_as_uint(first);
+#elif STORAGE == 1
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *(const u32*)&pair;
+#else
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *(const u32*)&pair;
+#endif
+}
+
+template <int WORDS>
+__device__ __forceinline__ void read_words(u32* words, const void* from) {
+  if (WORDS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4) {
+      const uint4 four = ((const uint4*)from)[i / 4];
+      words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+    }
+  } else if (WORDS == 2) {
+    const uint2 two = *(const uint2*)from;
+    words[0] = two.x, words[1] = two.y;
+  } else {
+    words[0] = *(const u32*)from;
+  }
+}
+
+template <int WORDS>
+__device__ __forceinline__ void write_words(void* to, const u32* words) {
+  if (WORDS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4)
+      ((uint4*)to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+  } else if (WORDS == 2) {
+    *(uint2*)to = make_uint2(words[0], words[1]);
+  } else {
+    *(u32*)to = words[0];
+  }
+}
+
+// One direction of one plane.
+struct Plane {
+  const storage_t* from[TENSORS];  // row 0, column 0 of each tensor
+  long long row[TENSORS];          // elements from row to row
+  storage_t* y;
+  float* sums;
+  long long sums_row;
+  bool adds, last;  // is there a sum of earlier directions; does this direction complete it
+};
+
+__device__ __forceinline__ Plane plane_of(const Params& p, int plane, int d) {
+  const long long b = plane / p.channels, c = plane % p.channels, g = c / (p.channels / p.groups);
+  Plane it;
+  it.from[0] = p.x.data + b * p.x.b + c * p.x.c, it.row[0] = p.x.h;
+#pragma unroll
+  for (int k = 0; k < 3; ++k)
+    it.from[1 + k] = p.taps.data + b * p.taps.b + d * p.taps.d + g * p.taps.c + k * p.taps.k, it.row[1 + k] = p.taps.h;
+#if HAS_LAM
+  it.from[4] = p.lam.data + b * p.lam.b + d * p.lam.d + c * p.lam.c, it.row[4] = p.lam.h;
+#endif
+#if HAS_GATE
+  it.from[TENSORS - 1] = p.gate.data + b * p.gate.b + d * p.gate.d + c * p.gate.c, it.row[TENSORS - 1] = p.gate.h;
+#endif
+  it.y = p.y.data + b * p.y.b + c * p.y.c;
+#if STORAGE == 0
+  it.sums = (float*)it.y, it.sums_row = p.y.h;
+#else
+  it.sums_row = p.width;
+  it.sums = (float*)p.scratch[0] + (long long)plane * p.width * p.height;
+#endif
+  it.adds = d > 0, it.last = d + 1 == p.scans;
+  return it;
+}
+
+// What one place of one line needs, unpacked.
+struct Place {
+  float u, gate;
+  Taps w;
+};
+
+__device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e, bool has_before, bool has_after) {
+  Place it;
+  it.u = element(words[0], e);
+#if HAS_LAM
+  it.u *= element(words[4], e);
+#endif
+  it.gate = HAS_GATE ? element(words[TENSORS - 1], e) : 1.f;
+  it.w = tap_weights({element(words[1], e), element(words[2], e), element(words[3], e)}, has_before, has_after);
+  return it;
+}
+
+// Counts lines to the next restart; true where one is.
+struct Restarts {
+  int chunk, until;
+  __device__ __forceinline__ bool next() {
+    const bool now = until == 0;
+    until = (now ? chunk : until) - 1;
+    return now;
+  }
+};
+
+// Hands the states at the two ends of every warp to its neighbours: put, then a barrier, then get in the next line.
+struct Edges {
+  int turn, warp, lane;
+
+  __device__ __forceinline__ float* at(int side) const { return edges() + (turn * 2 + side) * (WARPS + 2) + warp + 1; }
+
+  __device__ __forceinline__ void start() {
+    for (int i = threadIdx.x; i < EDGES; i += THREADS) edges()[i] = 0.f;
+    turn = 0;
+  }
+  __device__ __forceinline__ void get(float& before, float& after) const {
+    if (lane == 0) before = at(1)[-1];
+    if (lane == 31) after = at(0)[1];
+  }
+  __device__ __forceinline__ void put(float first, float last) {
+    turn ^= 1;
+    if (lane == 0) *at(0) = first;
+    if (lane == 31) *at(1) = last;
+  }
+};
+
+// The part of a line that a block of a cluster holds: its own places, and HALO more on either side. What it computes
+// there goes wrong by one place a line, from the outside; after HALO lines the neighbours send the right states, without
+// a barrier: each value comes with its share of a count that the receiver waits for.
+struct Strip {
+  int places, own_begin, own_end, begin, end, rank;
+
+  __device__ __forceinline__ bool has(int place) const { return place >= begin && place < end; }
+  __device__ __forceinline__ bool owns(int place) const { return place >= own_begin && place < own_end; }
+
+#if CLUSTER > 1
+  // h: the states from `first` on. Places of a thread are all on one side of every border.
+  template <int N>
+  __device__ __forceinline__ void exchange(float (&h)[N], int first, int& count) const {
+    const int turn = count & 1;
+    const u32 parity = count >> 1 & 1;
+    ++count;
+    // What comes from the block before this one is side 0.
+    float* mine = halos() + turn * 2 * HALO;
+    u64* bar = halo_barriers() + turn * 2;
+    const bool has_before = own_begin > 0, has_after = own_end < places;
+    if (threadIdx.x == 0) {
+      if (has_before) mbarrier_arrive_expect(bar, 4 * HALO);
+      if (has_after) mbarrier_arrive_expect(bar + 1, 4 * (end - own_end));
+    }
+    if (has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
+#pragma unroll
+      for (int e = 0; e < N; ++e) store_remote(mine + HALO + first + e - own_begin, h[e], bar + 1, rank - 1);
+    if (has_after && first >= own_end - HALO && first < own_end)
+#pragma unroll
+      for (int e = 0; e < N; ++e) store_remote(mine + first + e - (own_end - HALO), h[e], bar, rank + 1);
+    if (has_before && first >= begin && first < own_begin) {
+      mbarrier_wait(bar, parity);
+#pragma unroll
+      for (int e = 0; e < N; ++e) h[e] = mine[first + e - begin];
+    }
+    if (has_after && first >= own_end && first < end) {
+      mbarrier_wait(bar + 1, parity);
+#pragma unroll
+      for (int e = 0; e < N; ++e) h[e] = mine[HALO + first + e - own_end];
+    }
+    __syncwarp();
+  }
+#endif
+};
+
+__device__ __forceinline__ Strip strip_of(int places, int own, int rank) {
+  const int begin = rank * own, end = min(places, begin + own);
+  return {places, begin, end, max(0, begin - HALO), min(places, end + HALO), rank};
+}
+
+__device__ __forceinline__ void line_barrier() {
+  if (WARPS > 1)
+    __syncthreads();
+  else
+    __syncwarp();
+}
+
+__device__ __forceinline__ void wait_for_everybody() {
+#if CLUSTER > 1
+  cluster_barrier();
+#else
+  __syncthreads();
+#endif
+}

@@ -1,0 +1,317 @@
+"""Aligned planes: a block holds a line of a plane, or a cluster of blocks does.
+
+The fast path of planes, forward only: see `kernels/lines.cuh`. Rows go through rings that belong to single
+threads, columns through tiles that belong to single warps, so that data needs no barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..geometry import Case, Kernel, Launch, Plan, options
+
+LANES = 32
+MOST_WARPS = 16
+"""Of a block: with more, registers would spill; columns alone need half as many."""
+VECTOR_BYTES = 16
+HALO = 16
+"""Rows that a block of a cluster holds beyond its own on either side."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Down and up: `VPLACES`, `VLINES` and `VRING` of the kernel."""
+
+    places: int
+    lines: int
+    ring: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Right and left: bytes of a row in a tile, and tiles of a warp."""
+
+    piece: int
+    buffers: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of running a case.
+
+    Args:
+        case: what it is for.
+        cluster: blocks that share columns.
+        split: they share rows, too; otherwise each scans those of a plane of its own.
+        planes: of a cluster.
+        rows, columns: None where the problem has no such direction.
+    """
+
+    case: Case
+    cluster: int
+    split: bool
+    planes: int
+    rows: Rows | None
+    columns: Columns | None
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of a block in horizontal scans."""
+        return -(-self.case.problem.height // self.cluster)
+
+    @property
+    def own_columns(self) -> int:
+        """Columns of a block in vertical scans."""
+        width = self.case.problem.width
+        if not self.split or self.rows is None:
+            return width
+        return -(-width // (self.cluster * self.rows.places)) * self.rows.places
+
+    @property
+    def threads(self) -> int:
+        halo = 2 * HALO if self.cluster > 1 else 0
+        threads = 0
+        if self.rows is not None:
+            threads = -(-(self.own_columns + halo * self.split) // self.rows.places)
+        if self.columns is not None:
+            threads = max(threads, self.own_rows + halo)
+        return -(-threads // LANES) * LANES
+
+    @property
+    def grid(self) -> int:
+        problem = self.case.problem
+        return -(-problem.batch * problem.channels // self.planes) * self.cluster
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory, as `kernels/lines.cuh` cuts it."""
+        warps = self.threads // LANES
+        head = 4 * (4 * (warps + 2) + 4 * (HALO if self.cluster > 1 else 1)) + 32
+        return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
+
+    @property
+    def _place(self) -> int:
+        """Bytes of all operands at one place."""
+        return _tensors(self.case) * self.case.itemsize + 4 * _sums(self.case)
+
+    @property
+    def _rows_ring(self) -> int:
+        rows = self.rows
+        return 0 if rows is None else rows.ring * rows.lines * self.threads * rows.places * self._place
+
+    @property
+    def _columns_ring(self) -> int:
+        columns = self.columns
+        if columns is None:
+            return 0
+        return columns.buffers * self.threads * columns.piece // self.case.itemsize * self._place
+
+    def fits(self) -> bool:
+        problem = self.case.problem
+        most = MOST_WARPS * (2 if self.rows is None and not _sums(self.case) else 1)
+        if self.threads > LANES * most or self.shared > self.case.device.shared_memory:
+            return False
+        if self.cluster == 1:
+            return True
+        if self.columns is not None and problem.height - self.own_rows * (self.cluster - 1) < HALO:
+            return False
+        return not self.split or problem.width - self.own_columns * (self.cluster - 1) >= HALO
+
+
+def why_not(case: Case) -> str | None:
+    """It needs aligned rows of adjacent elements, and lines that a block or a cluster can hold."""
+    if case.backward:
+        return "it has no backward"
+    problem = case.problem
+    for name, view in case.views.items():
+        if view.w != 1:
+            return f"columns of {name} are {view.w} elements apart, not adjacent"
+    alignment = _alignment(case)
+    vector = _vector_bytes(case)
+    if alignment < vector or problem.width * case.itemsize % vector:
+        return f"rows do not start and end at multiples of {vector} bytes"
+    if best_layout(case) is None:
+        return f"lines of {max(problem.height, problem.width)} places are too long for a block"
+    return None
+
+
+def plan(case: Case) -> Plan:
+    """As `best_layout` says."""
+    layout = best_layout(case)
+    assert layout is not None
+    return plan_of(layout)
+
+
+def representative_kernels() -> list[tuple[Kernel, bool]]:
+    """Kernels that the tests compile, and whether each is hot (must not spill)."""
+    kernels = []
+    for storage, places in ((1, 8), (0, 4)):
+        scan = (("STORAGE", storage), ("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0), ("SUMS", 0))
+        four = (("STORAGE", storage), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("SUMS", 1))
+        rows = (("VPLACES", places), ("VLINES", 2), ("VRING", 4))
+        no_rows = (("VPLACES", 0), ("VLINES", 1), ("VRING", 2))
+        columns = (("HPIECE", 32), ("HBUFFERS", 2))
+        no_columns = (("HPIECE", 0), ("HBUFFERS", 1))
+        kernels += [
+            (_kernel((*scan, ("THREADS", 128), ("CLUSTER", 1), ("VSPLIT", 0), *rows, *no_columns)), True),
+            (_kernel((*scan, ("THREADS", 256), ("CLUSTER", 1), ("VSPLIT", 0), *no_rows, *columns)), True),
+            (_kernel((*four, ("THREADS", 256), ("CLUSTER", 1), ("VSPLIT", 0), *rows, *columns)), True),
+        ]
+    return kernels
+
+
+def plan_of(layout: Layout) -> Plan:
+    """The plan of a layout."""
+    case, problem = layout.case, layout.case.problem
+    rows = layout.rows or Rows(0, 1, 2)
+    columns = layout.columns or Columns(0, 1)
+    kernel = _kernel(
+        (
+            *options(case),
+            ("THREADS", layout.threads),
+            ("CLUSTER", layout.cluster),
+            ("VSPLIT", int(layout.split)),
+            ("SUMS", int(_sums(case))),
+            ("VPLACES", rows.places),
+            ("VLINES", rows.lines),
+            ("VRING", rows.ring),
+            ("HPIECE", columns.piece),
+            ("HBUFFERS", columns.buffers),
+        )
+    )
+    knobs = (layout.planes, layout.own_rows, layout.own_columns)
+    launch = Launch(kernel, layout.grid, layout.threads, layout.shared, cluster=layout.cluster, knobs=knobs)
+    elements = problem.batch * problem.channels * problem.height * problem.width
+    scratch = 4 * elements if _sums(case) and case.itemsize < 4 else 0
+    return Plan("lines", (launch,), (scratch,), _reasons(layout))
+
+
+def _reasons(layout: Layout) -> tuple[str, ...]:
+    reasons = [f"rows are contiguous and aligned; {layout.threads} threads hold a whole line"]
+    if layout.rows is not None:
+        rows = layout.rows
+        reasons.append(
+            f"rows: {rows.places} places a thread, {rows.lines} lines at once, ring of {rows.ring}"
+        )
+    if layout.columns is not None:
+        columns = layout.columns
+        cut = f" over {layout.cluster} blocks" if layout.cluster > 1 else ""
+        reasons.append(
+            f"columns{cut}: {columns.piece} bytes of a row at once, {columns.buffers} tiles a warp"
+        )
+    return tuple(reasons)
+
+
+def layouts(case: Case) -> Iterator[Layout]:
+    """Every way worth a thought that fits."""
+    for cluster in (1, 2, 4, 8) if case.device.capability >= (9, 0) else (1,):
+        for split in (False, True) if cluster > 1 and _vertical(case) else (False,):
+            if cluster > 1 and not split and not _horizontal(case):
+                continue
+            # Rows of planes of their own keep all blocks busy.
+            planes = cluster if _vertical(case) and not split else 1
+            for rows in _rows(case):
+                for columns in _columns(case):
+                    layout = Layout(case, cluster, split, planes, rows, columns)
+                    if layout.fits():
+                        yield layout
+
+
+def best_layout(case: Case) -> Layout | None:
+    """The one to run; None if none fits."""
+    return min(layouts(case), key=_rank, default=None)
+
+
+def _rank(layout: Layout) -> tuple[float, ...]:
+    """How far a layout is from what was fastest on an H200 (docs/backends.md), least first."""
+    case, problem = layout.case, layout.case.problem
+    planes, processors = problem.batch * problem.channels, case.device.multiprocessors
+    busy = 4 * planes >= 3 * processors  # one plane a block keeps the device busy
+    score: list[float] = [float(layout.split and busy)]
+    if layout.columns is not None:
+        tall = case.itemsize == 2 and problem.height > 512 and not _sums(case)
+        own = 256 if busy and not tall else 128
+        score.append(abs(layout.own_rows / own - 1) if problem.height > own else layout.cluster)
+        buffers = 1 if problem.height <= 64 or (tall and busy) else 2
+        score += [abs(layout.columns.buffers - buffers), abs(layout.columns.piece - 64)]
+    if layout.rows is not None:
+        own = layout.own_columns
+        if not busy and not _sums(case):
+            score.append(abs(own / 128 - 1) if problem.width > 256 else layout.cluster)
+        lanes = LANES if planes >= 3 * processors else 4 * LANES
+        places = min(VECTOR_BYTES // case.itemsize, max(4 // case.itemsize, own // lanes))
+        score.append(abs(layout.rows.places - places))
+        score.append(abs(layout.rows.ring - (6 if layout.rows.lines * 24 <= problem.height else 2)))
+    return tuple(score)
+
+
+def _rows(case: Case) -> Iterator[Rows | None]:
+    if not _vertical(case):
+        yield None
+        return
+    alignment = _alignment(case)
+    for places in (8, 4, 2, 1):
+        size = places * case.itemsize
+        if size > VECTOR_BYTES or size < 4 or alignment < size or case.problem.width % places:
+            continue
+        lines = max(1, VECTOR_BYTES * 2 // size)
+        for ring in (2, 3, 4, 6, 8):
+            if ring > 2 and (ring - 1) * lines >= case.problem.height:
+                break
+            yield Rows(places, lines, ring)
+
+
+def _columns(case: Case) -> Iterator[Columns | None]:
+    if not _horizontal(case):
+        yield None
+        return
+    for piece in (128, 64, 32):
+        if piece > 32 and piece // 2 >= case.problem.width * case.itemsize:
+            continue
+        for buffers in (2, 1):
+            yield Columns(piece, buffers)
+
+
+def _vertical(case: Case) -> bool:
+    return any(direction in ("down", "up") for direction in case.problem.directions)
+
+
+def _horizontal(case: Case) -> bool:
+    return any(direction in ("right", "left") for direction in case.problem.directions)
+
+
+def _vector_bytes(case: Case) -> int:
+    """Rows are read in vectors of this size: in horizontal scans always the largest."""
+    return VECTOR_BYTES if _horizontal(case) or _sums(case) else 4
+
+
+def _tensors(case: Case) -> int:
+    return 4 + ("lam" in case.views) + ("gate" in case.views)
+
+
+def _sums(case: Case) -> bool:
+    """Is there a sum over directions?"""
+    return len(case.problem.directions) > 1
+
+
+def _alignment(case: Case) -> int:
+    """The largest power of two, at most 16, that divides the address of every row, in bytes."""
+    problem = case.problem
+    bits = VECTOR_BYTES
+    for view in case.views.values():
+        bits |= view.alignment
+        for stride, size in (
+            (view.b, problem.batch),
+            (view.d, len(problem.directions)),
+            (view.c, problem.channels),
+            (view.k, 3),
+            (view.h, problem.height),
+        ):
+            if size > 1:
+                bits |= stride * case.itemsize
+    return bits & -bits
+
+
+def _kernel(defines: tuple[tuple[str, int], ...]) -> Kernel:
+    return Kernel("lines_forward.cu", "lines_forward", defines)
