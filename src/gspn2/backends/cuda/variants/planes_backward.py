@@ -309,7 +309,7 @@ def _cost(case: Case, cut: Cut) -> float:
     # Clusters live in a GPC, of about 16 multiprocessors.
     at_once = many * resident
     if cut.cluster > 1:
-        at_once = many // 16 * (16 * resident // cut.cluster) * cut.cluster
+        at_once = max(1, many // 16 * (16 * resident // cut.cluster)) * cut.cluster
     # Of a warp for one line on the way back, and twice on the way forward.
     if cut.sizes.horizontal:
         back, forward = 50 + (35 + 45 * normalize) * cut.places, 25 + (12 + 35 * normalize) * cut.places
