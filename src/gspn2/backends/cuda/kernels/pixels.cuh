@@ -297,13 +297,13 @@ __device__ __forceinline__ int index_of(const Params& p, int direction) {
 // each buffer. A split cannot be two exchanges ahead of its neighbour, for it needs what that sends in between.
 constexpr int HALO_BYTES = 16 + 16 * V * HALO * VECTORS;
 
+// A barrier of the cluster must follow.
 template <int AT>
 __device__ __forceinline__ void start_halos() {
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; i++) mbarrier_init((u64*)(shared_memory() + AT) + i, 1);
     mbarrier_init_fence();
   }
-  cluster_barrier();
 }
 
 __device__ __forceinline__ void send_floats(Floats* to, u64* bar, u32 rank, const float* e) {

@@ -427,12 +427,17 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) row[v] = row[PITCH - 1 - v] = zero;
   }
-  __syncthreads();
-  void* const sums = STORAGE == 0 ? nullptr : p.scratch[0];
-  int exchanged = 0;
 #if SPLIT
   start_halos<HALO_AT>();
 #endif
+#if CLUSTER
+  // Nobody writes to a block that has not started.
+  cluster_barrier();
+#else
+  __syncthreads();
+#endif
+  void* const sums = STORAGE == 0 ? nullptr : p.scratch[0];
+  int exchanged = 0;
 #if ROLES == 1
 #pragma unroll 1
   for (int d = 0; d < p.scans; d++) {

@@ -470,7 +470,15 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
     for (int e = 0; e < F; e++) zero.e[e] = 0.f;
     ((Floats*)(shared_memory() + PUBLISHED_AT))[i] = zero;
   }
+#if SPLIT
+  start_halos<HALO_AT>();
+#endif
+#if CLUSTER
+  // Nobody writes to a block that has not started.
+  cluster_barrier();
+#else
   __syncthreads();
+#endif
   const int phases = ROLES == 4 ? 2 : p.scans;
 #if !OWN_TAPS
   const int first_group = (me.channel - me.vector * V) / (p.channels / p.groups);
@@ -479,9 +487,6 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
   float h[PLACES][V];
   clear(h);
   int exchanged = 0;
-#if SPLIT
-  start_halos<HALO_AT>();
-#endif
   Scanner scan;
   TapStages stages;
   Phase phase;
