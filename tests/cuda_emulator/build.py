@@ -32,6 +32,8 @@ _CHECKS = (
     "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     "--param=tsan-instrument-func-entry-exit=0",
     "-ftrivial-auto-var-init=pattern",
+    # Optimisations that take longer than they save in a test.
+    *("-fno-tree-pre", "-fno-ivopts", "-fno-tree-dominator-opts", "-fno-tree-ter", "-fno-tree-loop-optimize"),
 )
 # Traps instead of calls that say what was wrong: half the time to compile.
 _TRAP = "-fsanitize-undefined-trap-on-error"
@@ -79,19 +81,29 @@ def _cached(kind: str, arguments: Sequence[str], text: str | None = None) -> Pat
     return path
 
 
-@functools.cache
-def _preprocessed(source: Path, options: tuple[str, ...], stamp: tuple[int, ...]) -> str:
-    return _gxx([*_OPTIONS, *options, "-E", "-x", "c++", str(source)])
-
-
 def _stamp() -> tuple[int, ...]:
     """Changes with every file: somebody may be at work on a kernel while this process runs."""
     return tuple(file.stat().st_mtime_ns for file in sorted((*KERNELS.iterdir(), *HERE.glob("*.*"))))
 
 
-def _object(source: Path, options: tuple[str, ...], checks: Sequence[str], stamp: tuple[int, ...]) -> str:
-    text = _preprocessed(source, options, stamp)
+def _object(source: Path, options: Sequence[str], checks: Sequence[str]) -> str:
+    text = _gxx([*_OPTIONS, *options, "-E", "-x", "c++", str(source)])
     return str(_cached("o", [*_OPTIONS, *checks, "-c", "-x", "c++-cpp-output", "-"], text))
+
+
+@functools.cache
+def _runtime(stamp: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple(_object(HERE / f"{name}.cpp", (), ("-O2",)) for name in _RUNTIME)
+
+
+@functools.cache
+def _library(kernel: Kernel, capability: tuple[int, int], explain: bool, stamp: tuple[int, ...]) -> Path:
+    major, minor = capability
+    defines = (*kernel.defines, ("__CUDA_ARCH__", 100 * major + 10 * minor), ("GSPN2_EMULATE", 1))
+    macros = (f"-D{name}={value}" for name, value in defines)
+    options = (*macros, f"-I{KERNELS}", "-include", str(HERE / "emulate.h"))
+    checks = _CHECKS if explain else (*_CHECKS, _TRAP)
+    return _cached("so", ["-shared", _object(KERNELS / kernel.source, options, checks), *_runtime(stamp)])
 
 
 def build(kernel: Kernel, capability: tuple[int, int], explain: bool = False) -> Path:
@@ -102,15 +114,7 @@ def build(kernel: Kernel, capability: tuple[int, int], explain: bool = False) ->
         capability: of the device, for `__CUDA_ARCH__`.
         explain: undefined behaviour is told apart, which takes longer to compile.
     """
-    major, minor = capability
-    defines = (*kernel.defines, ("__CUDA_ARCH__", 100 * major + 10 * minor), ("GSPN2_EMULATE", 1))
-    macros = (f"-D{name}={value}" for name, value in defines)
-    options = (*macros, f"-I{KERNELS}", "-include", str(HERE / "emulate.h"))
-    checks = _CHECKS if explain else (*_CHECKS, _TRAP)
-    stamp = _stamp()
-    objects = [_object(HERE / f"{name}.cpp", (), (), stamp) for name in _RUNTIME]
-    objects.append(_object(KERNELS / kernel.source, options, checks, stamp))
-    return _cached("so", ["-shared", *objects])
+    return _library(kernel, capability, explain, _stamp())
 
 
 @functools.cache

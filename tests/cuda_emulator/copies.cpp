@@ -88,9 +88,10 @@ void complete_bulk(size_t i) {
   bulks[i] = bulks.back();
   bulks.pop_back();
   engine(*c.home, c.to, c.bytes, WRITE, -1);
-  memcpy(c.to, c.from, c.bytes);
+  memcpy(c.to, c.from ? c.from : (const unsigned char*)&c.value, c.bytes);
   Mbarrier& m = mbarriers[c.barrier];
   m.arriving[c.author] = c.epoch > m.arriving[c.author] ? c.epoch : m.arriving[c.author];
+  if (c.known) add(m.arriving, *c.known);
   m.bytes -= c.bytes;
   may_complete(m);
 }
@@ -108,7 +109,7 @@ void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   Fiber* f = self();
   if (bytes)
     bulks.push_back({(unsigned char*)shared, (const unsigned char*)global, bytes, (int)(*bar ^ TOKEN), f->home,
-                     f->index, f->now});
+                     f->index, f->now, 0.f, {}});
   ++f->now;
   may_switch();
 }
@@ -140,6 +141,25 @@ void finish_store(Store& s) {
   memcpy(s.to, s.buffer, s.bytes);
   free(s.buffer);
   s.buffer = nullptr;
+}
+
+// A store to the memory of another block, counted by an mbarrier there.
+void store_remote(float* at, float v, u64* bar, u32 rank) {
+  check_shared(at, 4, 4, "store_remote", SITE);
+  check_shared(bar, 8, 8, "store_remote", SITE);
+  Fiber* f = self();
+  float* there = (float*)cluster_map(at, rank);
+  const u64* counter = (const u64*)cluster_map(bar, rank);
+  Block& home = f->home[(int)rank - (int)f->rank];
+  const u64 i = home.started ? *counter ^ TOKEN : ~0ull;
+  if (i >= mbarriers.size() || mbarriers[i].place != counter)
+    fail_at(SITE, "store_remote: no mbarrier there%s", home.started ? "" : ", as the block has not started");
+  touch(there, 4, WRITE, SITE);
+  engine(home, there, 4, WRITE, 1);
+  memset(there, 0xff, 4);
+  bulks.push_back({(unsigned char*)there, nullptr, 4, (int)i, &home, f->index, f->now, v, f->known});
+  ++f->now;
+  may_switch();
 }
 
 // bulk_store: reads its source in the wait that makes it legal to overwrite it, and writes as late as that allows.

@@ -104,13 +104,16 @@ struct Mbarrier {
 };
 constexpr u64 TOKEN = 0x6d62617272ull << 24;
 
-struct Bulk {
+struct Bulk {  // of bulk_copy and store_remote
   unsigned char* to;
   const unsigned char* from;
   u32 bytes;
   int barrier;
-  Block* home;
+  Block* home;  // where it writes
   u32 author, epoch;
+  // Of store_remote, which has no `from`: what it stores, and what its thread knew.
+  float value;
+  Knowledge known;
 };
 
 // How the next thread is chosen: by chance; by chance among the threads of a warp as long as it can run; or by
@@ -184,6 +187,7 @@ void touch(const void* p, size_t bytes, Access access, const void* site);
 // Notes that an asynchronous copy begins (by = 1) or ends (by = -1) to read or write the shared memory of b.
 void engine(Block& b, const void* p, size_t bytes, Access access, int by);
 void meet(const std::vector<Fiber*>& threads);
+void add(std::vector<u32>& clock, const std::vector<u32>& other);
 void release_to(std::vector<u32>& clock);
 void acquire(const Knowledge& clock);
 void start_races(u32 cluster_number);

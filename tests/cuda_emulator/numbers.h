@@ -1,6 +1,5 @@
 // Types and arithmetic of CUDA C++ that the host lacks: vectors, bfloat16, float16, bits.
 #pragma once
-#include <math.h>
 #include <string.h>
 
 #include <type_traits>
@@ -8,6 +7,22 @@
 #include "runtime.h"
 
 #define EMULATED inline __attribute__((always_inline))
+
+// Of <math.h>, which as a whole takes as long to compile as a small kernel.
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
+#define GSPN2_MATH_1(name) double name(double); float name##f(float);
+#define GSPN2_MATH_2(name) double name(double, double); float name##f(float, float);
+extern "C" {
+GSPN2_MATH_1(exp) GSPN2_MATH_1(exp2) GSPN2_MATH_1(log) GSPN2_MATH_1(log2) GSPN2_MATH_1(sqrt) GSPN2_MATH_1(fabs)
+GSPN2_MATH_1(floor) GSPN2_MATH_1(ceil) GSPN2_MATH_1(rint) GSPN2_MATH_1(nearbyint) GSPN2_MATH_1(tanh)
+GSPN2_MATH_2(fmin) GSPN2_MATH_2(fmax) GSPN2_MATH_2(copysign) GSPN2_MATH_2(pow) GSPN2_MATH_2(fmod)
+double fma(double, double, double);
+float fmaf(float, float, float);
+int abs(int);
+}
+EMULATED bool isnan(float v) { return __builtin_isnan(v); }
+EMULATED bool isinf(float v) { return __builtin_isinf(v); }
 
 // Vectors: aligned as on the device, so that a misaligned access through one is found.
 #define GSPN2_VECTORS(type, name)                                                              \

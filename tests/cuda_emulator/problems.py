@@ -184,22 +184,24 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 COMMON: tuple[Small, ...] = (
     # Sizes at which something ends: a plane, a line, a warp, a tile.
-    *(Small(h, w) for h, w in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 9), (9, 1), (7, 5))),
-    *(Small(h, w, channels=2) for h, w in ((33, 31), (31, 32), (40, 24))),
+    *(Small(h, w, dtype=BF16) for h, w in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 9), (9, 1))),
+    Small(7, 5),
+    Small(31, 32, channels=2),
+    *(Small(h, w, channels=2, dtype=BF16) for h, w in ((33, 31), (40, 24))),
     Small(64, 64, channels=2, dtype=BF16),
     Small(65, 130, channels=1, dtype=BF16),
     Small(3, 257, channels=1, dtype=BF16),
     Small(257, 3, channels=1, dtype=BF16),
     Small(56, 56, channels=3, batch=2, dtype=BF16),
     # Directions and restarts.
-    *(Small(9, 12, directions=(d,), batch=2) for d in DIRECTIONS),
-    Small(17, 19, directions=("left", "down"), chunk=4),
+    *(Small(9, 12, directions=(d,), batch=2, dtype=BF16) for d in DIRECTIONS),
+    Small(17, 19, directions=("left", "down"), chunk=4, dtype=BF16),
     Small(17, 19, directions=("up", "right", "left"), chunk=1, dtype=BF16),
     Small(32, 40, directions=("right", "left"), chunk=16, dtype=BF16),
-    Small(20, 12, chunk=20),
+    Small(20, 12, chunk=20, dtype=BF16),
     # Channels and groups.
-    Small(6, 6, channels=1, batch=3),
-    Small(6, 6, channels=6, groups=2),
+    Small(6, 6, channels=1, batch=3, dtype=BF16),
+    Small(6, 6, channels=6, groups=2, dtype=BF16),
     Small(8, 16, channels=8, groups=8, dtype=BF16),
     Small(12, 10, channels=40, dtype=BF16),
     Small(9, 8, channels=130, dtype=BF16),

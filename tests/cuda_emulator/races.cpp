@@ -21,7 +21,7 @@ u32 cluster_number;
 
 int site_of(const void* site) { return (int)((const char*)site - (const char*)entry); }
 
-bool known(const Fiber& f, u32 thread, u32 epoch) { return thread == f.index || (*f.known)[thread] >= epoch; }
+bool known(const Fiber& f, u32 thread, u32 epoch) { return thread == f.index || f.known->data()[thread] >= epoch; }
 
 void say_place(const void* p, const Block* b, const Range* r) {
   if (b)
@@ -149,15 +149,11 @@ void engine(Block& b, const void* p, size_t bytes, Access access, int by) {
 
 // Knowledge -------------------------------------------------------------------------------------------------
 
-namespace {
-
 void add(std::vector<u32>& clock, const std::vector<u32>& other) {
   u32* to = clock.data();
   const u32* from = other.data();
   for (size_t i = 0, n = clock.size(); i < n; ++i) to[i] = from[i] > to[i] ? from[i] : to[i];
 }
-
-}  // namespace
 
 void meet(const std::vector<Fiber*>& threads) {
   auto joined = std::make_shared<std::vector<u32>>(*threads[0]->known);
