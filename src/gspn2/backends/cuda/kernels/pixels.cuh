@@ -41,8 +41,12 @@ __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 #elif STORAGE == 2
 __device__ __forceinline__ u32 bits(storage_t v) { return __half_as_ushort(v); }
-__device__ __forceinline__ float low(u32 pair) { return __half2float(__ushort_as_half((unsigned short)(pair & 0xffffu))); }
-__device__ __forceinline__ float high(u32 pair) { return __half2float(__ushort_as_half((unsigned short)(pair >> 16))); }
+__device__ __forceinline__ float low(u32 pair) {
+  return __half2float(__ushort_as_half((unsigned short)(pair & 0xffffu)));
+}
+__device__ __forceinline__ float high(u32 pair) {
+  return __half2float(__ushort_as_half((unsigned short)(pair >> 16)));
+}
 #endif
 
 __device__ __forceinline__ void unpack(const Vector& v, float* e) {
@@ -187,7 +191,8 @@ struct Sums {
   long long line, place;
 };
 
-__device__ __forceinline__ Sums sums_of(const Params& p, void* scratch, const Scan& s, int b, int c, int line, int place) {
+__device__ __forceinline__ Sums sums_of(const Params& p, void* scratch, const Scan& s, int b, int c, int line,
+                                        int place) {
   const long long w = p.channels, h = w * p.width;
   const long long step = s.reversed ? -(s.vertical ? h : w) : (s.vertical ? h : w), next = s.vertical ? w : h;
   const long long first = s.reversed ? (s.lines - 1) * -step : 0;
@@ -216,8 +221,8 @@ struct TapStages {
   u32 raw[TAP_ITEMS][2];
 #endif
 
-  __device__ __forceinline__ void start(const Params& p, const Scan& s, const Run& r, int b, int d, int group_, int begin_,
-                                        int end_, Weights* shared) {
+  __device__ __forceinline__ void start(const Params& p, const Scan& s, const Run& r, int b, int d, int group_,
+                                        int begin_, int end_, Weights* shared) {
     weights = shared;
     data = p.taps.data + b * p.taps.b + d * p.taps.d + group_ * p.taps.c + first_line(p.taps, s);
     line = line_step(p.taps, s), place = place_step(p.taps, s), group = p.taps.c, k = p.taps.k;
@@ -313,8 +318,8 @@ __device__ __forceinline__ void send_floats(Floats* to, u64* bar, u32 rank, cons
 
 // `exchanged` counts all exchanges of the launch.
 template <int AT>
-__device__ __forceinline__ void exchange_halos(const Params& p, const Layout& layout, const Self& me, const Run& r, int place,
-                                               int& exchanged, float (&h)[PLACES][V]) {
+__device__ __forceinline__ void exchange_halos(const Params& p, const Layout& layout, const Self& me, const Run& r,
+                                               int place, int& exchanged, float (&h)[PLACES][V]) {
   const int rank = me.role * layout.splits + me.split, buffer = exchanged & 1;
   const u32 parity = exchanged >> 1 & 1;
   exchanged++;

@@ -139,8 +139,8 @@ struct Queue {
 
 #if !OWN_TAPS
 // A segment's tap gradients: summed over the block's vectors of a group, in order.
-__device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layout, const Self& me, const Walker& walk, int d,
-                                            int first, int lines) {
+__device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layout, const Self& me, const Walker& walk,
+                                            int d, int first, int lines) {
   constexpr int GROUP_VECTORS = VECTORS / TAP_GROUPS;
   if (!NEED_DTAPS) return;
   const int places = walk.run.end - walk.run.own, all = lines * TAP_GROUPS * places;
@@ -200,8 +200,8 @@ __device__ __forceinline__ Floats* after_row(int parity) {
 
 // One line of the adjoint: states row `k` is that of the line before, row `k + 1` this line's, in whose place g is
 // published. `carried` is what the next line handed to this one, then what the thread's places hand to the line before.
-__device__ __forceinline__ void adjoint_line(bool add, bool last_sum, Walker& walk, int slot, int row, int k, bool restart,
-                                             float (&carried)[PLACES][V]) {
+__device__ __forceinline__ void adjoint_line(bool add, bool last_sum, Walker& walk, int slot, int row, int k,
+                                             bool restart, float (&carried)[PLACES][V]) {
   Handed handed;
   clear(handed.to);
   float first[V], last[V];
@@ -246,7 +246,8 @@ __device__ __forceinline__ void adjoint_line(bool add, bool last_sum, Walker& wa
     }
     if (NEED_DTAPS && walk.own[q])
 #pragma unroll
-      for (int t = 0; t < 3; t++) store_vector(walk.dtaps.at + q * walk.dtaps.place + t * walk.dtap_vector, gradients + t * V);
+      for (int t = 0; t < 3; t++)
+        store_vector(walk.dtaps.at + q * walk.dtaps.place + t * walk.dtap_vector, gradients + t * V);
 #else
     float dw[3] = {0.f, 0.f, 0.f}, weight[3];
     walk.weights(slot, row, q, weight);
@@ -331,8 +332,8 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
   for (int i = 0; i < DEPTH; i++) queue.copy(walk, i, phase.add, p.channels);
 #if !OWN_TAPS
   TapStages stages;
-  stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), phase.begin, phase.end,
-               (Weights*)(shared_memory() + WEIGHTS_AT));
+  stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), phase.begin,
+               phase.end, (Weights*)(shared_memory() + WEIGHTS_AT));
   stages.fetch(segments_of(lines) - 1);
   stages.turn(segments_of(lines) - 1);
   stages.fetch(segments_of(lines) - 2);
@@ -389,8 +390,8 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
 }
 
 // A direction whole. `add`, `last`: as in Phase, for the roles that meet in it.
-__device__ __forceinline__ void run_direction(const Params& p, const Layout& layout, const Self& me, int d, bool add, bool last,
-                                              void* sums, int& exchanged) {
+__device__ __forceinline__ void run_direction(const Params& p, const Layout& layout, const Self& me, int d, bool add,
+                                              bool last, void* sums, int& exchanged) {
   Segments segments;
   segments.lines = scan_of(p, d).lines;
   const int middle = (segments.lines + 1) / 2;

@@ -15,7 +15,7 @@ constexpr int SLOT = OPERANDS * PLACES * THREADS * VECTOR;
 constexpr int ROW = 4 * V * PLACES * PITCH;                      // a line's states: [PLACES][PARTS][PITCH]
 constexpr int SUMS_AT = DEPTH * SLOT;                            // [DEPTH][PLACES][PARTS][THREADS]
 constexpr int STATES_AT = SUMS_AT + DEPTH * FLOATS;              // [SEGMENT + 1] rows
-constexpr int AFTER_AT = STATES_AT + (SEGMENT + 1) * ROW;        // [2][PARTS][PITCH]: w_after g of a thread's last place
+constexpr int AFTER_AT = STATES_AT + (SEGMENT + 1) * ROW;        // [2][PARTS][PITCH]: w_after g of a last place
 constexpr int HALO_AT = AFTER_AT + OWN_TAPS * 8 * V * PITCH;
 #if SPLIT
 constexpr int GRADIENTS_AT = HALO_AT + HALO_BYTES;               // [SEGMENT][3][PLACES][THREADS]: of taps
@@ -113,7 +113,8 @@ struct Walker {
       if (HAS_LAM) copy_async<VECTOR>(ring(slot, 1, q), lam.at + q * lam.place, bytes);
 #if OWN_TAPS
 #pragma unroll
-      for (int k = 0; k < 3; k++) copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + q * taps.place + k * tap_vector, bytes);
+      for (int k = 0; k < 3; k++)
+        copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + q * taps.place + k * tap_vector, bytes);
 #endif
     }
   }
@@ -136,7 +137,8 @@ struct Walker {
       if (NEED_DX && SUM && add)
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
-          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * F, own[q] ? 4 * F : 0);
+          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * F,
+                            own[q] ? 4 * F : 0);
     }
     dy.at -= dy.line;
     if (HAS_GATE) gate.at -= gate.line;
@@ -227,6 +229,8 @@ struct Walker {
     if (exists[q]) w = *weights_of(row, q);
     weight[0] = w.before, weight[1] = w.here, weight[2] = w.after;
   }
-  __device__ __forceinline__ static Taps weight_of(const float* weight, int) { return {weight[0], weight[1], weight[2]}; }
+  __device__ __forceinline__ static Taps weight_of(const float* weight, int) {
+    return {weight[0], weight[1], weight[2]};
+  }
 #endif
 };

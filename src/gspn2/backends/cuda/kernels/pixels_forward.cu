@@ -26,7 +26,7 @@ constexpr int PITCH = THREADS + 2 * VECTORS;
 constexpr int FLOATS = 4 * V * PLACES * THREADS;
 constexpr int SUMS_AT = OPERANDS * PLACES * THREADS * VECTOR;     // of a slot: [PLACES][PARTS][THREADS]
 constexpr int SLOT = SUMS_AT + SUMS_COME * FLOATS;
-constexpr int PUBLISHED_AT = DEPTH * SLOT;                        // [2][EDGES][PARTS][PITCH]: states at a thread's edges
+constexpr int PUBLISHED_AT = DEPTH * SLOT;                        // [2][EDGES][PARTS][PITCH]: states at the edges
 constexpr int CARRIED_AT = PUBLISHED_AT + 8 * V * EDGES * PITCH;  // [PLACES][PARTS][THREADS]: from the partner
 constexpr int HALO_AT = CARRIED_AT + (ROLES > 1) * FLOATS;
 #if SPLIT
@@ -49,9 +49,9 @@ __device__ __forceinline__ Floats* ring_sum(int slot, int q) {
   return (Floats*)(shared_memory() + slot + SUMS_AT) + q * PARTS * THREADS + threadIdx.x;
 }
 
-// Sums on chip: two quarters of the image (for one role the whole of it, in the first), [PARTS][rows][pitch] bytes each.
-// The first holds what a role answers for on both axes: it stays. Rows are padded, so that walking down a column uses
-// all banks, too.
+// Sums on chip: two quarters of the image (for one role the whole of it, in the first), [PARTS][rows][pitch] bytes
+// each. The first holds what a role answers for on both axes: it stays. Rows are padded, so that walking down a column
+// uses all banks, too.
 constexpr int PIXEL = 4 * F * VECTORS;
 
 struct Home {
@@ -153,13 +153,15 @@ struct Scanner {
       if (HAS_GATE) copy_async<VECTOR>(ring(slot, GATE, q), gate.at + q * gate.place, own[q] ? VECTOR : 0);
 #if OWN_TAPS
 #pragma unroll
-      for (int k = 0; k < 3; k++) copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + q * taps.place + k * tap_vector, bytes);
+      for (int k = 0; k < 3; k++)
+        copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + q * taps.place + k * tap_vector, bytes);
 #endif
 #if SUM && !ON_CHIP
       if (add)
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
-          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * F, own[q] ? 4 * F : 0);
+          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * F,
+                            own[q] ? 4 * F : 0);
 #endif
     }
     x.at += x.line;
@@ -216,7 +218,8 @@ struct Scanner {
     return {weight[3 * v], weight[3 * v + 1], weight[3 * v + 2]};
   }
 #else
-  __device__ __forceinline__ void weights(const TapStages& stages, int line, int group, float (&weight)[PLACES][3]) const {
+  __device__ __forceinline__ void weights(const TapStages& stages, int line, int group,
+                                          float (&weight)[PLACES][3]) const {
 #pragma unroll
     for (int q = 0; q < PLACES; q++) {
       Weights w = {0.f, 0.f, 0.f, 0.f};
@@ -225,7 +228,9 @@ struct Scanner {
     }
   }
   static constexpr int PER_PLACE = 3;
-  __device__ __forceinline__ static Taps weight_of(const float* weight, int v) { return {weight[0], weight[1], weight[2]}; }
+  __device__ __forceinline__ static Taps weight_of(const float* weight, int) {
+    return {weight[0], weight[1], weight[2]};
+  }
 #endif
 
   // The states at a thread's edges, for the threads beside it.
@@ -236,8 +241,8 @@ struct Scanner {
   }
 
   // h = taps over the previous line's h, plus u.
-  __device__ __forceinline__ void step(int parity, const float (&u)[PLACES][V], const float (&weight)[PLACES][PER_PLACE],
-                                       float (&h)[PLACES][V]) const {
+  __device__ __forceinline__ void step(int parity, const float (&u)[PLACES][V],
+                                       const float (&weight)[PLACES][PER_PLACE], float (&h)[PLACES][V]) const {
     const Floats* firsts = published(parity);
     const Floats* lasts = firsts + (EDGES - 1) * PARTS * PITCH;
     float before[V], after[V];
@@ -305,7 +310,8 @@ struct Scanner {
 
 // The lines of a phase, whose first are on their way. `h` is the state before them, unless the scan starts there.
 __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me, const Phase& phase,
-                                          Scanner& scan, TapStages& stages, int group, int& exchanged, float (&h)[PLACES][V]) {
+                                          Scanner& scan, TapStages& stages, int group, int& exchanged,
+                                          float (&h)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
 #if !OWN_TAPS
   stages.turn(0);
@@ -454,7 +460,8 @@ __device__ __forceinline__ void add_quarters(const Params& p, const Layout& layo
       load_floats(cluster_map(here, other), home.part / (int)sizeof(Floats), b);
 #pragma unroll
       for (int v = 0; v < V; v++) a[v] += b[v];
-      store_vector(stream_of(p.y, rows, me.b, 0, me.channel, row + lower * home.rows, column + right * home.columns).at, a);
+      const int y_row = row + lower * home.rows, y_column = column + right * home.columns;
+      store_vector(stream_of(p.y, rows, me.b, 0, me.channel, y_row, y_column).at, a);
     }
   // Nobody leaves while others read its memory.
   cluster_barrier();

@@ -12,15 +12,18 @@ KERNEL(256, 2) pixels_taps(CONSTANT_PARAMS p) {
   const long long pixel = index - plane * pixels;
   const int group = plane % p.groups, image = plane / p.groups, d = image % p.scans, b = image / p.scans;
   const int row = pixel / p.width, column = pixel - (long long)row * p.width;
-  const float* from = (const float*)p.scratch[3] + 3 * (((long long)image * blocks + group * of_group) * pixels + pixel);
+  const long long first = ((long long)image * blocks + group * of_group) * pixels + pixel;
+  const float* from = (const float*)p.scratch[3] + 3 * first;
   float sum[3] = {0.f, 0.f, 0.f};
   for (int i = 0; i < of_group; i++, from += 3 * pixels)
 #pragma unroll
     for (int tap = 0; tap < 3; tap++) sum[tap] += __ldcs(from + tap);
   const Scan s = scan_of(p, d);
   const int j = s.vertical ? column : row;
-  const storage_t* a = p.taps.data + b * p.taps.b + d * p.taps.d + group * p.taps.c + row * p.taps.h + column * p.taps.w;
-  storage_t* to = p.dtaps.data + b * p.dtaps.b + d * p.dtaps.d + group * p.dtaps.c + row * p.dtaps.h + column * p.dtaps.w;
+  const storage_t* a =
+      p.taps.data + b * p.taps.b + d * p.taps.d + group * p.taps.c + row * p.taps.h + column * p.taps.w;
+  storage_t* to =
+      p.dtaps.data + b * p.dtaps.b + d * p.dtaps.d + group * p.dtaps.c + row * p.dtaps.h + column * p.dtaps.w;
   const Taps raw = {widen(__ldg(a)), widen(__ldg(a + p.taps.k)), widen(__ldg(a + 2 * p.taps.k))};
   const Taps out = tap_gradient(raw, {sum[0], sum[1], sum[2]}, j > 0, j + 1 < s.places);
   to[0] = narrow(out.before);
