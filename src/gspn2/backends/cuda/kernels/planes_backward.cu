@@ -11,11 +11,6 @@
 #include "planes_backward_vertical.cuh"
 #endif
 
-// The state that enters a segment: kept by this thread, and read by no other.
-__device__ __forceinline__ float* kept_of(const Params& p, const Work& w, int segment) {
-  return (float*)p.scratch[1] + ((long long)blockIdx.x * segments_of(w.scan) + segment) * N * blockDim.x;
-}
-
 // All copies of this thread but the latest PENDING groups are there, and so are those of the threads that read along:
 // of the warp, or with HAS_HIDDEN, whose states are read across warps, of the block.
 template <int PENDING>
@@ -40,6 +35,7 @@ __device__ __forceinline__ void scan_forward(const Params& p, const Work& w, Thr
       arrived<1>();
       walk_forward(p, w, t, segment, h, edges, false);
     }
+    if (has_channel(t)) keep_state(t, kept_of(p, t, last + 1, segment + 1), h);
     if (SPLIT) {
       send_halo(p, t, h);
       cluster_meets();
@@ -48,7 +44,6 @@ __device__ __forceinline__ void scan_forward(const Params& p, const Work& w, Thr
       publish(t, shown);
       edges = settle(t, shown);
     }
-    put_floats(kept_of(p, w, segment + 1), h);
     __syncwarp();
   }
 }
@@ -68,7 +63,7 @@ __device__ __forceinline__ void walk_segment(const Params& p, const Work& w, Thr
     publish(t, shown);
     Edges edges = settle(t, shown);
     walk_forward(p, w, t, segment, h, edges, true);
-    if (segment > 1) get_floats(kept_of(p, w, segment - 1), entering);
+    if (segment > 1) kept_state(t, kept_of(p, t, segments_of(w.scan), segment - 1), entering);
   }
   if (!HAS_HIDDEN) arrived<1>();
   walk_back(p, w, t, segment, h, carried);
@@ -77,7 +72,7 @@ __device__ __forceinline__ void walk_segment(const Params& p, const Work& w, Thr
 __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t) {
   float h[N] = {}, entering[N] = {}, carried[N] = {};
   const int last = segments_of(w.scan) - 1;
-  if (COMPUTES_STATES && last > 0) get_floats(kept_of(p, w, last), entering);
+  if (COMPUTES_STATES && last > 0 && has_channel(t)) kept_state(t, kept_of(p, t, last + 1, last), entering);
   for (int segment = last; segment >= 0; segment--) {
     if (has_channel(t)) walk_segment(p, w, t, segment, h, entering, carried);
     if (SHARED || (SPLIT && segment > 0)) {
@@ -102,9 +97,9 @@ KERNEL(THREADS, MIN_BLOCKS) planes_backward(CONSTANT_PARAMS p) {
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
   const Work w = work_of(p, scan, t);
   cluster_meets();  // every block is there before another one writes into its memory
-  if (COMPUTES_STATES) {
+  if (COMPUTES_STATES && !HAS_STATES) {
     scan_forward(p, w, t);
-  } else {
+  } else if (has_channel(t)) {
     fetch<0, DOUBLE>(p, w, t, segments_of(scan) - 1);
     copy_commit();
   }

@@ -94,14 +94,35 @@ __device__ __forceinline__ void tap_gradients(const Thread& t, Taps (&dw)[N], co
   }
 }
 
-// Float32 numbers of a block, one thread's next to another's: only the thread that wrote them reads them.
-__device__ __forceinline__ void put_floats(float* base, const float (&v)[N]) {
-#pragma unroll
-  for (int n = 0; n < N; n++) base[n * blockDim.x + threadIdx.x] = v[n];
+// States between the two walks: those that enter each segment but the first, [B][C][segments][places], whole vectors
+// of 4 floats a line. With HAS_STATES forward wrote them, for every direction of the call: [D][B][C][..].
+__device__ __forceinline__ int line_of_states(int places) { return (places + 3) / 4 * 4; }
+__device__ __forceinline__ long long states_of_direction(const Params& p, int d) {
+  const Scan scan = scan_of(p, d);
+  return (long long)p.batch * p.channels * ((scan.lines + S - 1) / S) * line_of_states(scan.places);
 }
-__device__ __forceinline__ void get_floats(const float* base, float (&v)[N]) {
+// From the first place of this thread on.
+__device__ __forceinline__ unsigned char* kept_of(const Params& p, const Thread& t, int segments, int segment) {
+  long long offset = 0;
+#if HAS_STATES
+  for (int d = 0; d < p.knobs[0]; d++) offset += states_of_direction(p, d);
+#endif
+  const long long plane = (long long)t.b * p.channels + t.channel;
+  offset += (plane * segments + segment) * line_of_states(t.places) + t.place;
+  return (unsigned char*)((float*)p.scratch[1] + offset);
+}
+// By the threads that own the places, before their cluster meets.
+__device__ __forceinline__ void keep_state(const Thread& t, unsigned char* to, const float (&h)[N]) {
+  u32 words[N];
 #pragma unroll
-  for (int n = 0; n < N; n++) v[n] = base[n * blockDim.x + threadIdx.x];
+  for (int n = 0; n < N; n++) words[n] = __float_as_uint(h[n]);
+  if (t.own) write_words(to, words);
+}
+__device__ __forceinline__ void kept_state(const Thread& t, const unsigned char* from, float (&h)[N]) {
+  u32 words[N];
+  if (t.alive) read_words(words, from);
+#pragma unroll
+  for (int n = 0; n < N; n++) h[n] = t.alive ? inside(t, n, __uint_as_float(words[n])) : 0.f;
 }
 
 // A line of states in shared memory, private to a warp but for the edges: [SEGMENT][N / VEC][32][VEC].

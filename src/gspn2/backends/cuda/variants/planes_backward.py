@@ -65,8 +65,9 @@ def plan(case: Case, choice: Mapping[str, Cut] | None = None) -> Plan:
         cut = (choice or {}).get(direction) or _best(case, direction)
         assert cut is not None
         if not _has_hidden(case):
-            line = 4 * cut.places * cut.threads
-            kept = max(kept, cut.blocks * -(-cut.sizes.lines // cut.segment) * line)
+            line = 4 * (-(-cut.sizes.places // 4) * 4)
+            segments = -(-cut.sizes.lines // cut.segment)
+            kept = max(kept, problem.batch * problem.channels * segments * line)
         knobs = (index, cut.width, _row(case), cut.strips, cut.own, cut.together)
         kernel = Kernel(SOURCE, FUNCTION, _defines(case, cut))
         launches.append(Launch(kernel, cut.blocks, cut.threads, cut.shared, cut.cluster, knobs))
@@ -96,7 +97,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     scan = {"STORAGE": 1, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, "HORIZONTAL": 0, "REVERSED": 0}
     scan |= {"PLACES": 4, "SEGMENT": 8, "THREADS": 256, "MIN_BLOCKS": 1, "WIDE": 1, "RAGGED": 0, "SHARED": 0}
-    scan |= {"HAS_SUMS": 0, "WANTS": 7, "HAS_HIDDEN": 0, "SPLIT": 0, "CLUSTER": 0}
+    scan |= {"HAS_SUMS": 0, "WANTS": 7, "HAS_HIDDEN": 0, "HAS_STATES": 0, "SPLIT": 0, "CLUSTER": 0}
     many = scan | {"NORMALIZE": 1, "HAS_GATE": 1, "HAS_SUMS": 1, "WANTS": 15}
     across = {"HORIZONTAL": 1, "PLACES": 1, "SEGMENT": 16, "THREADS": 320}
     hot = [
@@ -365,6 +366,7 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("HAS_SUMS", int(len(case.problem.directions) > 1)),
         ("WANTS", sum(1 << i for i, name in enumerate(GRADIENTS) if name in case.views)),
         ("HAS_HIDDEN", int(_has_hidden(case))),
+        ("HAS_STATES", 0),
         ("SPLIT", int(cut.strips > 1)),
         ("CLUSTER", int(cut.cluster > 1)),
     )
