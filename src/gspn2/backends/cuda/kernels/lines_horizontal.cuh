@@ -26,27 +26,45 @@ struct HorizontalScan {
   Strip strip;
   int width, warp_row;  // first row of the warp
 
+  // Lanes go over the vectors of a warp's rows, N to a row: a lane's first row is lane / N, its step 32 / N.
   template <int N, typename Body>
   __device__ __forceinline__ void for_vectors(int columns_of_vector, int column0, Body body) const {
-    const int v = threadIdx.x % N, column = column0 + v * columns_of_vector;
-    if (column >= width) return;
+    const int lane = threadIdx.x % 32, v = lane % N;
+    if (column0 + v * columns_of_vector >= width) return;
 #pragma unroll
-    for (int r = threadIdx.x % 32 / N; r < 32; r += 32 / N) body(r, v, warp_row + r, column);
+    for (int k = 0; k < N; ++k) {
+      const int r = lane / N + k * (32 / N);
+      body(k * (32 / N), place_of<N>(r, v), warp_row + r);
+    }
+  }
+
+  // Elements from row 0, column 0 to this lane's first vector of a tile at column 0.
+  template <int N>
+  __device__ __forceinline__ long long lane_offset(long long row_step, int columns_of_vector) const {
+    const int lane = threadIdx.x % 32;
+    return (warp_row + lane / N) * row_step + lane % N * columns_of_vector;
+  }
+
+  __device__ __forceinline__ void move_to_lane() {
+#pragma unroll
+    for (int i = 0; i < TENSORS; ++i) plane.from[i] += lane_offset<VECTORS>(plane.row[i], VECTOR);
+    plane.y += lane_offset<VECTORS>(y_row, VECTOR);
+    plane.sums += lane_offset<SUM_VECTORS>(plane.sums_row, 4);
   }
 
   __device__ __forceinline__ void copy_tile(int tile, int column0) const {
     unsigned char* to = ring + tile % HBUFFERS * HTILE;
-    for_vectors<VECTORS>(VECTOR, column0, [&](int r, int v, int row, int column) {
+    for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
       if (!strip.has(row)) return;
 #pragma unroll
       for (int i = 0; i < TENSORS; ++i)
-        copy_async_wide(to + i * TILE + place_of<VECTORS>(r, v), plane.from[i] + row * plane.row[i] + column);
+        copy_async_wide(to + i * TILE + place, plane.from[i] + rows * plane.row[i] + column0);
     });
 #if SUMS
     if (plane.adds)
-      for_vectors<SUM_VECTORS>(4, column0, [&](int r, int v, int row, int column) {
+      for_vectors<SUM_VECTORS>(4, column0, [&](int rows, int place, int row) {
         if (!strip.owns(row)) return;  // others' are being written
-        copy_async<16>(to + TENSORS * TILE + place_of<SUM_VECTORS>(r, v), plane.sums + row * plane.sums_row + column);
+        copy_async<16>(to + TENSORS * TILE + place, plane.sums + rows * plane.sums_row + column0);
       });
 #endif
   }
@@ -54,15 +72,13 @@ struct HorizontalScan {
   __device__ __forceinline__ void write_tile(int tile, int column0) const {
     const unsigned char* from = ring + tile % HBUFFERS * HTILE;
     if (SUMS && !plane.last) {
-      for_vectors<SUM_VECTORS>(4, column0, [&](int r, int v, int row, int column) {
-        if (!strip.owns(row)) return;
-        *(uint4*)(plane.sums + row * plane.sums_row + column) =
-            *(const uint4*)(from + TENSORS * TILE + place_of<SUM_VECTORS>(r, v));
+      for_vectors<SUM_VECTORS>(4, column0, [&](int rows, int place, int row) {
+        if (strip.owns(row))
+          *(uint4*)(plane.sums + rows * plane.sums_row + column0) = *(const uint4*)(from + TENSORS * TILE + place);
       });
     } else {
-      for_vectors<VECTORS>(VECTOR, column0, [&](int r, int v, int row, int column) {
-        if (!strip.owns(row)) return;
-        *(uint4*)(plane.y + row * y_row + column) = *(const uint4*)(from + place_of<VECTORS>(r, v));
+      for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
+        if (strip.owns(row)) *(uint4*)(plane.y + rows * y_row + column0) = *(const uint4*)(from + place);
       });
     }
   }
@@ -85,10 +101,14 @@ struct HorizontalScan {
       for (int e = 0; e < 4; ++e) result[4 * i + e] = __uint_as_float(four[e]);
     }
 #endif
+    // All weights first: what is between two barriers is on the way of the states.
+    Place places[VECTOR];
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) places[e] = unpack(words, e, !starts, !ends);
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
       const int e = REVERSED ? VECTOR - 1 - i : i;
-      const Place it = unpack(words, e, !starts, !ends);
+      const Place& it = places[e];
       float before = __shfl_up_sync(0xffffffffu, h, 1), after = __shfl_down_sync(0xffffffffu, h, 1);
       edges.get(before, after);
       if (restarts.next()) {
@@ -131,6 +151,7 @@ struct HorizontalScan {
     constexpr int COLUMNS = HPIECE / SIZE;
     const int tiles = (width + COLUMNS - 1) / COLUMNS;
     auto column_of = [&](int tile) { return (REVERSED ? tiles - 1 - tile : tile) * COLUMNS; };
+    move_to_lane();
     edges.start();
     for (int t = 0; t < HBUFFERS - 1; ++t) {
       if (t < tiles) copy_tile(t, column_of(t));

@@ -11,24 +11,29 @@ constexpr int VLINE = THREADS * (TENSORS * VBYTES + VSUM);    // bytes of a line
 struct VerticalScan {
   Plane plane;
   unsigned char* ring;
-  int lines, sign;  // of a step from line to line, in rows
-  long long row;    // of the next line to be copied
-  long long y_row;  // elements from row to row of y
+  int lines;
+  bool reversed;
+  // This thread's places of the next line to be copied, and of the next to be written.
+  const storage_t* next[TENSORS];
+  const float* next_sums;
+  storage_t* y;
+  float* sums;
+  long long y_step, sums_step;  // elements from line to line
   bool inside, writes;
 
   __device__ __forceinline__ void copy_line(int slot) {
     unsigned char* to = ring + slot * VLINE;
 #pragma unroll
     for (int i = 0; i < TENSORS; ++i)
-      copy_async<VBYTES>(to + i * THREADS * VBYTES, plane.from[i] + row * plane.row[i]);
+      copy_async<VBYTES>(to + i * THREADS * VBYTES, next[i]);
 #if SUMS
     if (plane.adds && writes) {  // others' are being written
       // In pieces of at most 16 bytes, each piece of all threads together: no bank conflicts.
       constexpr int PIECE = VSUM < 16 ? VSUM : 16;
-      unsigned char* sums = ring + slot * VLINE + THREADS * TENSORS * VBYTES - (int)threadIdx.x * (VBYTES - PIECE);
+      unsigned char* slots = ring + slot * VLINE + THREADS * TENSORS * VBYTES - (int)threadIdx.x * (VBYTES - PIECE);
 #pragma unroll
       for (int i = 0; i < VSUM / PIECE; ++i)
-        copy_async<PIECE>(sums + i * THREADS * PIECE, plane.sums + row * plane.sums_row + i * (PIECE / 4));
+        copy_async<PIECE>(slots + i * THREADS * PIECE, next_sums + i * (PIECE / 4));
     }
 #endif
   }
@@ -39,7 +44,9 @@ struct VerticalScan {
     for (int i = 0; i < VLINES; ++i)
       if (group * VLINES + i < lines) {
         if (inside) copy_line(slot + i);
-        row += sign;
+#pragma unroll
+        for (int k = 0; k < TENSORS; ++k) next[k] += reversed ? -plane.row[k] : plane.row[k];
+        if (SUMS) next_sums += sums_step;
       }
     copy_commit();
   }
@@ -55,32 +62,35 @@ struct VerticalScan {
     for (int i = 0; i < TENSORS; ++i) read_words<VWORDS>(line.words[i], at + i * THREADS * VBYTES);
 #if SUMS
     constexpr int PIECE = VSUM < 16 ? VSUM : 16;
-    const unsigned char* sums = at + THREADS * TENSORS * VBYTES - (int)threadIdx.x * (VBYTES - PIECE);
+    const unsigned char* slots = at + THREADS * TENSORS * VBYTES - (int)threadIdx.x * (VBYTES - PIECE);
 #pragma unroll
     for (int i = 0; i < VSUM / PIECE; ++i) {
       u32 words[PIECE / 4];
-      if (plane.adds) read_words<PIECE / 4>(words, sums + i * THREADS * PIECE);
+      if (plane.adds) read_words<PIECE / 4>(words, slots + i * THREADS * PIECE);
 #pragma unroll
       for (int e = 0; e < PIECE / 4; ++e) line.sum[i * (PIECE / 4) + e] = plane.adds ? __uint_as_float(words[e]) : 0.f;
     }
 #endif
   }
 
-  __device__ __forceinline__ void write_line(const Line& line, const Place (&places)[VPLACES], const float (&h)[VPLACES],
-                                             long long row) const {
+  __device__ __forceinline__ void write_line(const Line& line, const Place (&places)[VPLACES],
+                                             const float (&h)[VPLACES]) const {
     float v[VPLACES];
 #pragma unroll
-    for (int e = 0; e < VPLACES; ++e) v[e] = (HAS_GATE ? h[e] * places[e].gate : h[e]) + (SUMS ? line.sum[e] : 0.f);
+    for (int e = 0; e < VPLACES; ++e) {
+      v[e] = HAS_GATE ? h[e] * places[e].gate : h[e];
+      if (SUMS) v[e] += line.sum[e];
+    }
     if (SUMS && !plane.last) {
       u32 words[VPLACES];
 #pragma unroll
       for (int e = 0; e < VPLACES; ++e) words[e] = __float_as_uint(v[e]);
-      write_words<VPLACES>(plane.sums + row * plane.sums_row, words);
+      write_words<VPLACES>(sums, words);
     } else {
       u32 words[VWORDS];
 #pragma unroll
       for (int i = 0; i < VWORDS; ++i) words[i] = stored(v[i * 4 / SIZE], v[i * 4 / SIZE + (SIZE < 4)]);
-      write_words<VWORDS>(plane.y + row * y_row, words);
+      write_words<VWORDS>(y, words);
     }
   }
 
@@ -93,12 +103,12 @@ struct VerticalScan {
     [[maybe_unused]] int until_exchange = HALO;
     const bool starts = first == 0, ends = first + VPLACES >= scan.places;
     ring = shared_memory() + RING + threadIdx.x * VBYTES;
-    lines = scan.lines, sign = scan.reversed ? -1 : 1, row = scan.reversed ? lines - 1 : 0;
-    long long out = row;
-    y_row = p.y.h;
+    lines = scan.lines, reversed = scan.reversed;
+    const long long start = reversed ? lines - 1 : 0;
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i) plane.from[i] += first;
-    plane.y += first, plane.sums += first;
+    for (int i = 0; i < TENSORS; ++i) next[i] = plane.from[i] + start * plane.row[i] + first;
+    y = plane.y + start * p.y.h + first, sums = plane.sums + start * plane.sums_row + first, next_sums = sums;
+    y_step = reversed ? -p.y.h : p.y.h, sums_step = reversed ? -plane.sums_row : plane.sums_row;
     edges.start();
     for (int g = 0; g < VRING - 1; ++g) copy_group(g);
     line_barrier();
@@ -123,32 +133,34 @@ struct VerticalScan {
         for (int e = 0; e < VPLACES; ++e) h[e] = 0.f;
       }
 #endif
-      Line group[VLINES];
-      if (inside)
+      Line group[VLINES];  // beyond the image's lines and places: whatever is there
 #pragma unroll
-        for (int i = 0; i < VLINES; ++i)
-          if (g * VLINES + i < lines) read_line(group[i], g % VRING * VLINES + i);
+      for (int i = 0; i < VLINES; ++i) read_line(group[i], g % VRING * VLINES + i);
       copy_group(g + VRING - 1);
+      // All weights of the group first: what is between two barriers is on the way of the states.
+      Place places[VLINES][VPLACES];
+#pragma unroll
+      for (int i = 0; i < VLINES; ++i)
+#pragma unroll
+        for (int e = 0; e < VPLACES; ++e)
+          places[i][e] = unpack(group[i].words, e, e > 0 || !starts, e < VPLACES - 1 || !ends);
 #pragma unroll
       for (int i = 0; i < VLINES; ++i) {
         if (g * VLINES + i >= lines) break;
-        Place places[VPLACES];
-#pragma unroll
-        for (int e = 0; e < VPLACES; ++e)
-          places[e] = unpack(group[i].words, e, e > 0 || !starts, e < VPLACES - 1 || !ends);
         float before = __shfl_up_sync(0xffffffffu, h[VPLACES - 1], 1), after = __shfl_down_sync(0xffffffffu, h[0], 1);
         edges.get(before, after);
         if (restarts.next()) {
 #pragma unroll
-          for (int e = 0; e < VPLACES; ++e) h[e] = places[e].u;
+          for (int e = 0; e < VPLACES; ++e) h[e] = places[i][e].u;
         } else {
           // A state outside of the image may be anything, and 0 times that is not always 0.
-          advance(h, places, starts ? 0.f : before, ends ? 0.f : after);
+          advance(h, places[i], starts ? 0.f : before, ends ? 0.f : after);
         }
         edges.put(h[0], h[VPLACES - 1]);
         line_barrier();
-        if (writes) write_line(group[i], places, h, out);
-        out += sign;
+        if (writes) write_line(group[i], places[i], h);
+        y += y_step;
+        if (SUMS) sums += sums_step;
       }
     }
     copy_wait<0>();
