@@ -20,7 +20,8 @@ enum {
   PITCH_V, PITCH_H,                // units from line to line of vertical and of horizontal scans
   UNIT_V, UNIT_H,                  // bytes of a plane of units
   TAPS_V, TAPS_H,                  // bytes of the weights of a tap group
-  SLAB_ROWS, SLAB_BYTES, RING_AT,  // records: rows and bytes that arrive together, and where
+  SLAB_ROWS, SLAB_BYTES, SLAB_X,   // records: rows and bytes that arrive together, and where in them images begin
+  RING_AT,                         // where slabs are
   SUMS_AT,                         // backward: sums of dx over directions
   WIDTH_MAGIC, CHUNK_MAGIC         // of `Divisor`
 };
@@ -31,9 +32,10 @@ typedef u32 unit_t;
 typedef unsigned short unit_t;
 #endif
 
-// Weights made here from 16-bit logits are kept as two 16-bit numbers, `before` and `after`, truncated; what they lack
-// is given to `here` = 1 - before - after, so that the three stay row-stochastic to the last bit of a float. bfloat16:
-// float16 numbers (error below 2^-11 of each, a fraction of what rounding the logits cost). float16: multiples of 2^-16.
+// Weights made here from 16-bit logits are kept as two 16-bit numbers, `before` and `after`; what they lack is given to
+// `here` = 1 - before - after, which is never negative, so that the three stay row-stochastic to the last bit of a float.
+// bfloat16: float16 numbers (error at most 2^-12 of each, a fraction of what rounding the logits cost). float16: multiples
+// of 2^-16.
 #define TAP_PAIR (NORMALIZE && STORAGE != 0)
 
 #define LINE_WORDS (PLACES * (int)sizeof(unit_t) / 4)
@@ -172,6 +174,28 @@ __device__ __forceinline__ void store_result_at(unsigned char* p, long long plan
 #endif
 }
 
+// A lane's places of results.
+__device__ __forceinline__ void load_results(const unsigned char* p, long long plane, Lane& r) {
+#if STORAGE == 0 || PACK == 2
+#pragma unroll
+  for (int c = 0; c < PACK; c++) {
+    u32 w[LINE_WORDS];
+    load_words(p + c * plane, w);
+#pragma unroll
+    for (int v = 0; v < PLACES; v++) r[c][v] = __uint_as_float(w[v]);
+  }
+#else
+  u32 high[LINE_WORDS], low[LINE_WORDS];
+  load_words(p, high);
+  load_words(p + plane, low);
+#pragma unroll
+  for (int v = 0; v < PLACES; v += 2) {
+    r[0][v] = __uint_as_float(__byte_perm(low[v / 2], high[v / 2], 0x5410));
+    r[0][v + 1] = __uint_as_float(__byte_perm(low[v / 2], high[v / 2], 0x7632));
+  }
+#endif
+}
+
 // One place of a result, channel c of the unit.
 __device__ __forceinline__ float load_result(const unsigned char* p, long long plane, int c) {
 #if STORAGE == 0 || PACK == 2
@@ -207,7 +231,9 @@ __device__ __forceinline__ Taps weights_of(Taps a, bool has_before, bool has_aft
 __device__ __forceinline__ float truncate_to_half(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
 
 __device__ __forceinline__ u32 pack_taps(const Taps& w) {
-  const __half2 pair = __floats2half2_rn(truncate_to_half(w.before), truncate_to_half(w.after));
+  __half2 pair = __floats2half2_rn(w.before, w.after);
+  if (__low2float(pair) + __high2float(pair) > 1.f)
+    pair = __floats2half2_rn(truncate_to_half(w.before), truncate_to_half(w.after));
   return (u32)__half_as_ushort(__low2half(pair)) | (u32)__half_as_ushort(__high2half(pair)) << 16;
 }
 
@@ -336,6 +362,15 @@ __device__ __forceinline__ storage_t* at(const View& v, int b, int d, int c, int
 // Pairs of channels of a tensor are words of memory.
 __device__ __forceinline__ bool paired(const View& v) {
   return v.c == 1 && (((u64)v.data >> 1 | (u64)v.b | (u64)v.d | (u64)v.h | (u64)v.w) & 1) == 0;
+}
+
+// The channels of a unit.
+__device__ __forceinline__ void widen_unit(unit_t unit, float (&v)[PACK]) {
+#if PACK == 2
+  v[0] = widen_low(unit), v[1] = widen_high(unit);
+#else
+  v[0] = widen_bits(unit);
+#endif
 }
 
 // The unit at p: a channel, or two that are `channel_step` apart.

@@ -6,70 +6,59 @@
 // and the gradient of logits from dw. lam and logits are read a second time for it, mostly from the second-level cache.
 //
 // A task is an image and whole tap groups of it; blocks take one after the other. Its directions are shared out to the
-// blocks of a cluster, and those of a block to passes, as they fit. h takes the place of lam in shared memory, and g that
-// of gate.
+// blocks of a cluster, and those of a block to passes, as they fit.
 //
 // Macros of its own: PASSES, parts of a block's directions, one after the other; BY_PIXELS (resident_gradients.cuh).
 #define LAM_PLANE 0
 #define GATE_PLANE RESULT_PLANES
 #define UNIT_PLANES (2 * RESULT_PLANES)
-#define IMAGES 2
+#define BACKWARD 1
 #include "resident_gradients.cuh"
 
-// Scans ---------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void scan_states(const Params& p, const Memory& m, const Range& range, int d, int unit) {
+// The states of one unit in one direction, or their adjoints, in the place of their sources.
+template <bool ADJOINT>
+__device__ __forceinline__ void scan(const Params& p, const Memory& m, const Range& range, int d, int unit) {
   const Scan s = scan_at(p, d);
   const Held held = held_by(s);
-  Cursor c = cursor_of(p, m, range, s, d, unit, 0, LAM_PLANE, s.reversed);
-  Lane h;
-  Line line;
-  load_line<HAS_LAM>(c, line);
-  int left = s.lines;
-  const auto step = [&](auto restart) {
-    const Line now = line;
-    unsigned char* out = c.units;
-    advance(c, --left > 0);
-    load_line<HAS_LAM>(c, line);
-    state_of_line<HAS_LAM, decltype(restart)::value>(now, held, h);
-    __syncwarp();
-    if (held.writes) store_result(out, c.unit, h);
-  };
-  while (left > 0) {
-    int more = min(p.chunk, left) - 1;
-    step(Yes());
-#pragma unroll 2
-    for (; more > 0; more--) step(No());
-  }
-}
-
-__device__ __forceinline__ void scan_adjoint(const Params& p, const Memory& m, const Range& range, int d, int unit) {
-  const Scan s = scan_at(p, d);
-  const Held held = held_by(s);
-  Cursor c = cursor_of(p, m, range, s, d, unit, 1, GATE_PLANE, !s.reversed);
-  Lane carried, g;
+  Cursor c = cursor_of(p, m, range, s, d, unit, ADJOINT ? GATE_PLANE : LAM_PLANE, s.reversed != ADJOINT);
+  Lane carried;  // from the line before: its state, or what reaches this line
 #pragma unroll
   for (int k = 0; k < PACK; k++)
 #pragma unroll
     for (int v = 0; v < PLACES; v++) carried[k][v] = 0.f;
-  Line line;
-  load_line<HAS_GATE>(c, line);
+  Lane next;
+  LineTaps next_taps;
+  const auto load = [&]() {
+    load_results(c.units, c.unit, next);
+    load_taps(c, next_taps);
+  };
+  load();
   int left = s.lines;
   const auto step = [&](auto restart) {
-    const Line now = line;
+    Lane source;
+#pragma unroll
+    for (int k = 0; k < PACK; k++)
+#pragma unroll
+      for (int v = 0; v < PLACES; v++) source[k][v] = next[k][v];
+    const LineTaps taps = next_taps;
     unsigned char* out = c.units;
     advance(c, --left > 0);
-    load_line<HAS_GATE>(c, line);
-    adjoint_of_line<HAS_GATE, decltype(restart)::value>(now, held, carried, g);
+    load();
+    if (ADJOINT)
+      adjoint_of_line<decltype(restart)::value>(taps, held, carried, source);
+    else
+      state_of_line<decltype(restart)::value>(taps, held, source, carried);
     __syncwarp();
-    if (held.writes) store_result(out, c.unit, g);
+    if (held.writes) store_result(out, c.unit, ADJOINT ? source : carried);
   };
-  int more = (s.lines - 1) % p.chunk;  // before the restart
+  // A state restarts at the first line of a chunk, an adjoint behind it: backwards, at the last.
+  int more = ADJOINT ? (s.lines - 1) % p.chunk : min(p.chunk, left) - 1;
   while (left > 0) {
+    if (!ADJOINT) step(Yes());
 #pragma unroll 2
     for (; more > 0; more--) step(No());
-    step(Yes());
-    more = p.chunk - 1;
+    if (ADJOINT) step(Yes());
+    more = ADJOINT ? p.chunk - 1 : min(p.chunk, left) - 1;
   }
 }
 
@@ -78,9 +67,9 @@ __device__ __forceinline__ void scan_all(const Params& p, const Memory& m, const
   for (int item = warp_index(); item < scans * units_of(p); item += THREADS / 32) {
     const int unit = item / scans, d = range.first + item % scans / 2;
     if (item % 2)
-      scan_adjoint(p, m, range, d, unit);
+      scan<true>(p, m, range, d, unit);
     else
-      scan_states(p, m, range, d, unit);
+      scan<false>(p, m, range, d, unit);
   }
 }
 
@@ -101,36 +90,35 @@ KERNEL(THREADS, BLOCKS) resident_backward(CONSTANT_PARAMS p) {
       const Range range = directions_of(rank * PASSES + pass, SPLIT * PASSES);
       const Memory m = memory_of(p, range);
       if (PASSES > 1) clear_planes(p);  // the planes of the pass before lay elsewhere
-      gather_image(p, p.dy, 1, m, task);
+      const bool first_pass = pass == 0, last_pass = pass + 1 == PASSES;
 #if RECORDS
       const bool records = slabs.records != nullptr;
-      if (!RECORD_X || !records) gather_image(p, p.x, 0, m, task);
-      if (records)
-        for_slabs(p, slabs, [&](const unsigned char* raw, int row, int rows) { unpack(p, m, range, task, raw, row, rows); });
-      else
-        gather(p, m, range, task);
+      if (records) {
+        for_slabs(p, slabs, [&](const Slab& slab) { unpack(p, m, range, task, slab); });
+        if (last_pass) prefetch_task(p, slabs, index + (int)gridDim.x);
+      }
 #else
       const bool records = false;
-      gather_image(p, p.x, 0, m, task);
-      gather(p, m, range, task);
-      copy_commit();
-      copy_wait<0>();
 #endif
+      if (!records) {
+        gather(p, m, range, task);
+        copy_commit();
+        copy_wait<0>();
+      }
       __syncthreads();
       scan_all(p, m, range);
       __syncthreads();
 #if RECORDS
       if (records)
-        for_slabs(p, slabs, [&](const unsigned char* raw, int row, int rows) {
-          const Rows slab = {row, rows, (const storage_t*)raw};
+        for_slabs(p, slabs, [&](const Slab& slab) {
 #if BY_PIXELS
-          pixel_gradients(p, m, range, task, slab, pass == 0, pass + 1 == PASSES);
+          pixel_gradients(p, m, range, task, slab, first_pass, last_pass);
 #else
-          gradients(p, m, range, task, slab, pass == 0, pass + 1 == PASSES);
+          gradients(p, m, range, task, slab, first_pass, last_pass);
 #endif
         });
 #endif
-      if (!records) gradients(p, m, range, task, {0, p.height, nullptr}, pass == 0, pass + 1 == PASSES);
+      if (!records) gradients(p, m, range, task, {nullptr, nullptr, nullptr, 0, p.height}, first_pass, last_pass);
       __syncthreads();
     }
 #if SPLIT > 1

@@ -8,7 +8,7 @@
 #define UNIT_PLANES (DIRECT || HAS_LAM + HAS_GATE > RESULT_PLANES ? HAS_LAM + HAS_GATE : RESULT_PLANES)
 #define LAM_PLANE 0
 #define GATE_PLANE HAS_LAM
-#define IMAGES 1
+#define BACKWARD 0
 #include "resident_scan.cuh"
 
 // What a line of one direction leaves: its gated state in shared memory, or y.
@@ -36,36 +36,59 @@ __device__ __forceinline__ void store_line(storage_t* y, const Lane& r) {
 }
 #endif
 
+// A line's operands as they are stored.
+struct Line {
+  u32 x[LINE_WORDS];
+#if HAS_LAM
+  u32 lam[LINE_WORDS];
+#endif
+#if HAS_GATE
+  u32 gate[LINE_WORDS];
+#endif
+  LineTaps taps;
+};
+
+__device__ __forceinline__ void load_line(const Cursor& c, Line& line) {
+  load_words(c.x, line.x);
+#if HAS_LAM
+  load_words(c.units + LAM_PLANE * c.unit, line.lam);
+#endif
+#if HAS_GATE
+  load_words(c.units + GATE_PLANE * c.unit, line.gate);
+#endif
+  load_taps(c, line.taps);
+}
+
 // One direction of one unit of the task, by one warp. The operands of the next line are on their way while one is
 // computed.
 __device__ __forceinline__ void scan(const Params& p, const Memory& m, const Range& range, const Task& task, int d, int unit) {
   const Scan s = scan_at(p, d);
   const Held held = held_by(s);
-  Cursor c = cursor_of(p, m, range, s, d, unit, 0, 0, s.reversed);
+  Cursor c = cursor_of(p, m, range, s, d, unit, LAM_PLANE, s.reversed);
   Output output = output_of(p, task, s, unit, held.first);
   Lane h;
   Line line;
-#if HAS_GATE
-  u32 gate[LINE_WORDS];
-#endif
-  const auto load = [&]() {
-    load_line<HAS_LAM>(c, line);
-#if HAS_GATE
-    load_words(c.units + GATE_PLANE * c.unit, gate);
-#endif
-  };
-  load();
+  load_line(c, line);
   int left = s.lines;
   const auto step = [&](auto restart) {
     const Line now = line;
     unsigned char* out = c.units;
-    Lane r;
-#if HAS_GATE
-    widen_lane(gate, r);
-#endif
     advance(c, --left > 0);
-    load();
-    state_of_line<HAS_LAM, decltype(restart)::value>(now, held, h);
+    load_line(c, line);
+    Lane u, r;
+    widen_lane(now.x, u);
+#if HAS_LAM
+    Lane lam;
+    widen_lane(now.lam, lam);
+#pragma unroll
+    for (int k = 0; k < PACK; k++)
+#pragma unroll
+      for (int v = 0; v < PLACES; v++) u[k][v] *= lam[k][v];
+#endif
+#if HAS_GATE
+    widen_lane(now.gate, r);
+#endif
+    state_of_line<decltype(restart)::value>(now.taps, held, u, h);
 #pragma unroll
     for (int k = 0; k < PACK; k++)
 #pragma unroll
@@ -160,18 +183,16 @@ KERNEL(THREADS, BLOCKS) resident_forward(CONSTANT_PARAMS p) {
   for (int index = blockIdx.x / SPLIT; index < p.knobs[TASKS]; index += gridDim.x / SPLIT) {
     const Task task = task_of(p, index);
 #if RECORDS
-    const bool records = slabs.records != nullptr;
-    if (!RECORD_X || !records) gather_image(p, p.x, 0, m, task);
-    if (records)
-      for_slabs(p, slabs, [&](const unsigned char* raw, int row, int rows) { unpack(p, m, range, task, raw, row, rows); });
-    else
-      gather(p, m, range, task);
-#else
-    gather_image(p, p.x, 0, m, task);
-    gather(p, m, range, task);
-    copy_commit();
-    copy_wait<0>();
+    if (slabs.records != nullptr) {
+      for_slabs(p, slabs, [&](const Slab& slab) { unpack(p, m, range, task, slab); });
+      prefetch_task(p, slabs, index + (int)gridDim.x);
+    } else
 #endif
+    {
+      gather(p, m, range, task);
+      copy_commit();
+      copy_wait<0>();
+    }
     __syncthreads();
     const int directions = range.last - range.first;
     for (int item = warp_index(); item < directions * units_of(p); item += THREADS / 32)

@@ -2,26 +2,41 @@
 #pragma once
 #include "resident_scan.cuh"
 
-// Rows of a task's lam and logits: in memory, or as records in shared memory.
-struct Rows {
-  int first, count;
-  const storage_t* records;  // or null
+#if !RECORDS
+// Rows of an image that are to be read from the tensors (resident_records.cuh has those in shared memory).
+struct Slab {
+  const storage_t *records, *x, *dy;
+  int first, rows;
 };
+#endif
 
-__device__ __forceinline__ float lam_at(const Params& p, const Rows& rows, const Task& task, int d, int c, int row, int column) {
+__device__ __forceinline__ float lam_at(const Params& p, const Slab& slab, const Task& task, int d, int c, int row, int column) {
 #if RECORDS && HAS_LAM
-  if (rows.records != nullptr) {
-    const storage_t* record = rows.records + ((row - rows.first) * p.width + column) * RECORD_SIZE;
-    return widen(record[RECORD_LAM + d * p.channels + c]);
-  }
+  if (slab.records != nullptr)
+    return widen(slab.records[((row - slab.first) * p.width + column) * RECORD_SIZE + RECORD_LAM + d * p.channels + c]);
 #endif
   return widen(__ldg(at(p.lam, task.b, d, c, row, column)));
 }
 
-__device__ __forceinline__ Taps taps_at(const Params& p, const Rows& rows, const Task& task, int d, int g, int row, int column) {
+__device__ __forceinline__ float x_at(const Params& p, const Slab& slab, const Task& task, int c, int row, int column) {
 #if RECORDS
-  if (rows.records != nullptr) {
-    const storage_t* record = rows.records + ((row - rows.first) * p.width + column) * RECORD_SIZE;
+  const int pixel = (row - slab.first) * p.width + column;
+  if (slab.records != nullptr) return widen(RECORD_X ? slab.records[pixel * RECORD_SIZE + c] : slab.x[pixel * p.channels + c]);
+#endif
+  return widen(__ldg(at(p.x, task.b, 0, c, row, column)));
+}
+
+__device__ __forceinline__ float dy_at(const Params& p, const Slab& slab, const Task& task, int c, int row, int column) {
+#if RECORDS
+  if (slab.records != nullptr) return widen(slab.dy[((row - slab.first) * p.width + column) * p.channels + c]);
+#endif
+  return widen(__ldg(at(p.dy, task.b, 0, c, row, column)));
+}
+
+__device__ __forceinline__ Taps taps_at(const Params& p, const Slab& slab, const Task& task, int d, int g, int row, int column) {
+#if RECORDS
+  if (slab.records != nullptr) {
+    const storage_t* record = slab.records + ((row - slab.first) * p.width + column) * RECORD_SIZE;
     return logits_at(record, RECORD_TAPS + (d * p.groups + g) * 3);
   }
 #endif
@@ -29,21 +44,10 @@ __device__ __forceinline__ Taps taps_at(const Params& p, const Rows& rows, const
   return {widen(__ldg(a)), widen(__ldg(a + p.taps.k)), widen(__ldg(a + 2 * p.taps.k))};
 }
 
-// Unit `unit` of image 0 (x) or 1 (dy), as the scans have it.
-__device__ __forceinline__ float image_at(const Params& p, const Memory& m, bool vertical, int image, int unit, int index, int c) {
-  const int plane = (image * units_of(p) + unit) * (vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H]);
-  const u32 bits = ((const unit_t*)(shared_memory() + (vertical ? m.vertical_images : m.horizontal_images) + plane))[index];
-#if PACK == 2
-  return c ? widen_high(bits) : widen_low(bits);
-#else
-  return widen_bits(bits);
-#endif
-}
-
 // dlam, dgate and the gradient of the taps, of some rows.
-__device__ __forceinline__ void scan_gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows) {
+__device__ __forceinline__ void scan_gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab) {
   const Divisor chunk = chunk_of(p);
-  const int first = rows.first * p.width, last = first + rows.count * p.width;
+  const int first = slab.first * p.width, last = first + slab.rows * p.width;
   const int per_group = units_of(p) / groups_of(p), size = (int)sizeof(unit_t);
   const bool lam_words = HAS_LAM && paired(p.dlam), gate_words = HAS_GATE && paired(p.dgate);
   for (int d = range.first; d < range.last; d++) {
@@ -70,8 +74,8 @@ __device__ __forceinline__ void scan_gradients(const Params& p, const Memory& m,
               if (has_before) dw.before = fmaf(g, load_result(previous - size, t.unit, k), dw.before);
               if (has_after) dw.after = fmaf(g, load_result(previous + size, t.unit, k), dw.after);
             }
-            dlam[k] = g * image_at(p, m, s.vertical, 0, unit, index, k);
-            dgate[k] = load_result(h, t.unit, k) * image_at(p, m, s.vertical, 1, unit, index, k);
+            dlam[k] = HAS_LAM ? g * x_at(p, slab, task, c + k, row, column) : 0.f;
+            dgate[k] = HAS_GATE ? load_result(h, t.unit, k) * dy_at(p, slab, task, c + k, row, column) : 0.f;
           }
           if (HAS_LAM && p.dlam.data != nullptr)
             store_unit(at(p.dlam, task.b, d, c, row, column), p.dlam.c, lam_words, dlam);
@@ -81,7 +85,7 @@ __device__ __forceinline__ void scan_gradients(const Params& p, const Memory& m,
         if (p.dtaps.data != nullptr) {
           Taps da = {0.f, 0.f, 0.f};
           if (!restart)
-            da = gradient_of(t.taps + group * t.tap, index, taps_at(p, rows, task, d, task.g0 + group, row, column), dw, has_before,
+            da = gradient_of(t.taps + group * t.tap, index, taps_at(p, slab, task, d, task.g0 + group, row, column), dw, has_before,
                              has_after);
           storage_t* out = at(p.dtaps, task.b, d, task.g0 + group, row, column);
           out[0] = narrow(da.before);
@@ -105,9 +109,9 @@ __device__ __forceinline__ void put_dx(const Params& p, const Task& task, int un
 }
 
 // dx of some rows: the sum over the directions of this pass, after those of the passes before.
-__device__ __forceinline__ void image_gradient(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows,
+__device__ __forceinline__ void image_gradient(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab,
                                                bool first_pass, bool last_pass) {
-  const int first = rows.first * p.width, last = first + rows.count * p.width;
+  const int first = slab.first * p.width, last = first + slab.rows * p.width;
   for (int unit = 0; unit < units_of(p); unit++)
     for_pixels(p, first, last, [&](int row, int column) {
       unsigned char* kept = sum_at(p, unit, row, column);
@@ -120,7 +124,7 @@ __device__ __forceinline__ void image_gradient(const Params& p, const Memory& m,
                                  (row * t.row_step + column * t.column_step) * (int)sizeof(unit_t);
 #pragma unroll
         for (int k = 0; k < PACK; k++) {
-          const float lam = HAS_LAM ? lam_at(p, rows, task, d, task.c0 + unit * PACK + k, row, column) : 1.f;
+          const float lam = HAS_LAM ? lam_at(p, slab, task, d, task.c0 + unit * PACK + k, row, column) : 1.f;
           sum[k] = fmaf(lam, load_result(g, t.unit, k), sum[k]);
         }
       }
@@ -131,10 +135,10 @@ __device__ __forceinline__ void image_gradient(const Params& p, const Memory& m,
     });
 }
 
-__device__ __forceinline__ void gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows,
+__device__ __forceinline__ void gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab,
                                           bool first_pass, bool last_pass) {
-  scan_gradients(p, m, range, task, rows);
-  if (p.dx.data != nullptr) image_gradient(p, m, range, task, rows, first_pass, last_pass);
+  scan_gradients(p, m, range, task, slab);
+  if (p.dx.data != nullptr) image_gradient(p, m, range, task, slab, first_pass, last_pass);
 }
 
 #if SPLIT > 1
@@ -160,58 +164,56 @@ __device__ __forceinline__ void sum_blocks(const Params& p, const Task& task, in
 // Gradients of records, a pixel a thread --------------------------------------------------------------------------
 //
 // BY_PIXELS, the plan's promise: a task is a pair of channels with shared taps; there are lam and gate; every gradient is
-// asked for, and dlam, dgate and dtaps are dense records, aligned to the vectors that are written here; the number of
-// directions of a pass is even, and a pass has no other block (SPLIT 1).
+// asked for, and dlam, dgate and dtaps are dense records, aligned to the vectors that are written here; a pass has two or
+// four directions, if there is another pass all vertical or all horizontal, and no other block (SPLIT 1).
 
 #if BY_PIXELS
 #define PART (SCANS / PASSES)  // directions of a pass
+
+__device__ __forceinline__ void store_vector(u32* p, const u32 (&w)[PART]) {
+#if PART == 4
+  __stcg((uint4*)p, make_uint4(w[0], w[1], w[2], w[3]));
+#else
+  __stcg((uint2*)p, make_uint2(w[0], w[1]));
+#endif
+}
 
 // What a pixel has to do with one orientation.
 struct Pixel {
   int index;          // bytes
   int before, after;  // bytes to its neighbours, or 0
-  float x[2], dy[2];
+  int line;
 };
 
-__device__ __forceinline__ Pixel pixel_of(const Params& p, const Memory& m, bool vertical, int row, int column) {
+__device__ __forceinline__ Pixel pixel_of(const Params& p, bool vertical, int row, int column) {
   const int place = vertical ? column : row, places = vertical ? p.width : p.height;
-  const int index = 4 * (vertical ? row * p.knobs[PITCH_V] + column : column * p.knobs[PITCH_H] + row);
-  const unsigned char* x = shared_memory() + (vertical ? m.vertical_images : m.horizontal_images) + index;
-  const u32 word = *(const u32*)x, dy = *(const u32*)(x + (vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H]));
-  return {index, place > 0 ? -4 : 0, place + 1 < places ? 4 : 0, {widen_low(word), widen_high(word)}, {widen_low(dy), widen_high(dy)}};
-}
-
-// Field by field: a reference to either would keep both in memory.
-__device__ __forceinline__ Pixel either(bool first, const Pixel& a, const Pixel& b) {
-  return {first ? a.index : b.index,
-          first ? a.before : b.before,
-          first ? a.after : b.after,
-          {first ? a.x[0] : b.x[0], first ? a.x[1] : b.x[1]},
-          {first ? a.dy[0] : b.dy[0], first ? a.dy[1] : b.dy[1]}};
+  const int index = vertical ? row * p.knobs[PITCH_V] + column : column * p.knobs[PITCH_H] + row;
+  return {4 * index, place > 0 ? -4 : 0, place + 1 < places ? 4 : 0, vertical ? row : column};
 }
 
 // Of one direction: dlam and dgate as words, dx added to a sum, and the gradients of the taps.
-__device__ __forceinline__ Taps direction_gradients(const Params& p, const Memory& m, const Range& range, int d, const Pixel& pixel,
-                                                    int line, const storage_t* record, u32& dlam, u32& dgate, float (&dx)[2]) {
-  const Scan s = scan_at(p, d);
-  const int plane = s.vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H], pitch = s.vertical ? p.knobs[PITCH_V] : p.knobs[PITCH_H];
-  const int i = s.reversed ? s.lines - 1 - line : line;
-  const bool restart = i == quotient(i, chunk_of(p)) * p.chunk;
+__device__ __forceinline__ Taps direction_gradients(const Params& p, const Memory& m, const Range& range, int d, bool vertical,
+                                                    const Pixel& pixel, const storage_t* record, const float (&x)[2],
+                                                    const float (&dy)[2], u32& dlam, u32& dgate, float (&dx)[2]) {
+  const bool reversed = direction_at(d) & 1;
+  const int plane = vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H], pitch = 4 * (vertical ? p.knobs[PITCH_V] : p.knobs[PITCH_H]);
+  const int lines = vertical ? p.height : p.width, i = reversed ? lines - 1 - pixel.line : pixel.line;
+  bool restart = i == 0;
+  if (p.chunk < lines) restart = i == quotient(i, chunk_of(p)) * p.chunk;
   const unsigned char* h = shared_memory() + offset_of(m, range.first, d) + pixel.index;
-  const unsigned char* previous = h + (restart ? 0 : s.reversed ? 4 * pitch : -4 * pitch);
+  const unsigned char* previous = h + (restart ? 0 : reversed ? pitch : -pitch);
   const u32 lam = ((const u32*)record)[RECORD_LAM / 2 + d];
   float g[2];
   Taps dw = {0.f, 0.f, 0.f};
 #pragma unroll
-  for (int c = 0; c < 2; c++, h += plane, previous += plane) {
-    g[c] = *(const float*)(h + GATE_PLANE * plane);
-    dw.before = fmaf(g[c], *(const float*)(previous + pixel.before), dw.before);
-    dw.here = fmaf(g[c], *(const float*)previous, dw.here);
-    dw.after = fmaf(g[c], *(const float*)(previous + pixel.after), dw.after);
+  for (int c = 0; c < 2; c++) {
+    g[c] = *(const float*)(h + (GATE_PLANE + c) * plane);
+    dw.before = fmaf(g[c], *(const float*)(previous + c * plane + pixel.before), dw.before);
+    dw.here = fmaf(g[c], *(const float*)(previous + c * plane), dw.here);
+    dw.after = fmaf(g[c], *(const float*)(previous + c * plane + pixel.after), dw.after);
   }
-  h -= 2 * plane;
-  dlam = narrow_pair(g[0] * pixel.x[0], g[1] * pixel.x[1]);
-  dgate = narrow_pair(*(const float*)h * pixel.dy[0], *(const float*)(h + plane) * pixel.dy[1]);
+  dlam = narrow_pair(g[0] * x[0], g[1] * x[1]);
+  dgate = narrow_pair(*(const float*)h * dy[0], *(const float*)(h + plane) * dy[1]);
   dx[0] = fmaf(widen_low(lam), g[0], dx[0]);
   dx[1] = fmaf(widen_high(lam), g[1], dx[1]);
   const Taps a = logits_at(record, RECORD_TAPS + 3 * d);
@@ -221,40 +223,46 @@ __device__ __forceinline__ Taps direction_gradients(const Params& p, const Memor
 
 // The gradients of the rows of a slab. dtaps go through the slab itself, where every thread has read its record, so that
 // neighbouring words are written together.
-__device__ __forceinline__ void pixel_gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Rows& rows,
+__device__ __forceinline__ void pixel_gradients(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab,
                                                 bool first_pass, bool last_pass) {
   const Divisor width = width_of(p);
-  const int n = rows.count * p.width, lane = threadIdx.x & 31, words = 3 * PART / 2, plane = sum_plane(p);
-  const long long first = ((long long)task.b * p.height + rows.first) * p.width;
+  const int n = slab.rows * p.width, lane = threadIdx.x & 31, words = 3 * PART / 2, plane = sum_plane(p);
+  const long long first = ((long long)task.b * p.height + slab.first) * p.width;
   u32* dlam_out = (u32*)p.dlam.data + (first * SCANS + range.first);
   u32* dgate_out = (u32*)p.dgate.data + (first * SCANS + range.first);
   u32* dtaps_out = (u32*)p.dtaps.data + (first * SCANS + range.first) / 2 * 3;
-  bool vertical = false, horizontal = false;
-#pragma unroll
-  for (int k = 0; k < PART; k++) (vertical_at(range.first + k) ? vertical : horizontal) = true;
 #pragma unroll 1
   for (int start = threadIdx.x - lane; start < n; start += THREADS) {
     const int at = start + lane;
-    u32* record = (u32*)rows.records + at * (RECORD_SIZE / 2);
+    u32* record = (u32*)slab.records + at * (RECORD_SIZE / 2);
     if (at < n) {
-      const int line = quotient(at, width), column = at - line * p.width, row = rows.first + line;
+      const int line = quotient(at, width), column = at - line * p.width, row = slab.first + line;
       unsigned char* kept = sum_at(p, 0, row, column);
       u32 dlam[PART], dgate[PART];
       float dtaps[3 * PART], dx[2] = {0.f, 0.f};
       if (!first_pass) dx[0] = load_result(kept, plane, 0), dx[1] = load_result(kept, plane, 1);
-      Pixel down = {}, across = {};
-      if (vertical) down = pixel_of(p, m, true, row, column);
-      if (horizontal) across = pixel_of(p, m, false, row, column);
+      float x[2], dy[2];
+      widen_unit(RECORD_X ? record[0] : ((const u32*)slab.x)[at], x);
+      widen_unit(((const u32*)slab.dy)[at], dy);
+#if PASSES == 1
+      const Pixel down = pixel_of(p, true, row, column), across = pixel_of(p, false, row, column);
+#else
+      const bool vertical = vertical_at(range.first);
+      const Pixel pixel = pixel_of(p, vertical, row, column);
+#endif
 #pragma unroll
       for (int k = 0; k < PART; k++) {
         const int d = range.first + k;
-        const bool is_vertical = vertical_at(d);
-        const Taps da = direction_gradients(p, m, range, d, either(is_vertical, down, across), is_vertical ? row : column,
-                                            (const storage_t*)record, dlam[k], dgate[k], dx);
+#if PASSES == 1
+        const bool vertical = vertical_at(k);
+        const Pixel& pixel = vertical ? down : across;
+#endif
+        const Taps da =
+            direction_gradients(p, m, range, d, vertical, pixel, (const storage_t*)record, x, dy, dlam[k], dgate[k], dx);
         dtaps[3 * k] = da.before, dtaps[3 * k + 1] = da.here, dtaps[3 * k + 2] = da.after;
       }
-      store_words((unsigned char*)(dlam_out + at * SCANS), dlam);
-      store_words((unsigned char*)(dgate_out + at * SCANS), dgate);
+      store_vector(dlam_out + at * SCANS, dlam);
+      store_vector(dgate_out + at * SCANS, dgate);
       if (last_pass)
         put_dx(p, task, 0, row, column, dx);
       else
@@ -263,11 +271,11 @@ __device__ __forceinline__ void pixel_gradients(const Params& p, const Memory& m
       for (int i = 0; i < words; i++) record[i] = narrow_pair(dtaps[2 * i], dtaps[2 * i + 1]);
     }
     __syncwarp();
-    const u32* slab = (const u32*)rows.records;
+    const u32* written = (const u32*)slab.records;
 #pragma unroll
     for (int i = 0; i < words; i++) {
       const int word = 32 * i + lane, pixel = start + word / words, k = word % words;
-      if (pixel < n) dtaps_out[pixel * (3 * SCANS / 2) + k] = slab[pixel * (RECORD_SIZE / 2) + k];
+      if (pixel < n) dtaps_out[pixel * (3 * SCANS / 2) + k] = written[pixel * (RECORD_SIZE / 2) + k];
     }
   }
 }

@@ -1,16 +1,18 @@
 // Shared memory of a task, and its operands put in order there from tensors of any strides.
 //
-// A direction's operands lie in scan coordinates, (line, place) with places adjacent, lines in image order: planes of
-// units, UNIT_PLANES for each unit of the task, and the weights of each tap group. Images (x, and dy in backward) are
-// there for vertical scans, and with rows and columns exchanged for horizontal ones.
+// What belongs to a direction lies in scan coordinates, (line, place) with places adjacent, lines in image order:
+// UNIT_PLANES planes of units for each unit of the task, and the weights of each tap group.
+//   forward   units: lam, gate, which a scan replaces by its gated state. x is there, too: for vertical scans, and with
+//             rows and columns exchanged for horizontal ones.
+//   backward  results: lam x, which a scan replaces by the state, and gate dy, replaced by the adjoint.
 //
-// Macros of the kernel itself: UNIT_PLANES; LAM_PLANE and GATE_PLANE, which of them; IMAGES, 1 (x) or 2 (x and dy).
+// Macros of the kernel itself: BACKWARD, UNIT_PLANES; LAM_PLANE and GATE_PLANE, the first of each.
 #pragma once
 #include "resident.cuh"
 
-// Byte offsets. An orientation that no direction needs has no images.
+// Byte offsets. An orientation that no direction needs has no x.
 struct Memory {
-  int vertical_images, horizontal_images, directions;
+  int vertical_x, horizontal_x, directions;
   int vertical_size, horizontal_size;  // of all that belongs to one direction
 };
 
@@ -26,9 +28,9 @@ __device__ __forceinline__ Memory memory_of(const Params& p, const Range& range)
       horizontal = true;
   }
   Memory m;
-  m.vertical_images = 0;
-  m.horizontal_images = vertical ? IMAGES * units * p.knobs[UNIT_V] : 0;
-  m.directions = m.horizontal_images + (horizontal ? IMAGES * units * p.knobs[UNIT_H] : 0);
+  m.vertical_x = 0;
+  m.horizontal_x = vertical && !BACKWARD ? units * p.knobs[UNIT_V] : 0;
+  m.directions = m.horizontal_x + (horizontal && !BACKWARD ? units * p.knobs[UNIT_H] : 0);
   m.vertical_size = units * UNIT_PLANES * p.knobs[UNIT_V] + groups * p.knobs[TAPS_V];
   m.horizontal_size = units * UNIT_PLANES * p.knobs[UNIT_H] + groups * p.knobs[TAPS_H];
   return m;
@@ -91,14 +93,14 @@ __device__ __forceinline__ void for_pixels(const Params& p, int first, int last,
   }
 }
 
-// A unit of image 0 (x) or 1 (dy).
-__device__ __forceinline__ void put_image(const Params& p, const Memory& m, int image, int unit, int row, int column, unit_t value) {
-  const int plane = image * units_of(p) + unit;
-  unsigned char *vertical = shared_memory() + m.vertical_images + plane * p.knobs[UNIT_V],
-                *horizontal = shared_memory() + m.horizontal_images + plane * p.knobs[UNIT_H];
-  if (m.horizontal_images > m.vertical_images) ((unit_t*)vertical)[row * p.knobs[PITCH_V] + column] = value;
-  if (m.directions > m.horizontal_images) ((unit_t*)horizontal)[column * p.knobs[PITCH_H] + row] = value;
+#if !BACKWARD
+__device__ __forceinline__ void put_x(const Params& p, const Memory& m, int unit, int row, int column, unit_t value) {
+  unsigned char *vertical = shared_memory() + m.vertical_x + unit * p.knobs[UNIT_V],
+                *horizontal = shared_memory() + m.horizontal_x + unit * p.knobs[UNIT_H];
+  if (m.horizontal_x > m.vertical_x) ((unit_t*)vertical)[row * p.knobs[PITCH_V] + column] = value;
+  if (m.directions > m.horizontal_x) ((unit_t*)horizontal)[column * p.knobs[PITCH_H] + row] = value;
 }
+#endif
 
 // Two 16-bit columns can be read as a word, in every row and plane.
 __device__ __forceinline__ bool two_columns(const Params& p, const View& v) {
@@ -136,22 +138,43 @@ __device__ __forceinline__ bool copy_plane(const Params& p, const View& v, const
 #endif
 }
 
-__device__ __forceinline__ void gather_image(const Params& p, const View& v, int image, const Memory& m, const Task& task) {
+#if !BACKWARD
+__device__ __forceinline__ void gather_x(const Params& p, const Memory& m, const Task& task) {
   for (int unit = 0; unit < units_of(p); unit++) {
-    const storage_t* data = at(v, task.b, 0, task.c0 + unit * PACK, 0, 0);
-    unsigned char* vertical = shared_memory() + m.vertical_images + (image * units_of(p) + unit) * p.knobs[UNIT_V];
-    if (m.directions == m.horizontal_images && copy_plane(p, v, data, vertical)) continue;
-    for_units(p, v, data, [&](int row, int column, unit_t value) { put_image(p, m, image, unit, row, column, value); });
+    const storage_t* data = at(p.x, task.b, 0, task.c0 + unit * PACK, 0, 0);
+    if (m.directions == m.horizontal_x && copy_plane(p, p.x, data, shared_memory() + unit * p.knobs[UNIT_V])) continue;
+    for_units(p, p.x, data, [&](int row, int column, unit_t value) { put_x(p, m, unit, row, column, value); });
   }
 }
 
 // lam or gate of one unit in direction d, into the plane at `out`.
-__device__ __forceinline__ void gather_units(const Params& p, const View& v, const Target& t, unsigned char* out, const storage_t* data) {
+__device__ __forceinline__ void gather_factor(const Params& p, const View& v, const Target& t, unsigned char* out,
+                                              const storage_t* data) {
   if (t.vertical && copy_plane(p, v, data, out)) return;
   for_units(p, v, data, [&](int row, int column, unit_t value) {
     ((unit_t*)out)[row * t.row_step + column * t.column_step] = value;
   });
 }
+#else
+// The product of an image with lam or gate, or the image alone, of one unit in direction d; into the results at `out`.
+template <bool FACTOR>
+__device__ __forceinline__ void gather_product(const Params& p, const View& v, const View& factor, const Target& t, unsigned char* out,
+                                               const Task& task, int d, int unit) {
+  const int c = task.c0 + unit * PACK;
+  const storage_t *image = at(v, task.b, 0, c, 0, 0), *factors = FACTOR ? at(factor, task.b, d, c, 0, 0) : nullptr;
+  const bool words = paired(v), factor_words = FACTOR && paired(factor);
+  for_pixels<1, 4>(p, 0, p.height * p.width, [&](int row, int column) {
+    float product[PACK], by[PACK];
+    widen_unit(load_unit(image + row * v.h + column * v.w, v.c, words), product);
+    if (FACTOR) {
+      widen_unit(load_unit(factors + row * factor.h + column * factor.w, factor.c, factor_words), by);
+#pragma unroll
+      for (int k = 0; k < PACK; k++) product[k] *= by[k];
+    }
+    store_result_at(out + (row * t.row_step + column * t.column_step) * (int)sizeof(unit_t), t.unit, product);
+  });
+}
+#endif
 
 // The weights of tap group g, from taps at `data`.
 __device__ __forceinline__ void gather_taps(const Params& p, const Target& t, int g, const storage_t* data) {
@@ -180,18 +203,26 @@ __device__ __forceinline__ void gather_taps(const Params& p, const Target& t, in
   });
 }
 
-// Everything of a task but images. Copies in the background have to be waited for.
+// All operands of a task. Copies in the background have to be waited for.
 __device__ __forceinline__ void gather(const Params& p, const Memory& m, const Range& range, const Task& task) {
+#if !BACKWARD
+  gather_x(p, m, task);
+#endif
   for (int d = range.first; d < range.last; d++) {
     const Target t = target_of(p, m, range.first, d);
     for (int unit = 0; unit < units_of(p); unit++) {
       unsigned char* out = t.units + unit * UNIT_PLANES * t.unit;
+#if BACKWARD
+      gather_product<HAS_LAM>(p, p.x, p.lam, t, out + LAM_PLANE * t.unit, task, d, unit);
+      gather_product<HAS_GATE>(p, p.dy, p.gate, t, out + GATE_PLANE * t.unit, task, d, unit);
+#else
       const int c = task.c0 + unit * PACK;
 #if HAS_LAM
-      gather_units(p, p.lam, t, out + LAM_PLANE * t.unit, at(p.lam, task.b, d, c, 0, 0));
+      gather_factor(p, p.lam, t, out + LAM_PLANE * t.unit, at(p.lam, task.b, d, c, 0, 0));
 #endif
 #if HAS_GATE
-      gather_units(p, p.gate, t, out + GATE_PLANE * t.unit, at(p.gate, task.b, d, c, 0, 0));
+      gather_factor(p, p.gate, t, out + GATE_PLANE * t.unit, at(p.gate, task.b, d, c, 0, 0));
+#endif
 #endif
     }
     for (int g = 0; g < groups_of(p); g++) gather_taps(p, t, g, at(p.taps, task.b, d, task.g0 + g, 0, 0));

@@ -1,6 +1,7 @@
 // Operands that are records: lam, gate and taps are views of one tensor (B, H, W, record), dense, in that order, maybe
-// behind x. Models make them so. The rows of an image are copied as they are, whole cache lines, slab after slab through
-// a ring of RING, and put in order from there; the ring runs ahead into the next image.
+// behind x. Models make them so. The rows of an image are copied as they are, whole cache lines, with those of x (if it
+// is not in the record) and in backward of dy, slab after slab through a ring of RING, and put in order from there; the
+// ring runs ahead into the next image.
 //
 // Macros: RECORDS, RECORD_X (x comes first in a record), RING.
 #pragma once
@@ -36,6 +37,12 @@ __device__ __forceinline__ const storage_t* records_of(const Params& p) {
   return fine ? first : nullptr;
 }
 
+// Rows [first, first + rows) of an image in shared memory; `records` null: they are to be read from the tensors.
+struct Slab {
+  const storage_t *records, *x, *dy;
+  int first, rows;
+};
+
 // What a block reads, in the order in which it needs it: for each of its tasks, `rounds` times all rows.
 struct Slabs {
   const storage_t* records;
@@ -49,19 +56,35 @@ __device__ __forceinline__ void copy_run(unsigned char* to, const unsigned char*
   for (int o = threadIdx.x * SIZE; o < bytes; o += THREADS * SIZE) copy_async<SIZE>(to + o, from + o);
 }
 
+// `pixels` pixels of `size` elements from pixel `first` of a dense tensor, on their way to `to`.
+__device__ __forceinline__ void copy_pixels(unsigned char* to, const storage_t* data, long long first, int pixels, int size) {
+  const unsigned char* from = (const unsigned char*)(data + first * size);
+  const int bytes = pixels * size * (int)sizeof(storage_t), alignment = (int)(u64)from | bytes;
+  if ((alignment & 15) == 0)
+    copy_run<16>(to, from, bytes);
+  else if ((alignment & 7) == 0)
+    copy_run<8>(to, from, bytes);
+  else
+    copy_run<4>(to, from, bytes);
+}
+
+// Where the images of a slab are: x, and dy behind it.
+__device__ __forceinline__ int slab_dy(const Params& p) {
+  return RECORD_X ? p.knobs[SLAB_X] : (p.knobs[SLAB_X] + p.knobs[SLAB_BYTES]) / 2;
+}
+
 __device__ __forceinline__ void read_slab(const Params& p, Slabs& s) {
   if (s.records != nullptr && s.task < p.knobs[TASKS]) {
-    const int rows = min(p.knobs[SLAB_ROWS], p.height - s.row), bytes = rows * p.width * RECORD_SIZE * (int)sizeof(storage_t);
+    const int rows = min(p.knobs[SLAB_ROWS], p.height - s.row), pixels = rows * p.width;
     const long long first = ((long long)s.task * p.height + s.row) * p.width;
-    const unsigned char* from = (const unsigned char*)(s.records + first * RECORD_SIZE);
     unsigned char* to = shared_memory() + p.knobs[RING_AT] + s.slot * p.knobs[SLAB_BYTES];
-    const int alignment = (int)(u64)from | bytes;
-    if ((alignment & 15) == 0)
-      copy_run<16>(to, from, bytes);
-    else if ((alignment & 7) == 0)
-      copy_run<8>(to, from, bytes);
-    else
-      copy_run<4>(to, from, bytes);
+    copy_pixels(to, s.records, first, pixels, RECORD_SIZE);
+#if !RECORD_X
+    copy_pixels(to + p.knobs[SLAB_X], p.x.data, first, pixels, RECORD_CHANNELS);
+#endif
+#if BACKWARD
+    copy_pixels(to + slab_dy(p), p.dy.data, first, pixels, RECORD_CHANNELS);
+#endif
     s.row += rows;
     if (s.row == p.height) {
       s.row = 0;
@@ -79,16 +102,32 @@ __device__ __forceinline__ Slabs slabs_of(const Params& p, int rounds) {
   return s;
 }
 
-// body(raw, row, rows) for each slab of an image.
+// body(slab) for each slab of an image.
 template <typename Body>
 __device__ __forceinline__ void for_slabs(const Params& p, Slabs& s, Body body) {
   for (int row = 0; row < p.height; row += p.knobs[SLAB_ROWS]) {
     copy_wait<RING - 2>();
     __syncthreads();
     read_slab(p, s);  // into the slot that was used before the barrier
-    body(shared_memory() + p.knobs[RING_AT] + s.used * p.knobs[SLAB_BYTES], row, min(p.knobs[SLAB_ROWS], p.height - row));
+    const unsigned char* slot = shared_memory() + p.knobs[RING_AT] + s.used * p.knobs[SLAB_BYTES];
+    body(Slab{(const storage_t*)slot, (const storage_t*)(slot + p.knobs[SLAB_X]), (const storage_t*)(slot + slab_dy(p)), row,
+              min(p.knobs[SLAB_ROWS], p.height - row)});
     if (++s.used == RING) s.used = 0;
   }
+}
+
+// Brings what the slabs of a task will be into the second-level cache, while memory has nothing else to do.
+__device__ __forceinline__ void prefetch_task(const Params& p, const Slabs& s, int task) {
+  if (s.records == nullptr || task >= p.knobs[TASKS]) return;
+  const int pixels = p.height * p.width, bytes = pixels * RECORD_SIZE * (int)sizeof(storage_t);
+  const unsigned char* records = (const unsigned char*)(s.records + (long long)task * pixels * RECORD_SIZE);
+#pragma unroll 1
+  for (int o = threadIdx.x * 128; o < bytes; o += THREADS * 128) prefetch(records + o);
+  const int image = pixels * RECORD_CHANNELS * (int)sizeof(storage_t), o = threadIdx.x * 128;
+  if (o >= image) return;  // what more there may be of a larger one is little beside the records
+  const long long first = (long long)task * pixels * RECORD_CHANNELS;
+  if (!RECORD_X) prefetch((const unsigned char*)(p.x.data + first) + o);
+  if (BACKWARD) prefetch((const unsigned char*)(p.dy.data + first) + o);
 }
 
 // Three logits at an element.
@@ -128,14 +167,19 @@ __device__ __forceinline__ Words words_at(const unsigned char* record) {
 }
 
 // Puts the rows of a slab in order: a thread takes a pixel in all directions.
-__device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task,
-                                       const unsigned char* raw, int row0, int rows) {
+__device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab) {
   const Divisor width = width_of(p);
 #pragma unroll 1
-  for (int pixel = threadIdx.x; pixel < rows * p.width; pixel += THREADS) {
-    const int line = quotient(pixel, width), column = pixel - line * p.width, row = row0 + line;
+  for (int pixel = threadIdx.x; pixel < slab.rows * p.width; pixel += THREADS) {
+    const int line = quotient(pixel, width), column = pixel - line * p.width, row = slab.first + line;
     const int vertical = (row * p.knobs[PITCH_V] + column) * 4, horizontal = (column * p.knobs[PITCH_H] + row) * 4;
-    const Words record = words_at(raw + pixel * RECORD_SIZE * 2);
+    const Words record = words_at((const unsigned char*)(slab.records + pixel * RECORD_SIZE));
+    const u32 x = RECORD_X ? record.w[0] : ((const u32*)slab.x)[pixel];
+#if BACKWARD
+    const u32 dy = ((const u32*)slab.dy)[pixel];
+#else
+    put_x(p, m, 0, row, column, x);
+#endif
     unsigned char* base = shared_memory() + m.directions;
 #pragma unroll
     for (int d = 0; d < SCANS; d++) {
@@ -144,11 +188,23 @@ __device__ __forceinline__ void unpack(const Params& p, const Memory& m, const R
       const int place = is_vertical ? column : row, places = is_vertical ? p.width : p.height;
       const int unit = is_vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H];
       unsigned char* out = base + (is_vertical ? vertical : horizontal);
+#if BACKWARD
+      float u[2] = {widen_low(x), widen_high(x)}, v[2] = {widen_low(dy), widen_high(dy)};
+#if HAS_LAM
+      u[0] *= widen_low(record.w[RECORD_LAM / 2 + d]), u[1] *= widen_high(record.w[RECORD_LAM / 2 + d]);
+#endif
+#if HAS_GATE
+      v[0] *= widen_low(record.w[RECORD_GATE / 2 + d]), v[1] *= widen_high(record.w[RECORD_GATE / 2 + d]);
+#endif
+      store_result_at(out + LAM_PLANE * unit, unit, u);
+      store_result_at(out + GATE_PLANE * unit, unit, v);
+#else
 #if HAS_LAM
       *(u32*)(out + LAM_PLANE * unit) = record.w[RECORD_LAM / 2 + d];
 #endif
 #if HAS_GATE
       *(u32*)(out + GATE_PLANE * unit) = record.w[RECORD_GATE / 2 + d];
+#endif
 #endif
       const int k = RECORD_TAPS + 3 * d;
       const Taps w = weights_of({record[k], record[k + 1], record[k + 2]}, place > 0, place + 1 < places);
@@ -156,44 +212,57 @@ __device__ __forceinline__ void unpack(const Params& p, const Memory& m, const R
       *(u32*)(out + UNIT_PLANES * unit) = pack_taps(w);
 #else
       store_taps(base + UNIT_PLANES * unit, (is_vertical ? vertical : horizontal) / 4,
-                 (is_vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H]) / 3, w);
+                 (is_vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H]) / TAP_PLANES, w);
 #endif
       base += is_vertical ? m.vertical_size : m.horizontal_size;
     }
-#if RECORD_X
-    put_image(p, m, 0, 0, row, column, record.w[0]);
-#endif
   }
 }
 #else
 // Puts the rows of a slab in order.
-__device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task,
-                                       const unsigned char* raw, int row0, int rows) {
-  const int first = row0 * p.width, last = first + rows * p.width;
+__device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab) {
+  const int first = slab.first * p.width, last = first + slab.rows * p.width;
   for (int d = range.first; d < range.last; d++) {
     const Target t = target_of(p, m, range.first, d);
     for_pixels(p, first, last, [&](int row, int column) {
-      const storage_t* record = (const storage_t*)raw + (row * p.width + column - first) * RECORD_SIZE;
-      const int index = row * t.row_step + column * t.column_step;
+      const int pixel = row * p.width + column - first, index = row * t.row_step + column * t.column_step;
+      const storage_t* record = slab.records + pixel * RECORD_SIZE;
       for (int unit = 0; unit < units_of(p); unit++) {
-        unsigned char* out = t.units + unit * UNIT_PLANES * t.unit;
-        const int channel = d * p.channels + task.c0 + unit * PACK;
+        unsigned char* out = t.units + unit * UNIT_PLANES * t.unit + index * (int)sizeof(unit_t);
+        const int c = task.c0 + unit * PACK, channel = d * p.channels + c;
+#if BACKWARD
+        float u[PACK], v[PACK], factor[PACK];
+        widen_unit(*(const unit_t*)((RECORD_X ? record : slab.x + pixel * p.channels) + c), u);
+        widen_unit(*(const unit_t*)(slab.dy + pixel * p.channels + c), v);
 #if HAS_LAM
-        ((unit_t*)(out + LAM_PLANE * t.unit))[index] = *(const unit_t*)(record + RECORD_LAM + channel);
+        widen_unit(*(const unit_t*)(record + RECORD_LAM + channel), factor);
+        for (int k = 0; k < PACK; k++) u[k] *= factor[k];
 #endif
 #if HAS_GATE
-        ((unit_t*)(out + GATE_PLANE * t.unit))[index] = *(const unit_t*)(record + RECORD_GATE + channel);
+        widen_unit(*(const unit_t*)(record + RECORD_GATE + channel), factor);
+        for (int k = 0; k < PACK; k++) v[k] *= factor[k];
+#endif
+        store_result_at(out + LAM_PLANE * t.unit, t.unit, u);
+        store_result_at(out + GATE_PLANE * t.unit, t.unit, v);
+#else
+#if HAS_LAM
+        *(unit_t*)(out + LAM_PLANE * t.unit) = *(const unit_t*)(record + RECORD_LAM + channel);
+#endif
+#if HAS_GATE
+        *(unit_t*)(out + GATE_PLANE * t.unit) = *(const unit_t*)(record + RECORD_GATE + channel);
+#endif
 #endif
       }
       for (int g = 0; g < groups_of(p); g++)
         put_weights(p, t, g, row, column, logits_at(record, RECORD_TAPS + (d * p.groups + task.g0 + g) * 3));
     });
   }
-#if RECORD_X
+#if !BACKWARD
   for_pixels(p, first, last, [&](int row, int column) {
-    const storage_t* record = (const storage_t*)raw + (row * p.width + column - first) * RECORD_SIZE;
+    const int pixel = row * p.width + column - first;
+    const storage_t* x = RECORD_X ? slab.records + pixel * RECORD_SIZE : slab.x + pixel * p.channels;
     for (int unit = 0; unit < units_of(p); unit++)
-      put_image(p, m, 0, unit, row, column, *(const unit_t*)(record + task.c0 + unit * PACK));
+      put_x(p, m, unit, row, column, *(const unit_t*)(x + task.c0 + unit * PACK));
   });
 #endif
 }

@@ -29,24 +29,23 @@ __device__ __forceinline__ Held held_by(const Scan& s) {
 
 // Where a lane's places of a line are.
 struct Cursor {
-  const unsigned char *image, *taps;
-  unsigned char* units;         // plane of the factor of the image, and of the result
-  int unit, tap;                // bytes from plane to plane
-  int step, tap_step;           // bytes to the line after
+  const unsigned char *x, *taps;
+  unsigned char* units;   // plane of lam or gate, or of a result
+  int unit, tap;          // bytes from plane to plane
+  int step, tap_step;     // bytes to the line after
 };
 
-// `image`: 0 x, 1 dy; `plane`: of the unit, lam's or gate's; `backwards`: from the last line of the image to the first.
+// `plane`: of the unit; `backwards`: from the last line of the image to the first.
 __device__ __forceinline__ Cursor cursor_of(const Params& p, const Memory& m, const Range& range, const Scan& s, int d, int unit,
-                                            int image, int plane, bool backwards) {
+                                            int plane, bool backwards) {
   const int tap_size = TAP_BYTES / TAP_PLANES, unit_size = (int)sizeof(unit_t), units = units_of(p);
   const int pitch = s.vertical ? p.knobs[PITCH_V] : p.knobs[PITCH_H], bytes = s.vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H];
   const int taps = s.vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H];
   const int group = groups_of(p) == 1 ? 0 : unit * groups_of(p) / units;
   const int start = (backwards ? s.lines - 1 : 0) * pitch + held_by(s).first, step = backwards ? -pitch : pitch;
-  const int images = s.vertical ? m.vertical_images : m.horizontal_images;
   unsigned char* base = shared_memory() + offset_of(m, range.first, d);
   Cursor c;
-  c.image = shared_memory() + images + (image * units + unit) * bytes + start * unit_size;
+  c.x = shared_memory() + (s.vertical ? m.vertical_x : m.horizontal_x) + unit * bytes + start * unit_size;
   c.units = base + (unit * UNIT_PLANES + plane) * bytes + start * unit_size;
   c.taps = base + units * UNIT_PLANES * bytes + group * taps + start * tap_size;
   c.unit = bytes;
@@ -59,44 +58,28 @@ __device__ __forceinline__ Cursor cursor_of(const Params& p, const Memory& m, co
 // To the line after, if there is one.
 __device__ __forceinline__ void advance(Cursor& c, bool more) {
   const int step = more ? c.step : 0, tap_step = more ? c.tap_step : 0;
-  c.image += step;
+  c.x += step;
   c.units += step;
   c.taps += (int)sizeof(unit_t) == TAP_BYTES / TAP_PLANES ? step : tap_step;
 }
 
-// A line as it is stored: an image, what it is multiplied by, and weights.
-struct Line {
-  u32 image[LINE_WORDS], factor[LINE_WORDS], taps[TAP_WORDS];
+// Weights of a line as they are stored.
+struct LineTaps {
+  u32 w[TAP_WORDS];
 };
 
-template <bool FACTOR>
-__device__ __forceinline__ void load_line(const Cursor& c, Line& line) {
-  load_words(c.image, line.image);
-  if (FACTOR) load_words(c.units, line.factor);
+__device__ __forceinline__ void load_taps(const Cursor& c, LineTaps& taps) {
 #if TAP_PAIR
-  load_words(c.taps, line.taps);
+  load_words(c.taps, taps.w);
 #else
 #pragma unroll
   for (int k = 0; k < 3; k++) {
     u32 w[TAP_PLANE_WORDS];
     load_words(c.taps + k * c.tap, w);
 #pragma unroll
-    for (int i = 0; i < TAP_PLANE_WORDS; i++) line.taps[k * TAP_PLANE_WORDS + i] = w[i];
+    for (int i = 0; i < TAP_PLANE_WORDS; i++) taps.w[k * TAP_PLANE_WORDS + i] = w[i];
   }
 #endif
-}
-
-template <bool FACTOR>
-__device__ __forceinline__ void source_of_line(const Line& line, Lane& u) {
-  widen_lane(line.image, u);
-  if (FACTOR) {
-    Lane factor;
-    widen_lane(line.factor, factor);
-#pragma unroll
-    for (int c = 0; c < PACK; c++)
-#pragma unroll
-      for (int v = 0; v < PLACES; v++) u[c][v] *= factor[c][v];
-  }
 }
 
 // Places behind the end of a line: zero, whatever their neighbours hold.
@@ -107,14 +90,12 @@ __device__ __forceinline__ void clear_beyond(const Held& held, Lane& h) {
     for (int v = 1; v < PLACES; v++) h[c][v] = v < held.count ? h[c][v] : 0.f;
 }
 
-// h, of the line before in scan order, becomes the state of this line.
-template <bool FACTOR, bool RESTART>
-__device__ __forceinline__ void state_of_line(const Line& line, const Held& held, Lane& h) {
-  Lane u;
-  source_of_line<FACTOR>(line, u);
+// h, of the line before in scan order, becomes the state of the line whose source is u.
+template <bool RESTART>
+__device__ __forceinline__ void state_of_line(const LineTaps& taps, const Held& held, Lane& u, Lane& h) {
   if (!RESTART) {
     LaneTaps w;
-    widen_taps(line.taps, w);
+    widen_taps(taps.w, w);
 #if !NORMALIZE
     // Weights as given, also those of neighbours that do not exist.
     w.before[0] = held.start ? 0.f : w.before[0];
@@ -143,18 +124,17 @@ __device__ __forceinline__ void state_of_line(const Line& line, const Held& held
   clear_beyond(held, h);
 }
 
-// g = source + carried is the gradient that reaches this line; `carried` becomes what it hands to the line before in scan
+// g, a line's source, becomes the gradient that reaches it, source + carried; `carried` becomes what it hands to the line before in scan
 // order: place j hands w_k g to place j + k. A restart hands on nothing.
-template <bool FACTOR, bool RESTART>
-__device__ __forceinline__ void adjoint_of_line(const Line& line, const Held& held, Lane& carried, Lane& g) {
-  source_of_line<FACTOR>(line, g);
+template <bool RESTART>
+__device__ __forceinline__ void adjoint_of_line(const LineTaps& taps, const Held& held, Lane& carried, Lane& g) {
 #pragma unroll
   for (int c = 0; c < PACK; c++)
 #pragma unroll
     for (int v = 0; v < PLACES; v++) g[c][v] += carried[c][v];
   clear_beyond(held, g);
   LaneTaps w;
-  if (!RESTART) widen_taps(line.taps, w);
+  if (!RESTART) widen_taps(taps.w, w);
 #pragma unroll
   for (int c = 0; c < PACK; c++) {
     if (RESTART) {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...problem import DIRECTIONS
-from ..geometry import Case, Kernel, Launch, Plan, options
+from ..geometry import Case, Kernel, Launch, Plan, View, options
 
 LANES = 32
 MOST_PLACES = 8
@@ -86,7 +86,7 @@ def _knobs(case: Case, layout: Layout, tasks: int) -> tuple[int, ...]:
     return (
         *(layout.channels, tasks, problem.channels // layout.channels, _groups(case, layout.channels)),
         *(*layout.pitches, *units, *taps),
-        *(layout.slab_rows, layout.slab, layout.planes + layout.sums),
+        *(layout.slab_rows, layout.slab, layout.slab_x, layout.planes + layout.sums),
         layout.planes,
         *(_magic(problem.width), _magic(min(problem.chunk or lines, lines))),
     )
@@ -131,7 +131,8 @@ class Layout:
         planes: bytes of operands in order.
         sums: bytes of the sums of dx.
         slab_rows: rows of records that arrive together; 0 if operands are no records.
-        slab: bytes of these rows.
+        slab: bytes of these rows, with those of images.
+        slab_x: bytes of a slab before the images.
     """
 
     channels: int
@@ -144,6 +145,7 @@ class Layout:
     sums: int
     slab_rows: int
     slab: int
+    slab_x: int
 
     @property
     def shared(self) -> int:
@@ -212,13 +214,13 @@ def _layout(case: Case, channels: int, pack: int, split: int, passes: int, recor
     )
     summed = case.backward and split * passes > 1 and "dx" in case.views
     sums = summed * channels * (4 // case.itemsize) // pack * _up(height * width * pack * case.itemsize, 16)
-    slab_rows = slab = 0
+    slab_rows = slab = slab_x = 0
     if record:
         slab_rows = _slab_rows(case, planes + sums, record)
         if slab_rows < 1:
             return None
-        slab = _slab(case, slab_rows, record)
-    layout = Layout(channels, pack, places, pitches, split, passes, planes, sums, slab_rows, slab)
+        slab, slab_x = _slab(case, slab_rows, record)
+    layout = Layout(channels, pack, places, pitches, split, passes, planes, sums, slab_rows, slab, slab_x)
     return layout if layout.shared <= case.device.shared_memory else None
 
 
@@ -232,15 +234,20 @@ def _slab_rows(case: Case, planes: int, record: int) -> int:
     most = min(problem.height, -(-SLAB_PIXELS // problem.width))
     best = (0, 0)
     for rows in range(1, most + 1):
-        blocks = _fitting_blocks(case, planes + RING * _slab(case, rows, record))
+        blocks = _fitting_blocks(case, planes + RING * _slab(case, rows, record)[0])
         if blocks:
             best = max(best, (min(blocks, wanted) if rows * problem.width >= 128 else 1, rows))
     return best[1]
 
 
-def _slab(case: Case, rows: int, record: int) -> int:
-    """Bytes of so many rows. A word more than the pixels: logits are read by words."""
-    return _up(rows * case.problem.width * record + 4, 16)
+def _slab(case: Case, rows: int, record: int) -> tuple[int, int]:
+    """Bytes of so many rows of records and images, and of the records alone."""
+    problem = case.problem
+    pixels = rows * problem.width
+    images = (not _record_has_x(case)) + case.backward
+    # A word more than the pixels: logits are read by words.
+    records = _up(pixels * record + 4, 16)
+    return records + images * _up(pixels * problem.channels * case.itemsize, 16), records
 
 
 def _fitting_blocks(case: Case, shared: int) -> int:
@@ -274,7 +281,7 @@ def _plane_bytes(
     for axis, places in zip((("down", "up"), ("right", "left")), _places(case, pitches), strict=True):
         count = sum(name in axis for name in mine)
         unit, taps = _plane(case, pack, places)
-        total += (1 + case.backward) * units * unit if count else 0
+        total += units * unit if count and not case.backward else 0
         total += count * (units * per_unit * unit + _groups(case, channels) * taps)
     return total
 
@@ -312,25 +319,36 @@ def _record(case: Case) -> int:
     scans, channels = len(problem.directions), problem.channels
     per_pixel = [views[name] for name in ("lam", "gate") if name in views]
     elements = scans * (len(per_pixel) * channels + 3 * problem.groups)
-    inside = [taps, *per_pixel]
+    inside, images = [taps, *per_pixel], [views["dy"]] if case.backward else []
     if _record_has_x(case):
         elements += channels
         inside.append(views["x"])
-        if views["x"].c != 1:
-            return 0
+    else:
+        images.append(views["x"])
+    # Images are copied by words.
+    if channels * case.itemsize % 4 or any(view.alignment < 4 for view in images) or views["x"].c != 1:
+        return 0
     if taps.w != elements or taps.w * case.itemsize % 4:
         return 0
     if (taps.d, taps.c, taps.k) != (3 * problem.groups, 3, 1):
         return 0
     if any((view.d, view.c) != (channels, 1) for view in per_pixel):
         return 0
-    row, image = problem.width * taps.w, problem.height * problem.width * taps.w
-    dense = all(
-        (view.w, view.h if problem.height > 1 else row, view.b if problem.batch > 1 else image)
-        == (taps.w, row, image)
-        for view in inside
+    dense = all(_dense(case, view, elements) for view in inside) and all(
+        view.c == 1 and _dense(case, view, channels) for view in images
     )
     return taps.w * case.itemsize if dense else 0
+
+
+def _dense(case: Case, view: View, elements: int) -> bool:
+    """Are pixels of so many elements adjacent, rows and images, too?"""
+    problem = case.problem
+    row = problem.width * elements
+    return (
+        (view.w == elements or problem.width == 1)
+        and (view.h == row or problem.height == 1)
+        and (view.b == row * problem.height or problem.batch == 1)
+    )
 
 
 def _by_pixels(case: Case, layout: Layout, one: bool) -> bool:
@@ -340,16 +358,16 @@ def _by_pixels(case: Case, layout: Layout, one: bool) -> bool:
     part = scans // layout.passes
     if not (layout.slab_rows and one and layout.pack == 2 and layout.split == 1 and "dx" in views):
         return False
-    if scans % (2 * layout.passes):
+    if scans % layout.passes or part not in (2, 4):
+        return False
+    vertical = [name in ("down", "up") for name in problem.directions]
+    if layout.passes > 1 and any(len(set(vertical[d : d + part])) > 1 for d in range(0, scans, part)):
         return False
     for name, size, alignment in (("dlam", 2, 4 * part), ("dgate", 2, 4 * part), ("dtaps", 3, 4)):
         view = views.get(name)
-        if view is None or view.alignment < alignment:
+        if view is None or view.alignment < alignment or not _dense(case, view, scans * size):
             return False
-        row, image = problem.width * scans * size, problem.height * problem.width * scans * size
-        inner = (view.k if name == "dtaps" else view.c, view.d, view.w)
-        outer = (view.h if problem.height > 1 else row, view.b if problem.batch > 1 else image)
-        if inner != (1, size, scans * size) or outer != (row, image):
+        if (view.k if name == "dtaps" else view.c, view.d) != (1, size):
             return False
     return True
 
