@@ -17,8 +17,13 @@ from helpers import max_error, relative_l2
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
 
-# Results are rounded once: these are the errors of that, and in float32 of the sums.
-TOLERANCE = {torch.float32: (3e-6, 3e-6), torch.bfloat16: (2.5e-3, 2**-8), torch.float16: (4e-4, 2**-11)}
+# Relative L2 and largest error: results are rounded once; in float32 these are the errors of the sums. Of a
+# few elements all may be unlucky, and what is nearly a tie may go the other way.
+TOLERANCE = {
+    torch.float32: (3e-6, 3e-6),
+    torch.bfloat16: (2.5e-3, 1.02 * 2**-8),
+    torch.float16: (4e-4, 1.02 * 2**-11),
+}
 
 
 @functools.cache
@@ -94,7 +99,7 @@ def test_kernels(variant: str, small: Small, backward: bool) -> None:
             f"{name} depends on the order of threads"
         )
         assert max_error(tensor, expected[name]) <= largest, name
-        assert relative_l2(tensor, expected[name]) <= l2, name
+        assert relative_l2(tensor, expected[name]) <= (l2 if tensor.numel() > 256 else largest), name
 
 
 RUNS_SEED = {tuple(run.values): i for i, run in enumerate(RUNS)}
