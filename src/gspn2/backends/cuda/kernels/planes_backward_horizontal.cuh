@@ -138,6 +138,7 @@ __device__ __forceinline__ void put_halves(Rows& upper, Rows& lower, Column& oth
 struct Chunk {
   Rows operand[OPERANDS];
   Column other[OPERANDS];
+  Packed<EACH> beside;  // of the saved state, the row of the neighbour in another warp
 
   __device__ __forceinline__ float at(int op, int n, int e) const { return operand[op].row[n][e]; }
   __device__ __forceinline__ void put(int op, int e, const float (&v)[N]) { put_column(operand[op], other[op], e, v); }
@@ -218,29 +219,30 @@ struct Entering {
   Edges edges;
 };
 #if HAS_HIDDEN
-// Column `column` of a piece, one element of each of a thread's rows, and of the neighbours' across warps.
-__device__ __forceinline__ float element_at(const unsigned char* piece, int n, int lane, int column) {
-  return widen(((const storage_t*)(piece + chunk_at(n, lane, column / EACH)))[column % EACH]);
+// The row next to this thread's in the memory of another warp: chunk q.
+__device__ __forceinline__ const unsigned char* beside_at(const Thread& t, const unsigned char* piece, int q) {
+  const int side = neighbour_warp(t);
+  return piece + side * WARP_BYTES + (side < 0 ? chunk_at(N - 1, 31, q) : chunk_at(0, 0, q));
 }
-__device__ __forceinline__ Edges edges_at(const Thread& t, const unsigned char* piece, int column, const float (&h)[N]) {
-  Edges others = {0.f, 0.f};
-  if (asks_before(t)) others.before = element_at(piece - WARP_BYTES, N - 1, 31, column);
-  if (asks_after(t)) others.after = element_at(piece + WARP_BYTES, 0, 0, column);
-  return edges_of(t, h, others);
+__device__ __forceinline__ void read_beside(const Work& w, const Thread& t, int segment, int q, Chunk& c) {
+  c.beside = {};
+  if (WANTS_TAPS && neighbour_warp(t) != 0) read_words(c.beside.words, beside_at(t, piece_at(w, segment, HIDDEN), q));
 }
+// Element e of it, and of a row of this thread.
+__device__ __forceinline__ float element_of(const unsigned char* chunk, int e) { return widen(((const storage_t*)chunk)[e]); }
 #endif
 
 // That of the k-th line of chunk i in scan order.
 __device__ __forceinline__ void enter(const Work& w, const Thread& t, int segment, const Chunk& c, int i, int k, Entering& entering) {
 #if HAS_HIDDEN
-  const unsigned char* piece = piece_at(w, segment, HIDDEN);
   if (k > 0) {
-    const int q = REVERSED ? CHUNKS - 1 - i : i, e = REVERSED ? EACH - k : k - 1;
+    const int e = REVERSED ? EACH - k : k - 1;
 #pragma unroll
     for (int n = 0; n < N; n++) entering.h[n] = c.at(HIDDEN, n, e);
-    entering.edges = edges_at(t, piece, q * EACH + e, entering.h);
+    entering.edges = edges_of(t, entering.h, c.beside[e]);
     return;
   }
+  const unsigned char* piece = piece_at(w, segment, HIDDEN);
   if (i == 0) {
     // It is the last column of the segment before, of which only the last to be scanned may be short.
     if (segment == 0) return;
@@ -251,10 +253,10 @@ __device__ __forceinline__ void enter(const Work& w, const Thread& t, int segmen
     else
       __syncwarp();
   }
-  const int column = REVERSED ? (CHUNKS - i) % CHUNKS * EACH : (i * EACH + S - 1) % S;
+  const int q = REVERSED ? (CHUNKS - i) % CHUNKS : (i + CHUNKS - 1) % CHUNKS, e = REVERSED ? 0 : EACH - 1;
 #pragma unroll
-  for (int n = 0; n < N; n++) entering.h[n] = element_at(piece, n, t.lane, column);
-  entering.edges = edges_at(t, piece, column, entering.h);
+  for (int n = 0; n < N; n++) entering.h[n] = element_of(piece + chunk_at(n, t.lane, q), e);
+  entering.edges = edges_of(t, entering.h, neighbour_warp(t) == 0 ? 0.f : element_of(beside_at(t, piece, q), e));
 #else
   entering.edges = get_state(w.states, WARP_BYTES / 4, i * EACH + k, t, entering.h);
 #endif
@@ -373,6 +375,9 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     if (q * EACH >= columns.count) continue;
     Chunk c;
     read_chunk<OPERANDS>(p, w, t, segment, q, c);
+#if HAS_HIDDEN
+    read_beside(w, t, segment, q, c);
+#endif
     if (NEEDS_STATES) enter(w, t, segment, c, i, EACH - 1, entering);
 #pragma unroll
     for (int k = EACH - 1; k >= 0; k--) {

@@ -144,17 +144,17 @@ __device__ __forceinline__ void put_state(float* states, int s, int lane, const 
     *(Floats*)(states + state_index(s, n, lane)) = f;
   }
 }
-// What the neighbours of this thread hold of a line of states: `before` and `after`, read from other warps' memory,
-// count for the first and the last lane only.
-__device__ __forceinline__ Edges edges_of(const Thread& t, const float (&h)[N], const Edges& others) {
+// What the neighbours of this thread hold of a line of states; `other` is what the neighbour in another warp holds, and
+// counts for the first and the last lane only.
+__device__ __forceinline__ Edges edges_of(const Thread& t, const float (&h)[N], float other) {
   const float before = __shfl_up_sync(~0u, h[N - 1], 1), after = __shfl_down_sync(~0u, h[0], 1);
-  return {!t.has_before ? 0.f : WIDE && t.lane == 0 ? others.before : before,
-          !t.has_after ? 0.f : WIDE && t.lane == 31 ? others.after : after};
+  return {!t.has_before ? 0.f : WIDE && t.lane == 0 ? other : before,
+          !t.has_after ? 0.f : WIDE && t.lane == 31 ? other : after};
 }
-// Does the neighbour's state have to be read from the memory of the warp before, of the warp after?
-__device__ __forceinline__ bool asks_before(const Thread& t) { return WIDE && t.lane == 0 && t.warp > 0; }
-__device__ __forceinline__ bool asks_after(const Thread& t) {
-  return WIDE && t.lane == 31 && t.warp + 1 < (int)blockDim.x / 32;
+// Which warp's memory has the state of this thread's neighbour: that of the warp before (-1), after (1), or its own (0)?
+__device__ __forceinline__ int neighbour_warp(const Thread& t) {
+  if (!WIDE) return 0;
+  return t.lane == 0 && t.warp > 0 ? -1 : t.lane == 31 && t.warp + 1 < (int)blockDim.x / 32 ? 1 : 0;
 }
 
 // With the edges. `pitch`: floats from one warp's states to the next one's.
@@ -165,8 +165,8 @@ __device__ __forceinline__ Edges get_state(const float* states, int pitch, int s
 #pragma unroll
     for (int i = 0; i < VEC; i++) h[n + i] = f.v[i];
   }
-  Edges others = {0.f, 0.f};
-  if (asks_before(t)) others.before = states[state_index(s, N - 1, 31) - pitch];
-  if (asks_after(t)) others.after = states[state_index(s, 0, 0) + pitch];
-  return edges_of(t, h, others);
+  const int side = neighbour_warp(t);
+  float other = 0.f;
+  if (side != 0) other = states[side * pitch + (side < 0 ? state_index(s, N - 1, 31) : state_index(s, 0, 0))];
+  return edges_of(t, h, other);
 }

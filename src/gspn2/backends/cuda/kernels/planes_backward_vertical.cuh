@@ -88,12 +88,12 @@ __device__ __forceinline__ void read_line(const Params& p, const Work& w, const 
 #if HAS_HIDDEN
   if (!NEEDS_STATES) return;
   const unsigned char* unit = unit_at(w, segment, s, HIDDEN);
-  Edges others = {0.f, 0.f};
-  if (asks_before(t)) others.before = widen(((const storage_t*)(unit - WARP_BYTES))[32 * N - 1]);
-  if (asks_after(t)) others.after = widen(*(const storage_t*)(unit + WARP_BYTES));
+  const int side = neighbour_warp(t);
+  float other = 0.f;
+  if (side != 0) other = widen(*(const storage_t*)(unit + side * WARP_BYTES + (side < 0 ? UNIT - SIZE : 0)));
 #pragma unroll
   for (int n = 0; n < N; n++) line.h[n] = line.operand[HIDDEN][n];
-  line.edges = edges_of(t, line.h, others);
+  line.edges = edges_of(t, line.h, other);
 #else
   if (NEEDS_STATES) line.edges = get_state(w.states, WARP_BYTES / 4, s, t, line.h);
 #endif
