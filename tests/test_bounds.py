@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import gspn2
 from gspn2.backends import DIRECTIONS
 from helpers import (
+    CPU_BACKENDS,
+    LAYOUTS,
     Case,
     assert_same_bits,
     eager_weights,
@@ -184,6 +190,79 @@ def test_taps_that_are_never_read_may_be_nan(direction: str, backend: str) -> No
     for results in (found, expected):
         results["dlogits"].select(axis, first).zero_()
     assert_same_bits(found, expected)
+
+
+# Lines of one direction end inside a vector, those of the other with one. The taps at the spots are read: no
+# line through a spot is a restart.
+BATCH, CHANNELS, GROUPS, HEIGHT, WIDTH, CHUNK = 3, 6, 2, 19, 32, 7
+SPOTS = ((1, 1), (HEIGHT - 2, WIDTH - 2))
+REACHES = [((direction,), None) for direction in DIRECTIONS] + [(DIRECTIONS, CHUNK)]
+NATIVE_BACKENDS = [name for name in CPU_BACKENDS if name != "reference"]
+
+
+def line_scan(
+    x: Tensor, logits: Tensor, lam: Tensor, *, directions: Sequence[str], chunk: int | None, backend: str
+) -> Tensor:
+    """`gspn2.line_scan` with the arguments of `propagate`."""
+    return gspn2.line_scan(x, lam[:, 0], logits[:, 0], direction=directions[0], chunk=chunk, backend=backend)
+
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {"propagate": gspn2.propagate, "line_scan": line_scan}
+
+
+def spoiled(operator: str, name: str, value: float, directions: tuple[str, ...], chunk: int | None) -> Case:
+    """`value` near a corner of the first image and near another of the second, the third is clean.
+
+    It is in channels 0 and 2 or in taps of the first group: other channels and images are scanned later.
+    """
+    case = make_case(BATCH, CHANNELS, HEIGHT, WIDTH, GROUPS, directions, chunk)
+    if operator == "line_scan":
+        case = replace(case, logits=case.logits.tanh() / 3, gate=None)
+    for image, (row, column) in enumerate(SPOTS):
+        if name == "logits":
+            case.logits[image, :, 0, 2 * image, row, column] = value
+        else:
+            getattr(case, name)[image, ..., [0, 2], row, column] = value
+    return case
+
+
+@cache
+def where_not_finite(*problem: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Masks of NaN and of infinities in the results of the reference, in float64."""
+    results = run(spoiled(*problem), OPERATORS[problem[0]], backend="reference")
+    return {name: (tensor.isnan(), tensor.isinf()) for name, tensor in results.items()}
+
+
+@pytest.mark.parametrize("native", NATIVE_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_finite_where_the_reference_is(
+    operator: str, value: float, layout: str, dtype: torch.dtype, native: str
+) -> None:
+    """y and every gradient are NaN or infinite where the reference is.
+
+    Nothing gets from the end of a line into what is left of a vector, and from there to the line again, to
+    other channels or to other images; gradients of the taps of missing neighbours are 0.
+    """
+    wrong = []
+    bare = operator == "line_scan"
+    names = ["x", "lam", "dy", *([] if bare else ["gate"])]
+    # An infinite logit is an ordinary one: its sigmoid is 0 or 1.
+    names += ["logits"] if bare or value != torch.inf else []
+    for directions, chunk in REACHES:
+        if bare and len(directions) > 1:
+            directions = directions[:1]
+        for name in names:
+            problem = (operator, name, value, directions, chunk)
+            case = LAYOUTS[layout](spoiled(*problem).to(dtype))
+            for key, tensor in run(case, OPERATORS[operator], backend=native).items():
+                nan, infinite = where_not_finite(*problem)[key]
+                stray = (tensor.isnan() != nan) | (tensor.isinf() != infinite)
+                if stray.any():
+                    wrong.append(f"{name}, {directions}, {chunk}: {key} at {stray.nonzero()[0].tolist()}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_four_directions_reach_every_pixel_from_every_pixel() -> None:

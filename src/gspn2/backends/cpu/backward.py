@@ -17,6 +17,7 @@ from .jit import SOURCES, cached_jit, jit, jit_inline
 from .rows import (
     adjoint_row,
     carry_row,
+    clear_missing_taps,
     input_gradient_row,
     logit_gradient_row,
     start_row,
@@ -254,14 +255,18 @@ def unstage_taps(
     dw: Any, w: Any, slope: Any, plan: Any, dtaps: Any, stride_k: int, group: int, groups: int, first: int,
     count: int, places: int, itemsize: int, stored: Any, like: Any,
 ) -> None:  # fmt: skip
-    """Rows dw, turned into gradients of the logits where the taps are logits, to a tensor."""
+    """Rows dw, turned into gradients of the logits where the taps are logits, to a tensor.
+
+    Those of missing neighbours are 0 whatever came out, as 0 times a NaN is none.
+    """
     panel = plan.lines * plan.row
     for k in range(groups):
         rows = 3 * k * panel
-        if plan.normalize != 0:
-            for i in range(count):
-                at = rows + i * plan.row
+        for i in range(count):
+            at = rows + i * plan.row
+            if plan.normalize != 0:
                 logit_gradient_row(advance(dw, at), panel, advance(w, at), advance(slope, at), places)
+            clear_missing_taps(advance(dw, at), panel, places, like)
         target = pointer_to(dtaps.address + itemsize * ((group + k) * dtaps.c + first * dtaps.i), stored)
         staging.write(
             advance(dw, rows), panel, plan.row, target, 3, count, places, stride_k, dtaps.i, dtaps.j, like

@@ -1,8 +1,9 @@
 """The maths of one line, in vectors: tap weights, one step of the scan, one step of its adjoint.
 
 A row is a pointer to the first place of a line in scratch. One place to the left and to the right of a line
-may be read and hold 0. Loops run to the end of the last vector: weights and inputs are 0 from the last
-place on.
+may be read and hold 0. Loops run to the end of the last vector. Beyond the last place weights, inputs, states
+and what is carried are 0: what would follow there from a neighbour inside the line is 0 times that neighbour,
+and cut off, because it is NaN when the neighbour is not finite.
 """
 
 from __future__ import annotations
@@ -104,10 +105,16 @@ def normalize_taps(w: Any, tap: int, slope: Any, places: int, like: Any) -> None
 
 
 @jit
+def last_vector(places: int) -> Any:
+    """Where the last vector of a row begins, whole or not."""
+    return (places - 1) // LANES * LANES
+
+
+@jit
 def clear_missing_taps(w: Any, tap: int, places: int, like: Any) -> None:
-    """Set the weights of missing neighbours to 0 in three rows of weights that are used as given."""
+    """Set what belongs to missing neighbours to 0 in three rows of weights as given, or of tap gradients."""
     zero = splat(0.0, like)
-    last = (places - 1) // LANES * LANES
+    last = last_vector(places)
     store(w, 0, replace_lane(load(w, 0), 0, zero))
     store(w, 2 * tap + last, replace_lane(load(w, 2 * tap + last), places - 1 - last, zero))
 
@@ -124,15 +131,22 @@ def start_row(h: Any, x: Any, lam: Any, places: int) -> None:
 
 
 @jit
+def from_neighbours(previous: Any, w: Any, tap: int, s: Any, j: int) -> Any:
+    """s + sum_k w_k[j] previous[j + k], a vector from place j on."""
+    s = fma(load(w, j), load(previous, j - 1), s)
+    s = fma(load(w, tap + j), load(previous, j), s)
+    return fma(load(w, 2 * tap + j), load(previous, j + 1), s)
+
+
+@jit
 def scan_row(h: Any, previous: Any, w: Any, tap: int, x: Any, lam: Any, places: int) -> None:
     """h[j] = sum_k w_k[j] previous[j + k] + lam[j] x[j]."""
-    for j in range(0, places, LANES):
-        s = load(x, j)
-        if lam is not None:
-            s = load(lam, j) * s
-        s = fma(load(w, j), load(previous, j - 1), s)
-        s = fma(load(w, tap + j), load(previous, j), s)
-        store(h, j, fma(load(w, 2 * tap + j), load(previous, j + 1), s))
+    last = last_vector(places)
+    for j in range(0, last, LANES):
+        s = load(x, j) if lam is None else load(lam, j) * load(x, j)
+        store(h, j, from_neighbours(previous, w, tap, s, j))
+    s = load(x, last) if lam is None else load(lam, last) * load(x, last)
+    store(h, last, keep_below(from_neighbours(previous, w, tap, s, last), places - last))
 
 
 @jit
@@ -151,17 +165,17 @@ def scan_line(
         if has_lam:
             s = (load_as(lam, j, like) if whole else load_first(lam, j, count, like)) * s
         if not restart:
-            s = fma(load(w, j), load(previous, j - 1), s)
-            s = fma(load(w, tap + j), load(previous, j), s)
-            s = fma(load(w, 2 * tap + j), load(previous, j + 1), s)
-        store(h, j, s)
+            s = from_neighbours(previous, w, tap, s, j)
+        state = s
         if has_gate:
             s = (load_as(gate, j, like) if whole else load_first(gate, j, count, like)) * s
         if add:
             s = (load_as(y, j, like) if whole else load_first(y, j, count, like)) + s
         if whole:
+            store(h, j, state)
             store_as(y, j, s)
         else:
+            store(h, j, keep_below(state, count))
             store_first(y, j, count, s)
 
 
@@ -183,12 +197,20 @@ def adjoint_row(g: Any, carried: Any, dy: Any, gate: Any, places: int) -> None:
 
 
 @jit
+def to_neighbours(w: Any, tap: int, g: Any, j: int) -> Any:
+    """sum_k w_k[j - k] g[j - k], a vector from place j on."""
+    s = load(w, tap + j) * load(g, j)
+    s = fma(load(w, j + 1), load(g, j + 1), s)
+    return fma(load(w, 2 * tap + j - 1), load(g, j - 1), s)
+
+
+@jit
 def carry_row(carried: Any, w: Any, tap: int, g: Any, places: int) -> None:
     """carried[j] = sum_k w_k[j - k] g[j - k]: what this line hands to the previous one."""
-    for j in range(0, places, LANES):
-        s = load(w, tap + j) * load(g, j)
-        s = fma(load(w, j + 1), load(g, j + 1), s)
-        store(carried, j, fma(load(w, 2 * tap + j - 1), load(g, j - 1), s))
+    last = last_vector(places)
+    for j in range(0, last, LANES):
+        store(carried, j, to_neighbours(w, tap, g, j))
+    store(carried, last, keep_below(to_neighbours(w, tap, g, last), places - last))
 
 
 @jit
