@@ -146,12 +146,12 @@ struct Restarts {
 
 // Hands the states at the two ends of every warp to its neighbours: put, then a barrier, then get in the next line.
 struct Edges {
-  int turn, warp, lane;
+  int turn, warp, lane, threads;  // threads: those that hold places
 
   __device__ __forceinline__ float* at(int side) const { return edges() + (turn * 2 + side) * (WARPS + 2) + warp + 1; }
 
   __device__ __forceinline__ void start() {
-    for (int i = threadIdx.x; i < EDGES; i += THREADS) edges()[i] = 0.f;
+    for (int i = threadIdx.x; i < EDGES; i += threads) edges()[i] = 0.f;
     turn = 0;
   }
   __device__ __forceinline__ void get(float& before, float& after) const {
@@ -163,7 +163,16 @@ struct Edges {
     if (lane == 0) *at(0) = first;
     if (lane == 31) *at(1) = last;
   }
+  __device__ __forceinline__ void barrier() const {
+    if (WARPS > 1)
+      named_barrier(1, threads);
+    else
+      __syncwarp();
+  }
 };
+
+// Whole warps that hold `places` of a line; the others of the block rest.
+__device__ __forceinline__ int threads_for(int places, int each) { return ((places + each - 1) / each + 31) / 32 * 32; }
 
 // The part of a line that a block of a cluster holds: its own places, and HALO more on either side. What it computes
 // there goes wrong by one place a line, from the outside; after HALO lines the neighbours send the right states, without
@@ -213,13 +222,6 @@ struct Strip {
 __device__ __forceinline__ Strip strip_of(int places, int own, int rank) {
   const int begin = rank * own, end = min(places, begin + own);
   return {places, begin, end, max(0, begin - HALO), min(places, end + HALO), rank};
-}
-
-__device__ __forceinline__ void line_barrier() {
-  if (WARPS > 1)
-    __syncthreads();
-  else
-    __syncwarp();
 }
 
 __device__ __forceinline__ void wait_for_everybody() {

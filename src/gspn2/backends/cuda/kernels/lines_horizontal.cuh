@@ -119,7 +119,7 @@ struct HorizontalScan {
         h = fmaf(it.w.after, ends ? 0.f : after, next);
       }
       edges.put(h, h);
-      line_barrier();
+      edges.barrier();
       const float v_out = HAS_GATE ? h * it.gate : h;
       result[e] = SUMS ? result[e] + v_out : v_out;
     }
@@ -141,9 +141,11 @@ struct HorizontalScan {
 
   __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, int& exchanges) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Edges edges{0, warp, lane};
     strip = strip_of(scan.places, p.knobs[1], rank);
-    warp_row = strip.own_begin - HALO + warp * 32;
+    const int first_row = strip.own_begin - HALO;
+    Edges edges{0, warp, lane, threads_for(strip.end - first_row, 1)};
+    if ((int)threadIdx.x >= edges.threads) return;
+    warp_row = first_row + warp * 32;
     const int row = warp_row + lane;
     const bool starts = row == 0, ends = row + 1 == scan.places, inside = strip.has(row);
     ring = shared_memory() + RING + warp * HBUFFERS * HTILE;
@@ -157,7 +159,7 @@ struct HorizontalScan {
       if (t < tiles) copy_tile(t, column_of(t));
       copy_commit();
     }
-    line_barrier();
+    edges.barrier();
     float h[1] = {0.f};
     Restarts restarts{p.chunk, 0};
     [[maybe_unused]] int until_exchange = HALO;
@@ -177,7 +179,7 @@ struct HorizontalScan {
         if (until_exchange == 0) {
           strip.exchange(h, row, exchanges);
           edges.put(h[0], h[0]);
-          line_barrier();
+          edges.barrier();
           until_exchange = HALO;
         }
         until_exchange -= VECTOR;

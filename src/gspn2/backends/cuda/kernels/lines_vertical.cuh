@@ -97,7 +97,8 @@ struct VerticalScan {
   __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, [[maybe_unused]] int& exchanges) {
     const Strip strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank) : strip_of(scan.places, scan.places, 0);
     const int first = strip.begin + (int)threadIdx.x * VPLACES;
-    Edges edges{0, (int)threadIdx.x / 32, (int)threadIdx.x % 32};
+    Edges edges{0, (int)threadIdx.x / 32, (int)threadIdx.x % 32, threads_for(strip.end - strip.begin, VPLACES)};
+    if ((int)threadIdx.x >= edges.threads) return;
     inside = strip.has(first);
     writes = strip.owns(first);
     [[maybe_unused]] int until_exchange = HALO;
@@ -111,7 +112,7 @@ struct VerticalScan {
     y_step = reversed ? -p.y.h : p.y.h, sums_step = reversed ? -plane.sums_row : plane.sums_row;
     edges.start();
     for (int g = 0; g < VRING - 1; ++g) copy_group(g);
-    line_barrier();
+    edges.barrier();
     float h[VPLACES];
 #pragma unroll
     for (int e = 0; e < VPLACES; ++e) h[e] = 0.f;
@@ -124,7 +125,7 @@ struct VerticalScan {
       if (until_exchange == 0) {
         strip.exchange(h, first, exchanges);
         edges.put(h[0], h[VPLACES - 1]);
-        line_barrier();
+        edges.barrier();
         until_exchange = HALO;
       }
       until_exchange -= VLINES;
@@ -157,7 +158,7 @@ struct VerticalScan {
           advance(h, places[i], starts ? 0.f : before, ends ? 0.f : after);
         }
         edges.put(h[0], h[VPLACES - 1]);
-        line_barrier();
+        edges.barrier();
         if (writes) write_line(group[i], places[i], h);
         y += y_step;
         if (SUMS) sums += sums_step;

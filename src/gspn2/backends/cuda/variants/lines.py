@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, options
 
+Macros = tuple[tuple[str, int], ...]
+
 LANES = 32
 MOST_WARPS = 16
 """Of a block: with more, registers would spill; columns alone need half as many."""
@@ -144,21 +146,35 @@ def plan(case: Case) -> Plan:
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
-    """Kernels that the tests compile, and whether each is hot (must not spill)."""
+    """Kernels that the tests compile, and whether each is hot (must not spill).
+
+    The first runs on every device, clusters on sm_90 and newer.
+    """
+
+    def cut(threads: int, cluster: int, split: int) -> Macros:
+        return (("THREADS", threads), ("CLUSTER", cluster), ("VSPLIT", split))
+
+    def rows(places: int, lines: int, ring: int) -> Macros:
+        return (("VPLACES", places), ("VLINES", lines), ("VRING", ring))
+
+    def columns(piece: int, buffers: int) -> Macros:
+        return (("HPIECE", piece), ("HBUFFERS", buffers))
+
+    no_rows, no_columns = rows(0, 1, 2), columns(0, 1)
     kernels = []
-    for storage, places in ((1, 8), (0, 4)):
+    for storage, most, least in ((1, 8, 2), (0, 4, 1)):
         scan = (("STORAGE", storage), ("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0), ("SUMS", 0))
         four = (("STORAGE", storage), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("SUMS", 1))
-        rows = (("VPLACES", places), ("VLINES", 2), ("VRING", 4))
-        no_rows = (("VPLACES", 0), ("VLINES", 1), ("VRING", 2))
-        columns = (("HPIECE", 32), ("HBUFFERS", 2))
-        no_columns = (("HPIECE", 0), ("HBUFFERS", 1))
         kernels += [
-            (_kernel((*scan, ("THREADS", 128), ("CLUSTER", 1), ("VSPLIT", 0), *rows, *no_columns)), True),
-            (_kernel((*scan, ("THREADS", 256), ("CLUSTER", 1), ("VSPLIT", 0), *no_rows, *columns)), True),
-            (_kernel((*four, ("THREADS", 256), ("CLUSTER", 1), ("VSPLIT", 0), *rows, *columns)), True),
+            (*scan, *cut(128, 1, 0), *rows(most, 2, 4), *no_columns),
+            (*scan, *cut(160, 8, 1), *rows(least, 8, 6), *no_columns),
+            (*scan, *cut(256, 1, 0), *no_rows, *columns(32, 2)),
+            (*scan, *cut(288, 4, 0), *no_rows, *columns(64, 2)),
+            (*four, *cut(256, 1, 0), *rows(most, 2, 4), *columns(32, 2)),
+            (*four, *cut(288, 4, 0), *rows(most, 2, 3), *columns(32, 2)),
+            (*four, *cut(160, 8, 1), *rows(least, 8, 6), *columns(64, 2)),
         ]
-    return kernels
+    return [(_kernel(macros), True) for macros in kernels]
 
 
 def plan_of(layout: Layout) -> Plan:
@@ -239,10 +255,11 @@ def _rank(layout: Layout) -> tuple[float, ...]:
         own = layout.own_columns
         if not busy and not _sums(case):
             score.append(abs(own / 128 - 1) if problem.width > 256 else layout.cluster)
-        lanes = LANES if planes >= 3 * processors else 4 * LANES
+        lanes = LANES * (8 if _sums(case) else 1 if planes >= 3 * processors else 4)
         places = min(VECTOR_BYTES // case.itemsize, max(4 // case.itemsize, own // lanes))
         score.append(abs(layout.rows.places - places))
-        score.append(abs(layout.rows.ring - (6 if layout.rows.lines * 24 <= problem.height else 2)))
+        ring = 2 if layout.rows.lines * 24 > problem.height else 6 if busy else 3
+        score.append(abs(layout.rows.ring - ring))
     return tuple(score)
 
 
@@ -313,5 +330,5 @@ def _alignment(case: Case) -> int:
     return bits & -bits
 
 
-def _kernel(defines: tuple[tuple[str, int], ...]) -> Kernel:
+def _kernel(defines: Macros) -> Kernel:
     return Kernel("lines_forward.cu", "lines_forward", defines)
