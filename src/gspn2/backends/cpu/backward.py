@@ -257,7 +257,7 @@ def unstage_taps(
 ) -> None:  # fmt: skip
     """Rows dw, turned into gradients of the logits where the taps are logits, to a tensor.
 
-    Those of missing neighbours are 0 whatever came out, as 0 times a NaN is none.
+    Those of missing neighbours are set to 0: 0 times what is not finite came out as NaN.
     """
     panel = plan.lines * plan.row
     for k in range(groups):
