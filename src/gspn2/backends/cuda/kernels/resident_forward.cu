@@ -72,7 +72,9 @@ __device__ __forceinline__ void scan(const Params& p, const Memory& m, const Ran
   int left = s.lines;
   const auto step = [&](auto restart) {
     const Line now = line;
+#if !DIRECT
     unsigned char* out = c.units;
+#endif
     advance(c, --left > 0);
     load_line(c, line);
     Lane u, r;

@@ -203,13 +203,58 @@ __device__ __forceinline__ void gather_taps(const Params& p, const Target& t, in
   });
 }
 
+#if !BACKWARD
+// All operands of one channel in direction d, two columns at a time, with all reads of a thread on the way together. They
+// have to have `two_columns`. x is read here if there is no other direction.
+__device__ __forceinline__ void gather_pairs(const Params& p, const Memory& m, const Target& t, const Task& task, int d) {
+  const storage_t* x = at(p.x, task.b, 0, task.c0, 0, 0);
+  const storage_t* taps = at(p.taps, task.b, d, task.g0, 0, 0);
+#if HAS_LAM
+  const storage_t* lam = at(p.lam, task.b, d, task.c0, 0, 0);
+#endif
+#if HAS_GATE
+  const storage_t* gate = at(p.gate, task.b, d, task.c0, 0, 0);
+#endif
+  for_pixels<2, 2>(p, 0, p.height * p.width, [&](int row, int column) {
+    const storage_t* a = taps + row * p.taps.h + column;
+    const u32 before = __ldg((const u32*)a), here = __ldg((const u32*)(a + p.taps.k)), after = __ldg((const u32*)(a + 2 * p.taps.k));
+    const auto put = [&](int plane, u32 pair) {
+      unit_t* out = (unit_t*)(t.units + plane * t.unit) + row * t.row_step + column * t.column_step;
+      out[0] = (unit_t)(pair & 0xffffu);
+      out[t.column_step] = (unit_t)(pair >> 16);
+    };
+#if HAS_LAM
+    put(LAM_PLANE, __ldg((const u32*)(lam + row * p.lam.h + column)));
+#endif
+#if HAS_GATE
+    put(GATE_PLANE, __ldg((const u32*)(gate + row * p.gate.h + column)));
+#endif
+    if (SCANS == 1) {
+      const u32 pair = __ldg((const u32*)(x + row * p.x.h + column));
+      put_x(p, m, 0, row, column, (unit_t)(pair & 0xffffu));
+      put_x(p, m, 0, row, column + 1, (unit_t)(pair >> 16));
+    }
+    put_weights(p, t, 0, row, column, {widen_low(before), widen_low(here), widen_low(after)});
+    put_weights(p, t, 0, row, column + 1, {widen_high(before), widen_high(here), widen_high(after)});
+  });
+}
+#endif
+
 // All operands of a task. Copies in the background have to be waited for.
 __device__ __forceinline__ void gather(const Params& p, const Memory& m, const Range& range, const Task& task) {
 #if !BACKWARD
-  gather_x(p, m, task);
+  const bool pairs = ONE && two_columns(p, p.x) && two_columns(p, p.taps) && (!HAS_LAM || two_columns(p, p.lam)) &&
+                     (!HAS_GATE || two_columns(p, p.gate));
+  if (SCANS > 1 || !pairs || vertical_at(0)) gather_x(p, m, task);
 #endif
   for (int d = range.first; d < range.last; d++) {
     const Target t = target_of(p, m, range.first, d);
+#if !BACKWARD
+    if (pairs && !t.vertical) {
+      gather_pairs(p, m, t, task, d);
+      continue;
+    }
+#endif
     for (int unit = 0; unit < units_of(p); unit++) {
       unsigned char* out = t.units + unit * UNIT_PLANES * t.unit;
 #if BACKWARD

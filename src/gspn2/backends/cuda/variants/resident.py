@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...problem import DIRECTIONS
 from ..geometry import Case, Kernel, Launch, Plan, View, options
+from . import lines
 
 LANES = 32
 MOST_PLACES = 8
@@ -18,12 +19,15 @@ RING = 3
 SLAB_PIXELS = 512
 """Pixels of a slab: enough work for the threads of a block between two barriers."""
 
+FEW_BYTES = 16
+"""Bytes of a pixel's channels that are read in pieces without moving many bytes more."""
+
 BLOCK_OVERHEAD = 1024
 """Bytes of shared memory that the system takes of each block."""
 
 
 def why_not(case: Case) -> str | None:
-    """Lines that a warp cannot hold, and images that do not fit."""
+    """Lines that a warp cannot hold, images that do not fit, and layouts that others read better."""
     problem = case.problem
     longest = _longest(case)
     if longest > LANES * MOST_PLACES:
@@ -34,6 +38,15 @@ def why_not(case: Case) -> str | None:
             f"the operands of a {problem.height} x {problem.width} image, {whole}, do not fit in the "
             f"{case.device.shared_memory} bytes of shared memory of a block"
         )
+    if _best(case).slab_rows:
+        return None
+    pixels = problem.channels > 1 and all(view.c == 1 for view in _images(case))
+    if pixels and problem.channels * case.itemsize > FEW_BYTES:
+        return "it would read a few bytes of each pixel at a time: lam, gate and taps are no dense records"
+    if case.backward and (pixels or _aligned_rows(case)):
+        return "its gradients are fast for dense records only, views of lam, gate and taps into one tensor"
+    if problem.directions in (("right",), ("left",)) and lines.why_not(case) is None:
+        return "a single scan along rows is faster where a thread holds a row"
     return None
 
 
@@ -338,6 +351,20 @@ def _record(case: Case) -> int:
         view.c == 1 and _dense(case, view, channels) for view in images
     )
     return taps.w * case.itemsize if dense else 0
+
+
+def _images(case: Case) -> list[View]:
+    return [view for name, view in case.views.items() if name not in ("taps", "dtaps")]
+
+
+def _aligned_rows(case: Case) -> bool:
+    """Are all tensors planes of rows that begin at multiples of 4 bytes?"""
+    return all(
+        (view.w == 1 or case.problem.width == 1)
+        and view.alignment >= 4
+        and all(stride * case.itemsize % 4 == 0 for stride in (view.b, view.d, view.c, view.k, view.h))
+        for view in case.views.values()
+    )
 
 
 def _dense(case: Case, view: View, elements: int) -> bool:

@@ -1,0 +1,62 @@
+"""Resident: dense records, in slabs and passes, and what is not quite a record; planes in clusters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from gspn2.backends.cuda.geometry import Device
+from helpers import Case
+
+from ..problems import BF16, FP16, OLD, OTHER_LAYOUTS, Small
+
+TIGHT = Device(shared_memory=17_000, multiprocessors=2)
+"""A GPU on which backward of a 14 x 14 image needs two passes, and blocks take several images."""
+
+
+def records(case: Case, names: tuple[str, ...] = ("lam", "gate", "logits"), extra: int = 0) -> Case:
+    """As a mixer makes them: views into one (B, H, W, P) tensor; what is not in it, dense pixels of its own."""
+    tensors = case.tensors() | {"dy": case.dy}
+    pixels = {name: t.movedim((-2, -1), (1, 2)).contiguous() for name, t in tensors.items()}
+    flat = [pixels[name].flatten(3) for name in names if name in pixels]
+    packed = torch.cat([*flat, *(torch.full_like(flat[0][..., :1], torch.nan) for _ in range(extra))], -1)
+    parts = packed.split([t.shape[-1] for t in flat] + [1] * extra, -1)
+    inside = dict(zip((name for name in names if name in pixels), parts, strict=False))
+    pixels |= {name: part.unflatten(-1, pixels[name].shape[3:]) for name, part in inside.items()}
+    return replace(case, **{name: t.movedim((1, 2), (-2, -1)) for name, t in pixels.items()})
+
+
+OTHER_LAYOUTS |= {
+    "records": records,
+    "records_with_x": lambda case: records(case, ("x", "lam", "gate", "logits")),
+    "records_in_other_order": lambda case: records(case, ("gate", "lam", "logits")),
+    "records_with_more": lambda case: records(case, extra=2),
+}
+
+CASES = (
+    *(Small(14, 14, channels=2, batch=3, layout="records", dtype=dtype) for dtype in (BF16, FP16)),
+    Small(14, 14, channels=2, batch=3, layout="records", dtype=BF16, device=TIGHT),
+    Small(14, 13, channels=2, batch=5, layout="records", dtype=BF16, device=TIGHT, chunk=4),
+    Small(7, 7, channels=2, batch=3, layout="records_with_x", dtype=BF16),
+    Small(56, 56, channels=2, layout="records", dtype=BF16, forward=False),
+    Small(12, 12, channels=2, batch=2, layout="records_in_other_order", dtype=BF16),
+    Small(12, 12, channels=2, batch=2, layout="records_with_more", dtype=BF16),
+    Small(9, 10, channels=2, layout="records", directions=("left", "down"), dtype=BF16),
+    Small(9, 10, channels=2, layout="records", directions=("up",), lam=False, gate=False, dtype=BF16),
+    Small(10, 9, channels=2, batch=2, layout="records", lam=False, dtype=BF16, device=OLD),
+    Small(10, 9, channels=2, batch=2, layout="records_with_x", gate=False, dtype=BF16),
+    Small(10, 12, channels=8, batch=2, layout="records", dtype=BF16),
+    Small(10, 12, channels=8, batch=2, layout="records", groups=2, chunk=3, dtype=FP16),
+    Small(10, 12, channels=3, batch=2, layout="records", groups=3),
+    Small(10, 12, channels=2, batch=2, layout="records", dtype=BF16, needs=(True, True, False, True)),
+    *(
+        Small(11, 9, channels=2, batch=2, layout="records", chunk=3, dtype=BF16, nan=name)
+        for name in ("x", "logits", "lam", "gate", "dy")
+    ),
+    # Planes: a cluster for the directions of a task, rows that are no words, a scan that writes y itself.
+    Small(13, 11, channels=3, groups=3, dtype=BF16),
+    Small(16, 16, channels=4, groups=4, directions=("up", "down"), dtype=FP16),
+    Small(32, 24, channels=4, groups=4, directions=("up",), normalize=False, gate=False, dtype=BF16, chunk=9),
+    Small(24, 32, channels=4, groups=4, directions=("right",), normalize=False, gate=False, dtype=BF16),
+)
