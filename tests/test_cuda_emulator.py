@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from cuda_emulator import KernelError, compiler, run_plan
-from cuda_emulator.build import HERE
+from cuda_emulator.build import HERE, KERNELS
 from gspn2.backends.cuda.geometry import Kernel, Launch, Plan
 from gspn2.backends.problem import Problem
 
@@ -93,6 +95,14 @@ def test_cluster(seed: int) -> None:
     assert torch.equal(y, x.view(2, 4, 32).roll(-1, 1).flatten())
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_remote_stores(seed: int) -> None:
+    """Values that go to and fro between blocks, counted by mbarriers."""
+    x = numbers(128)
+    y = launch("relay", x, 128, (0, 2), seed, block=32, grid=4, shared=512, cluster=2)
+    assert torch.equal(y, x.view(2, 2, 32).flip(1).flatten())
+
+
 def test_roundings() -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (20000,), generator=generator).to(torch.int32)
@@ -103,6 +113,16 @@ def test_roundings() -> None:
     bfloat16, float16, pairs = launch("roundings", x, 3 * len(x), block=128).view(3, -1)
     for found, dtype in ((bfloat16, torch.bfloat16), (float16, torch.float16), (pairs, torch.float16)):
         assert torch.equal(found.nan_to_num(nan=1.5), x.to(dtype).float().nan_to_num(nan=1.5)), dtype
+
+
+def test_every_instruction_is_emulated() -> None:
+    """emulate.h has each function of ptx.cuh."""
+    wrappers, emulated = (
+        set(re.findall(rf"^{prefix}.*?(\w+)\(", path.read_text(), re.MULTILINE))
+        for prefix, path in (("__device__", KERNELS / "ptx.cuh"), ("EMULATED", HERE / "emulate.h"))
+    )
+    assert "bulk_copy" in wrappers
+    assert wrappers <= emulated
 
 
 # What must be found -----------------------------------------------------------------------------------------
@@ -156,6 +176,19 @@ def test_races(function: str, wrong: int, size: int, shared: int, seed: int) -> 
         ("ring", 7, {"shared": 1152}, "bulk_store of it may still read"),
         ("neighbours", 1, {"block": 32, "grid": 4, "shared": 128, "cluster": 4}, "which has not started"),
         ("neighbours", 2, {"block": 32, "grid": 4, "shared": 128, "cluster": 4}, "which has ended"),
+        (
+            "relay",
+            0,
+            {"block": 32, "grid": 4, "shared": 512, "cluster": 4},
+            "which block|an asynchronous copy",
+        ),
+        (
+            "relay",
+            1,
+            {"block": 32, "grid": 4, "shared": 512, "cluster": 2},
+            "an asynchronous copy|no barrier",
+        ),
+        ("relay", 2, {"block": 32, "grid": 4, "shared": 512, "cluster": 2}, "deadlock"),
         ("neighbours", 0, {"block": 512}, "launch bound"),
         ("neighbours", 0, {"block": 32, "shared": 300000}, "300000 bytes of shared memory"),
     ],

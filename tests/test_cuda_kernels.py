@@ -95,11 +95,16 @@ def test_kernels(variant: str, small: Small, backward: bool) -> None:
     assert found[0].keys() == {name for name in expected if (name != "y") == backward}
     l2, largest = TOLERANCE[small.dtype]
     for name, tensor in found[0].items():
-        assert torch.equal(tensor, found[1][name]) or tensor.isnan().any(), (
-            f"{name} depends on the order of threads"
-        )
-        assert max_error(tensor, expected[name]) <= largest, name
-        assert relative_l2(tensor, expected[name]) <= (l2 if tensor.numel() > 256 else largest), name
+        same = torch.equal(tensor.nan_to_num(nan=1e30), found[1][name].nan_to_num(nan=1e30))
+        assert same, f"{name} depends on the order of threads"
+        right = expected[name]
+        if name == "dtaps" and small.nan:  # what is not read gets a gradient of 0 or NaN
+            restarts = small.restarts()
+            tensor, right = tensor.masked_fill(restarts, 0), right.masked_fill(restarts, 0)
+        assert torch.equal(tensor.isnan(), right.isnan()), f"{name}: NaN where there should be none, or none"
+        tensor, right = tensor.nan_to_num(nan=0.0), right.nan_to_num(nan=0.0)
+        assert max_error(tensor, right) <= largest, name
+        assert relative_l2(tensor, right) <= (l2 if tensor.numel() > 256 else largest), name
 
 
 RUNS_SEED = {tuple(run.values): i for i, run in enumerate(RUNS)}

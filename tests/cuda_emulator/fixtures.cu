@@ -136,6 +136,31 @@ KERNEL(32, 1) neighbours(CONSTANT_PARAMS p) {
   if (wrong != 2) cluster_barrier();
 }
 
+// Blocks of a cluster hand rows on to the next one, three times, into two rows by turns. With two blocks a row has been
+// read when the next but one comes; with four nothing says so.
+KERNEL(32, 1) relay(CONSTANT_PARAMS p) {
+  float* rows = (float*)(shared_memory() + 128);
+  u64* full = (u64*)shared_memory();
+  const int t = (int)threadIdx.x, wrong = p.knobs[0];
+  const u32 ranks = (u32)p.knobs[1], next = (cluster_rank() + 1) % ranks;
+  if (t == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(full + 1, 1);
+    mbarrier_init_fence();
+  }
+  cluster_barrier();
+  float v = p.x.data[32 * blockIdx.x + t];
+  for (int step = 0; step < 3; ++step) {
+    const int s = step & 1;
+    if (t == 0) mbarrier_arrive_expect(full + s, wrong == 2 ? 132 : 128);
+    store_remote(rows + 32 * s + t, v, full + s, next);
+    if (wrong != 1) mbarrier_wait(full + s, step >> 1 & 1);
+    v = rows[32 * s + t];
+  }
+  p.y.data[32 * blockIdx.x + t] = v;
+  cluster_barrier();
+}
+
 // What must be caught, by knob 0.
 KERNEL(32, 1) strays(CONSTANT_PARAMS p) {
   float* row = (float*)shared_memory();

@@ -40,6 +40,8 @@ class Small:
         dy: "like x" or "expanded" (of strides 0).
         forward, backward: which of the two is run.
         hidden: backward is handed the state that forward returned.
+        nan: "x", "logits", "lam", "gate" or "dy": there is a NaN in its middle; "restarts": all taps of lines
+            that restart are NaN, which forward does not read.
     """
 
     height: int = 5
@@ -60,6 +62,7 @@ class Small:
     forward: bool = True
     backward: bool = True
     hidden: bool = False
+    nan: str = ""
 
     def __str__(self) -> str:
         """What differs from the defaults, for the name of a test."""
@@ -79,6 +82,7 @@ class Small:
             "" if self.device == NEW else f"sm{self.device.capability[0]}x{self.device.multiprocessors}",
             "" if self.dy == "like x" else "dy_expanded",
             "hidden" if self.hidden else "",
+            f"nan={self.nan}" if self.nan else "",
         ]
         return "-".join(part for part in parts if part)
 
@@ -100,25 +104,41 @@ class Small:
             case = replace(case, logits=case.logits / 6)
         case = case.to(self.dtype)
         for d, direction in enumerate(self.directions):
-            missing_taps(case.logits[:, d], direction).fill_(torch.nan)
+            fill_missing(case.logits[:, d], direction)
+        if self.nan == "restarts":
+            case.logits.masked_fill_(self.restarts(), torch.nan)
+        if self.nan not in ("", "restarts"):
+            middle(getattr(case, self.nan)).fill_(torch.nan)
         case = (LAYOUTS | OTHER_LAYOUTS)[self.layout](case)
         return replace(case, dy=case.dy[:, :, :1, :1].expand_as(case.x)) if self.dy == "expanded" else case
+
+    def restarts(self) -> Tensor:
+        """(D, 1, 1, H, W): the lines on which each direction starts anew."""
+        masks = torch.zeros(len(self.directions), 1, 1, self.height, self.width, dtype=torch.bool)
+        for mask, direction in zip(masks, self.directions, strict=True):
+            lines = mask if direction in ("down", "up") else mask.transpose(-2, -1)
+            first = torch.arange(0, lines.shape[-2], self.chunk or lines.shape[-2])
+            lines[:, :, first if direction in ("down", "right") else -1 - first] = True
+        return masks
 
     def problem(self, case: Case) -> Problem:
         problem = Problem.of(case.x, case.logits, self.directions, self.chunk, self.normalize)
         return replace(problem, device="cuda")
 
 
-class missing_taps:
-    """Those taps of one direction, (B, G, 3, H, W), that belong to neighbours outside of the image."""
+def fill_missing(taps: Tensor, direction: str) -> None:
+    """Fills taps of one direction, (B, G, 3, H, W), that belong to no neighbour in the image with NaN."""
+    lines = taps if direction in ("down", "up") else taps.transpose(-2, -1)
+    lines[:, :, 0, :, 0] = torch.nan
+    lines[:, :, 2, :, -1] = torch.nan
 
-    def __init__(self, taps: Tensor, direction: str) -> None:
-        places = taps if direction in ("down", "up") else taps.transpose(-2, -1)
-        self.parts = places[:, :, 0, :, 0], places[:, :, 2, :, -1]
 
-    def fill_(self, value: float) -> None:
-        for part in self.parts:
-            part.fill_(value)
+def middle(tensor: Tensor) -> Tensor:
+    """One element of the last image, of all three taps where there are taps: a view."""
+    places = tensor.shape[-2] // 2, tensor.shape[-1] // 2
+    if tensor.ndim == 6:
+        return tensor[-1, 0, 0, :, places[0], places[1]]
+    return tensor[-1, ..., 0, places[0], places[1]]
 
 
 def truth(case: Case, problem: Problem, needs: tuple[bool, bool, bool, bool] = ALL) -> dict[str, Tensor]:
@@ -211,6 +231,14 @@ COMMON: tuple[Small, ...] = (
     Small(10, 16, lam=False, gate=False, dtype=BF16),
     Small(8, 16, directions=("down",), normalize=False, gate=False),
     Small(16, 24, directions=("left",), normalize=False, gate=False, groups=4, chunk=5),
+    # NaN.
+    *(Small(11, 9, batch=2, chunk=3, dtype=BF16, nan=n) for n in ("x", "logits", "lam", "gate", "dy")),
+    *(
+        Small(9, 10, channels=16, batch=2, layout="channels_last", dtype=BF16, nan=name)
+        for name in ("x", "logits", "dy")
+    ),
+    Small(11, 9, batch=2, chunk=3, dtype=BF16, nan="restarts", backward=False),
+    Small(9, 10, channels=16, layout="channels_last", dtype=BF16, nan="restarts", chunk=5, backward=False),
     # Memory.
     *(
         Small(9, 10, channels=8, groups=groups, layout=layout, dtype=BF16)
