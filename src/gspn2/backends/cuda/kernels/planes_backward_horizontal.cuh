@@ -316,11 +316,10 @@ __device__ __forceinline__ void put_product_gradients(const Params& p, Chunk& c,
   if (WANTS_X) put_input_gradient(p, c, e, dx);
 }
 
-__device__ __forceinline__ void put_tap_gradients(const Thread& t, Chunk& c, int e, Taps (&dw)[N], const Weighed (&weight)[N]) {
-  tap_gradients(t, dw, weight);
+__device__ __forceinline__ void put_taps(Chunk& c, int e, const Taps (&da)[N]) {
   float before[N], here[N], after[N];
 #pragma unroll
-  for (int n = 0; n < N; n++) before[n] = dw[n].before, here[n] = dw[n].here, after[n] = dw[n].after;
+  for (int n = 0; n < N; n++) before[n] = da[n].before, here[n] = da[n].here, after[n] = da[n].after;
   c.put(TAPS, e, before);
   c.put(TAPS + 1, e, here);
   c.put(TAPS + 2, e, after);
@@ -332,23 +331,31 @@ __device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread
                                           float (&h)[N], Entering& entering, float (&carried)[N]) {
   const int e = REVERSED ? EACH - 1 - k : k;
   float g[N];
-  Taps dw[N] = {};
-  Weighed weight[N];
+  Taps dw[N] = {}, da[N] = {};
+  Shown shown = {0.f, 0.f};
   state_gradient(t, c, e, h, carried, g);
 #pragma unroll
-  for (int n = 0; n < N; n++) {
-    weight[n] = weigh({c.at(TAPS, n, e), c.at(TAPS + 1, n, e), c.at(TAPS + 2, n, e)}, has_before(t, n), has_after(t, n));
-    carried[n] = 0.f;
+  for (int n = 0; n < N; n++) carried[n] = 0.f;
+  // A branch, not a selection: weights of one line at a time are enough for the registers.
+  if (!restart) {
+    Weighed weight[N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+      weight[n] = weigh({c.at(TAPS, n, e), c.at(TAPS + 1, n, e), c.at(TAPS + 2, n, e)}, has_before(t, n), has_after(t, n));
+    shown = carry_line(carried, g, weight);
+    publish(t, shown);
+    if (WANTS_TAPS) {
+      weight_gradients(dw, g, entering.h, entering.edges);
+      if (!SHARED) tap_gradients(t, dw, weight, da);
+    }
+  } else {
+    publish(t, shown);
   }
-  Shown shown = {0.f, 0.f};
-  if (!restart) shown = carry_line(carried, g, weight);
-  publish(t, shown);
   if (WANTS_TAPS) {
-    if (!restart) weight_gradients(dw, g, entering.h, entering.edges);
 #if SHARED
     park(c, e, dw);
 #else
-    put_tap_gradients(t, c, e, dw, weight);
+    put_taps(c, e, da);
 #endif
   }
   put_product_gradients(p, c, e, g);

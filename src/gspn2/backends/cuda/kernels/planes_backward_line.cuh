@@ -80,16 +80,15 @@ __device__ __forceinline__ void weight_gradients(Taps (&dw)[N], const float (&g)
 }
 
 // Gradients of the taps as stored, from those of the weights: as `tap_gradient`.
-__device__ __forceinline__ void tap_gradients(const Thread& t, Taps (&dw)[N], const Weighed (&weighed)[N]) {
+__device__ __forceinline__ void tap_gradients(const Thread& t, const Taps (&dw)[N], const Weighed (&weighed)[N], Taps (&da)[N]) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    if (!has_before(t, n)) dw[n].before = 0.f;
-    if (!has_after(t, n)) dw[n].after = 0.f;
+    da[n] = {has_before(t, n) ? dw[n].before : 0.f, dw[n].here, has_after(t, n) ? dw[n].after : 0.f};
 #if NORMALIZE
     const Taps &w = weighed[n].w, &rest = weighed[n].rest;
-    const float mean = w.before * dw[n].before + w.here * dw[n].here + w.after * dw[n].after;
-    dw[n] = {w.before * rest.before * (dw[n].before - mean), w.here * rest.here * (dw[n].here - mean),
-             w.after * rest.after * (dw[n].after - mean)};
+    const float mean = w.before * da[n].before + w.here * da[n].here + w.after * da[n].after;
+    da[n] = {w.before * rest.before * (da[n].before - mean), w.here * rest.here * (da[n].here - mean),
+             w.after * rest.after * (da[n].after - mean)};
 #endif
   }
 }

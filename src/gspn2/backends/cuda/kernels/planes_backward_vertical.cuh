@@ -242,28 +242,27 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     const bool restart = phase == 0;
     phase = restart ? p.chunk - 1 : phase - 1;
     float g[N];
-    Taps taps[N];
-    Weighed weight[N];
+    Taps dw[N] = {}, da[N] = {};
+    Shown shown = {0.f, 0.f};
     state_gradient(p, t, sinks, line, row, h, carried, g);
 #pragma unroll
-    for (int n = 0; n < N; n++) taps[n] = line.taps(n), carried[n] = 0.f;
-    weigh(t, taps, weight);
-    Shown shown = {0.f, 0.f};
-    if (!restart) shown = carry_line(carried, g, weight);
-    publish(t, shown);
-    Taps dw[N] = {};
-    if (WANTS_TAPS) {
-      if (!restart) weight_gradients(dw, g, line.h, line.edges);
-#if SHARED
-      park(w, t, segment, s, dw);
-#else
-      Taps da[N];
+    for (int n = 0; n < N; n++) carried[n] = 0.f;
+    if (!restart) {
+      Taps taps[N];
+      Weighed weight[N];
 #pragma unroll
-      for (int n = 0; n < N; n++) da[n] = dw[n];
-      tap_gradients(t, da, weight);
-      write_taps(p, t, sinks, row, da);
-#endif
+      for (int n = 0; n < N; n++) taps[n] = line.taps(n);
+      weigh(t, taps, weight);
+      shown = carry_line(carried, g, weight);
+      if (WANTS_TAPS) weight_gradients(dw, g, line.h, line.edges);
+      if (WANTS_TAPS && !SHARED) tap_gradients(t, dw, weight, da);
     }
+    publish(t, shown);
+#if SHARED
+    park(w, t, segment, s, dw);
+#else
+    if (WANTS_TAPS) write_taps(p, t, sinks, row, da);
+#endif
     write_product_gradients(p, t, sinks, line, row, g);
 #pragma unroll
     for (int n = 0; n < N; n++) h[n] = line.h[n];
