@@ -327,12 +327,15 @@ def _cost(case: Case, cut: Cut) -> float:
 
     def wave(blocks: int) -> float:
         busy = -(-blocks // many)
-        return cut.sizes.lines * max(
-            instructions * warps * busy / 4,
+        issued = instructions * warps * busy / 4
+        line = max(
+            issued,
             instructions * -(-warps // 4) + waiting,
             traffic * place * busy / 35,
             traffic * blocks * own / (18 * many),
         )
+        # Of equals, the one with fewer instructions.
+        return cut.sizes.lines * (line + issued / 50)
 
     rest = cut.blocks % at_once
     total = cut.blocks // at_once * wave(at_once) + (wave(rest) if rest else 0)
