@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from gspn2.backends import DIRECTIONS, Problem
 from gspn2.backends.cuda import driver, params, plan
-from gspn2.backends.cuda.geometry import Case, Device, Kernel, Launch, Plan
+from gspn2.backends.cuda.geometry import Case, Device, Kernel, Launch, Plan, View
 from gspn2.backends.cuda.layouts import LAYOUTS, imagined
 from gspn2.cli.main import main
 
@@ -89,6 +90,67 @@ def test_directions_operands_and_uses(variant: str) -> None:
             case = imagined(problem, layout, Device(), backward=backward, **options)
             if module.why_not(case) is None:
                 assert_can_run(module.plan(case), Device())
+
+
+LARGE = (
+    (16, 8, 1024, 1024),
+    (256, 1, 1024, 1024),
+    (8, 64, 256, 256),
+    (1, 128, 512, 512),
+    (1, 64, 2048, 2048),
+)
+
+
+@pytest.mark.parametrize(
+    "directions", [*((direction,) for direction in DIRECTIONS), DIRECTIONS], ids="+".join
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", LARGE, ids=str)
+def test_aligned_planes_are_scanned_by_lines(
+    size: tuple[int, int, int, int], dtype: torch.dtype, directions: tuple[str, ...]
+) -> None:
+    """Large images; long columns, and rows of few planes, by blocks that share them."""
+    problem = posed(size, dtype, directions=directions, normalize=len(directions) > 1)
+    found = plan.choose(imagined(problem, "planes", Device(), gate=problem.normalize))
+    assert found.variant == "lines"
+    (launch,) = found.launches
+    assert launch.grid >= 60, "most multiprocessors have work"
+    horizontal = set(directions) & {"right", "left"}
+    assert launch.cluster > 1 or not horizontal or size[2] <= 256
+    old = plan.choose(imagined(problem, "planes", DEVICES["A100"], gate=problem.normalize))
+    assert all(step.cluster == 1 for step in old.launches)
+
+
+def declined(
+    shape: tuple[int, int, int, int],
+    steps: tuple[int, int, int, int],
+    directions: tuple[str, ...],
+    *,
+    backward: bool = False,
+) -> str | None:
+    """Why `lines` declines x of these strides in elements of 2 bytes; the other tensors are plain planes."""
+    case = imagined(posed(shape, directions=directions), "planes", Device(), backward=backward)
+    b, c, h, w = steps
+    views = case.views | {"x": View(b, 0, c, 0, h, w)}
+    return plan.variants()["lines"].why_not(replace(case, views=views))
+
+
+def test_what_lines_declines() -> None:
+    plain = (8 * 4096, 4096, 64, 1)
+    assert declined((2, 8, 64, 64), plain, DIRECTIONS) is None
+    assert declined((2, 8, 64, 64), plain, DIRECTIONS, backward=True) == "it has no backward"
+    columns = declined((2, 8, 64, 64), (8 * 4096, 1, 512, 8), DIRECTIONS)
+    assert columns == "columns of x are 8 elements apart, not adjacent"
+    # Rows of 61 and 62 elements, and rows of 64 that are 66 apart: multiples of 2 and 4 bytes.
+    for width, pitch in ((61, 61), (62, 62), (64, 66)):
+        found = declined((2, 8, 64, width), (8 * 64 * pitch, 64 * pitch, pitch, 1), ("right",))
+        assert found == "rows do not start and end at multiples of 16 bytes"
+    assert declined((2, 8, 64, 62), (8 * 64 * 62, 64 * 62, 62, 1), ("down",)) is None
+    odd = declined((2, 8, 64, 61), (8 * 64 * 61, 64 * 61, 61, 1), ("down",))
+    assert odd == "rows do not start and end at multiples of 4 bytes"
+    size = 16384
+    long = declined((1, 2, size, size), (2 * size**2, size**2, size, 1), ("right",))
+    assert long == "lines of 16384 places are too long for a block"
 
 
 def test_the_generic_variant_comes_last_and_takes_everything() -> None:

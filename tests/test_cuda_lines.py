@@ -1,0 +1,140 @@
+"""Every way of cutting that `lines` has, on problems of a size that the emulator can run.
+
+The planner takes most of these for large problems only: here they are taken from `lines.layouts` instead.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from cuda_emulator import compiler, run_plan
+from cuda_emulator.emulator import Inputs, case_of
+from cuda_emulator.problems import ALL, BF16, FP16, Small, truth
+from gspn2.backends.cuda.variants import lines
+from gspn2.backends.cuda.variants.lines import Layout
+from helpers import max_error, relative_l2
+
+TOLERANCE = {torch.float32: (3e-6, 3e-6), BF16: (2.5e-3, 1.02 * 2**-8), FP16: (4e-4, 1.02 * 2**-11)}
+"""Relative in L2, and at most: one rounding of the result, where what is nearly a tie may go the other way;
+in float32 those of the sums."""
+
+# Where both axes are cut over blocks some warps may rest in the scans of one. In the first two problems
+# blocks have exchanged states 18 and 9 times when these come back: they wait in another phase than before.
+PROBLEMS = (
+    Small(151, 128, channels=1, dtype=BF16),
+    Small(40, 152, channels=2, groups=2, directions=("left", "up"), chunk=11, lam=False),
+    Small(21, 144, channels=1, directions=("down",), normalize=False, gate=False),
+    Small(139, 24, channels=2, directions=("left",), gate=False, chunk=50, dtype=FP16),
+)
+
+
+def features(number: int, layout: Layout) -> set[tuple[object, ...]]:
+    """What a layout has that others do not: together they are all branches of the kernel."""
+    rows, columns = layout.rows, layout.columns
+    found: set[tuple[object, ...]] = {("problem", number)}
+    if rows is not None:
+        found |= {
+            ("rows over", layout.cluster, layout.split),
+            ("places", layout.case.itemsize, rows.places),
+            ("ring", rows.ring),
+        }
+    if columns is not None:
+        found |= {
+            ("columns over", layout.cluster),
+            ("piece", layout.case.itemsize, columns.piece),
+            ("buffers", columns.buffers),
+        }
+    if layout.split and rows is not None and columns is not None:
+        warps = [-(-places // lines.LANES) for places in held(layout)]
+        found |= {("warps rest", warps[0] < warps[1], warps[0] > warps[1])}
+    return found
+
+
+def held(layout: Layout) -> tuple[int, int]:
+    """Threads of a block that hold places while rows are scanned, and while columns are."""
+    assert layout.rows is not None
+    halo = 2 * lines.HALO
+    return -(-(layout.own_columns + halo) // layout.rows.places), layout.own_rows + halo
+
+
+def covering(layouts: Iterable[tuple[int, Layout]]) -> list[tuple[int, Layout]]:
+    """A few that have every feature of all: always the one that adds most."""
+    known = [(features(*numbered), numbered) for numbered in layouts]
+    missing = set().union(*(found for found, _ in known))
+    chosen = []
+    while missing:
+        found, numbered = max(known, key=lambda one: len(one[0] & missing))
+        chosen.append(numbered)
+        missing -= found
+    return chosen
+
+
+@functools.cache
+def chosen() -> list[tuple[int, Layout]]:
+    every = []
+    for number, small in enumerate(PROBLEMS):
+        case = small.case()
+        inputs = Inputs(case.x, case.logits, case.lam, case.gate, None, ALL)
+        planned, _ = case_of(inputs, small.problem(case), small.device)
+        assert lines.why_not(planned) is None
+        every += [(number, layout) for layout in lines.layouts(planned)]
+    return covering(every)
+
+
+def name(layout: Layout) -> str:
+    rows, columns = layout.rows, layout.columns
+    parts = [f"{layout.cluster}x{layout.threads}"]
+    parts += ["split"] if layout.split else []
+    parts += [f"rows-{rows.places}-{rows.ring}"] if rows else []
+    parts += [f"columns-{columns.piece}-{columns.buffers}"] if columns else []
+    return "-".join(parts)
+
+
+def test_the_layouts_cover_the_kernel() -> None:
+    found = set().union(*(features(*numbered) for numbered in chosen()))
+    assert {kind[1:] for kind in found if kind[0] == "rows over"} == {
+        *((1, False), (2, False), (4, False), (8, False)),
+        *((2, True), (4, True), (8, True)),
+    }
+    assert {kind[1] for kind in found if kind[0] == "columns over"} == {1, 2, 4, 8}
+    assert {kind[1:] for kind in found if kind[0] == "places"} == {
+        (2, 2),
+        (2, 4),
+        (2, 8),
+        (4, 1),
+        (4, 2),
+        (4, 4),
+    }
+    assert {kind[1] for kind in found if kind[0] == "ring"} >= {2, 3, 4, 6}
+    assert {kind[2] for kind in found if kind[0] == "piece"} == {32, 64, 128}
+    assert {kind[1] for kind in found if kind[0] == "buffers"} == {1, 2}
+    assert {kind[1:] for kind in found if kind[0] == "warps rest"} >= {(True, False), (False, True)}
+
+
+@pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
+@pytest.mark.parametrize("index", range(len(chosen())), ids=[name(layout) for _, layout in chosen()])
+@pytest.mark.usefixtures("threads")
+def test_layouts(index: int) -> None:
+    torch.set_num_threads(1)  # small tensors: waking more takes longer than the work
+    number, layout = chosen()[index]
+    small = PROBLEMS[number]
+    case = small.case()
+    problem = small.problem(case)
+    y = torch.full_like(case.x, torch.nan)
+    tensors = {"x": case.x, "taps": case.logits, "lam": case.lam, "gate": case.gate, "y": y}
+    run_plan(lines.plan_of(layout), problem, tensors, seed=index, device=small.device)
+    expected = exact(number)
+    l2, largest = TOLERANCE[small.dtype]
+    assert max_error(y, expected) <= largest
+    assert relative_l2(y, expected) <= l2
+
+
+@functools.cache
+def exact(number: int) -> torch.Tensor:
+    small = PROBLEMS[number]
+    case = small.case()
+    return truth(case, small.problem(case), (False, False, False, False))["y"]
