@@ -13,7 +13,7 @@ from cuda_emulator.build import HERE, KERNELS
 from gspn2.backends.cuda.geometry import Kernel, Launch, Plan
 from gspn2.backends.problem import Problem
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++ 12, on Linux")
 
 SEEDS = range(6)
 DEFINES = (("STORAGE", 0), ("NORMALIZE", 1), ("HAS_LAM", 0), ("HAS_GATE", 0))

@@ -44,9 +44,14 @@ class KernelError(AssertionError):
     """A kernel did what it must not do."""
 
 
+@functools.cache
 def compiler() -> str | None:
-    """The C++ compiler, if there is one that the emulator knows how to use."""
-    return shutil.which("g++") if sys.platform == "linux" else None
+    """The C++ compiler, if there is one that can do what is asked of it: g++ 12 or newer, on Linux."""
+    gxx = shutil.which("g++") if sys.platform == "linux" else None
+    if gxx is None:
+        return None
+    version = subprocess.run([gxx, "-dumpversion"], capture_output=True, text=True).stdout
+    return gxx if version and int(version.split(".")[0]) >= 12 else None
 
 
 @functools.cache
@@ -59,7 +64,7 @@ def _folder() -> Path:
 def _gxx(arguments: Sequence[str], given: str | None = None) -> str:
     gxx = compiler()
     if gxx is None:
-        raise RuntimeError("the emulator needs g++ on Linux")
+        raise RuntimeError("the emulator needs g++ 12 or newer, on Linux")
     result = subprocess.run([gxx, *arguments], input=given, capture_output=True, text=True)
     if result.returncode:
         raise KernelError(f"g++ fails:\n{result.stderr[-6000:]}")

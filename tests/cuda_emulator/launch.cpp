@@ -76,7 +76,7 @@ void on_fault(int number, siginfo_t* info, void* state) {
     say("runs for seconds without waiting for anything");
   } else if (number == SIGFPE) {
     say("integer division by zero");
-  } else if (number == SIGILL) {
+  } else if (number == SIGILL || number == SIGTRAP) {
     say("undefined behaviour: an access misaligned, an index out of an array, a shift too far, or an overflow");
   } else {
     say("touches ");
@@ -86,11 +86,11 @@ void on_fault(int number, siginfo_t* info, void* state) {
   siglongjmp(fault, 1);
 }
 
-constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM};
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGVTALRM};
 
 // Handlers on a stack of their own for as long as a launch takes.
 struct Handlers {
-  struct sigaction before[5];
+  struct sigaction before[6];
   stack_t stack_before;
   itimerval timer_before;
   unsigned char* stack;
@@ -101,7 +101,7 @@ struct Handlers {
     here.ss_sp = stack;
     here.ss_size = 1 << 16;
     sigaltstack(&here, &stack_before);
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < 6; ++i) {
       struct sigaction action = {};
       action.sa_sigaction = on_fault;
       action.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -113,7 +113,7 @@ struct Handlers {
   }
   ~Handlers() {
     setitimer(ITIMER_VIRTUAL, &timer_before, nullptr);
-    for (int i = 0; i < 5; ++i) sigaction(SIGNALS[i], before + i, nullptr);
+    for (int i = 0; i < 6; ++i) sigaction(SIGNALS[i], before + i, nullptr);
     sigaltstack(&stack_before, nullptr);
     free(stack);
   }

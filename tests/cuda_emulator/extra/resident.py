@@ -16,7 +16,7 @@ TIGHT = Device(shared_memory=17_000, multiprocessors=2)
 
 
 def records(case: Case, names: tuple[str, ...] = ("lam", "gate", "logits"), extra: int = 0) -> Case:
-    """As a mixer makes them: views into one (B, H, W, P) tensor; what is not in it, dense pixels of its own."""
+    """As a mixer makes them: views into one (B, H, W, P) tensor; the others are dense, too."""
     tensors = case.tensors() | {"dy": case.dy}
     pixels = {name: t.movedim((-2, -1), (1, 2)).contiguous() for name, t in tensors.items()}
     flat = [pixels[name].flatten(3) for name in names if name in pixels]
