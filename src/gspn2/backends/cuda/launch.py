@@ -56,6 +56,9 @@ def propagate_backward(
         for tensor, needed in zip(inputs, needs, strict=True)
     )
     if problem.batch and not (dx is dtaps is dlam is dgate is None):
+        if 0 in dy.stride():
+            # Expanded, as sum and mean hand it back: no fast kernel reads that, and a copy takes less time.
+            dy = torch.empty_like(x).copy_(dy)
         _run(_BACKWARD, (*inputs, hidden, dy, dx, dtaps, dlam, dgate), problem)
     return dx, dtaps, dlam, dgate
 
