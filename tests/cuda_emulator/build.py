@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,8 +58,13 @@ def compiler() -> str | None:
 
 @functools.cache
 def _folder() -> Path:
+    """Where compiled kernels are kept, for a day: each change of a source makes new ones."""
     folder = Path(tempfile.gettempdir()) / f"gspn2-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - file.stat().st_mtime > 86400:
+                file.unlink()
     return folder
 
 
