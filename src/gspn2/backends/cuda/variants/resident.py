@@ -19,6 +19,9 @@ RING = 3
 SLAB_PIXELS = 512
 """Pixels of a slab: enough work for the threads of a block between two barriers."""
 
+MOST_THREADS = 640
+"""Of a block of the forward kernel: more would leave a thread fewer registers than it needs."""
+
 FEW_BYTES = 16
 """Bytes of a pixel's channels that are read in pieces without moving many bytes more."""
 
@@ -429,6 +432,10 @@ def _threads(case: Case, layout: Layout) -> int:
     warps = scans * layout.channels // layout.pack * (1 + case.backward)
     # A block that has its multiprocessor for itself has as many threads as that feeds.
     alone = _fitting_blocks(case, layout.shared) == 1
+    # Two threads unpack a pixel of a slab.
+    unpacking = 2 * _up(layout.slab_rows * problem.width, LANES)
+    if alone and not case.backward and 512 <= unpacking <= MOST_THREADS:
+        return unpacking
     most = 512 if alone else 256
     pixels = problem.height * problem.width * warps
     threads = 128
