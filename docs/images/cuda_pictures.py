@@ -141,6 +141,93 @@ def resident() -> Picture:
     return p
 
 
+def lines() -> Picture:
+    """Aligned planes."""
+    p = Picture("lines: rings of single threads, tiles of single warps, states sent between blocks", 590)
+    p.text(20, 24, "Down and up: a thread's ring", "h")
+    kinds = ("p", "r", "t") * 2
+    for warp in range(2):
+        p.text(162 + 158 * warp, 40, f"warp {warp}", "m f")
+    for line, name in enumerate(("line i + 3", "line i + 2", "line i + 1")):
+        p.text(20, 67 + 24 * line, name, "f")
+        for thread, kind in enumerate(kinds):
+            x = 92 + 48 * thread + 14 * (thread // 3)
+            p.boxes(x, 51 + 24 * line, (11, 20), 4, 1, kind)
+    p.box(137, 47, 50, 76, "dim")
+    p.text(20, 154, "line i", "f")
+    for thread in range(len(kinds)):
+        x = 92 + 48 * thread + 14 * (thread // 3)
+        p.path([(x + 22, 123), (x + 22, 135)], "a")
+        p.boxes(x, 138, (11, 22), 4, 1, "s")
+    p.path([(226, 145), (249, 145)], "k")
+    p.path([(257, 153), (234, 153)], "k")
+    p.text(241, 178, "edges of warps: one barrier a line", "m w")
+    p.paragraph(
+        20,
+        206,
+        "A thread copies its own places of the next lines into a part of the ring that nobody else "
+        "reads: operands need no barrier. States stay in registers; neighbours are met by shuffle, "
+        "those in another warp through shared memory.",
+        width=375,
+    )
+    p.text(430, 24, "Right and left: a warp's tile", "h")
+    for sheet, kind in ((2, "t"), (1, "r"), (0, "p")):
+        p.box(446 + 8 * sheet, 62 - 8 * sheet, 176, 96, kind)
+    for row in range(8):
+        for column in range(16):
+            kind = "s" if row == 3 and column < 8 else "q" if row == 3 and column < 12 else "p"
+            p.box(446 + 11 * column, 62 + 12 * row, 11, 12, kind)
+    p.path([(534, 104), (588, 104)], "k")
+    p.text(656, 76, "x, taps, lam, gate", "f")
+    p.text(656, 108, "a thread: one row", "w")
+    p.text(656, 140, "results in place of x", "f")
+    p.text(534, 178, "64 bytes of each of 32 rows", "m f")
+    p.paragraph(
+        430,
+        206,
+        "A warp copies pieces of its rows and reads them back a thread a row, 16 bytes at a time: "
+        "nothing is transposed and no other warp is waited for. The results take the place of x, "
+        "and whole pieces are written.",
+        width=375,
+    )
+    p.text(20, 316, "Long lines: the blocks of a cluster", "h")
+    for block, kind in enumerate(("p", "r", "t")):
+        top = 334 + 80 * block
+        p.box(20, top, 100, 80, kind)
+        p.text(70, top + 45, f"block {block}", "m")
+        x = 170 + 76 * block
+        if block > 0:
+            p.box(x, top - 20, 52, 20, "z")
+        p.box(x, top, 52, 80, kind)
+        if block < 2:
+            p.box(x, top + 80, 52, 20, "z")
+    p.path([(130, 374), (160, 374)], "a")
+    for block in range(2):
+        x, border = 170 + 76 * block, 414 + 80 * block
+        p.path([(x + 52, border - 10), (x + 74, border - 10)], "k")
+        p.path([(x + 76, border + 10), (x + 54, border + 10)], "k")
+    p.text(412, 352, "16 states each way, every 16 lines", "w")
+    p.path([(406, 358), (302, 402)], "l")
+    p.path([(406, 358), (378, 482)], "l")
+    p.paragraph(
+        412,
+        380,
+        "Each block also computes 16 rows beyond its own (grey). One more of them goes wrong with each "
+        "line, from the outside, until the neighbour sends what it should be: stores into the other "
+        "block's shared memory, each of which counts on a barrier there. Only the threads that hold "
+        "these rows wait for it, and nobody waits for what was written to memory.",
+        width=395,
+    )
+    p.paragraph(
+        412,
+        536,
+        "Down and up each block of the cluster scans a plane of its own, or all cut the rows of one "
+        "in the same way.",
+        width=395,
+    )
+    return p
+
+
 def vertical() -> Picture:
     """Planes, down and up."""
     p = Picture("planes, down and up: a line over warps, which exchange states every few lines", 486)
@@ -356,6 +443,7 @@ def backward() -> Picture:
 
 PICTURES: dict[str, Callable[[], Picture]] = {
     "cuda_resident": resident,
+    "cuda_lines": lines,
     "cuda_planes_vertical": vertical,
     "cuda_planes_horizontal": horizontal,
     "cuda_pixels": pixels,
