@@ -224,6 +224,9 @@ __device__ __forceinline__ Strip strip_of(int places, int own, int rank) {
   return {places, begin, end, max(0, begin - HALO), min(places, end + HALO), rank};
 }
 
+// Of states between blocks in one scan. Threads that rest count them, too: they may take part in the next.
+__device__ __forceinline__ int exchanges_in(int lines) { return HALO > 0 ? (lines - 1) / (HALO > 0 ? HALO : 1) : 0; }
+
 __device__ __forceinline__ void wait_for_everybody() {
 #if CLUSTER > 1
   cluster_barrier();

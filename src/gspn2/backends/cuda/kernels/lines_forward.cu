@@ -5,7 +5,7 @@
 #if HPIECE
 template <bool REVERSED>
 __device__ __forceinline__ void scan_horizontal(const Params& p, const Scan& scan, int plane, int d, int rank,
-                                                int& exchanges) {
+                                                int exchanges) {
   HorizontalScan<REVERSED> run;
   run.plane = plane_of(p, plane, d);
   run.run(p, scan, rank, exchanges);
@@ -34,6 +34,7 @@ KERNEL(THREADS, 1) lines_forward(CONSTANT_PARAMS p) {
         VerticalScan run;
         run.plane = plane_of(p, first + q, d);
         run.run(p, scan, rank, exchanges);
+        if (VSPLIT) exchanges += exchanges_in(scan.lines);
         __syncthreads();
       }
 #endif
@@ -44,6 +45,7 @@ KERNEL(THREADS, 1) lines_forward(CONSTANT_PARAMS p) {
           scan_horizontal<true>(p, scan, first + q, d, rank, exchanges);
         else
           scan_horizontal<false>(p, scan, first + q, d, rank, exchanges);
+        exchanges += exchanges_in(scan.lines);
         __syncthreads();
       }
 #endif

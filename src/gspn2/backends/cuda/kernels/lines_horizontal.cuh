@@ -139,7 +139,7 @@ struct HorizontalScan {
     }
   }
 
-  __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, int& exchanges) {
+  __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, int exchanges) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     strip = strip_of(scan.places, p.knobs[1], rank);
     const int first_row = strip.own_begin - HALO;

@@ -94,7 +94,7 @@ struct VerticalScan {
     }
   }
 
-  __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, [[maybe_unused]] int& exchanges) {
+  __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, [[maybe_unused]] int exchanges) {
     const Strip strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank) : strip_of(scan.places, scan.places, 0);
     const int first = strip.begin + (int)threadIdx.x * VPLACES;
     Edges edges{0, (int)threadIdx.x / 32, (int)threadIdx.x % 32, threads_for(strip.end - strip.begin, VPLACES)};

@@ -74,16 +74,11 @@ __device__ __forceinline__ u64 cache_policy(bool read_once) {
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(any));
   return read_once ? once : any;
 }
+// cp.async drops it: with a policy, ptxas 13.0 may put the descriptor of the access into a uniform register of odd
+// number, which the device refuses as an illegal instruction (seen with four directions of small planes).
 template <int SIZE>
-__device__ __forceinline__ void copy_async_cached(void* shared, const void* global, int bytes, u64 policy) {
-  if (SIZE == 16)
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes), "l"(policy)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;" ::"r"(shared_address(shared)),
-                 "l"(global), "n"(SIZE), "r"(bytes), "l"(policy)
-                 : "memory");
+__device__ __forceinline__ void copy_async_cached(void* shared, const void* global, int bytes, u64) {
+  copy_async<SIZE>(shared, global, bytes);
 }
 // 16 bytes, and the 128 they lie in on their way to the second-level cache: the rest is asked for soon.
 __device__ __forceinline__ void copy_async_wide(void* shared, const void* global) {
