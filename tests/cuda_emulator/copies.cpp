@@ -114,28 +114,6 @@ void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   may_switch();
 }
 
-// To another block of the cluster; there it counts on an mbarrier, like a bulk copy.
-void store_counted(void* shared, u64* bar, u32 rank, const void* words, u32 bytes) {
-  check_shared(shared, bytes, bytes, "store_counted", SITE);
-  check_shared(bar, 8, 8, "store_counted", SITE);
-  Fiber* f = self();
-  unsigned char* to = (unsigned char*)cluster_map(shared, rank);
-  const u64* there = (const u64*)cluster_map(bar, rank);
-  const u64 i = *there ^ TOKEN;
-  if (i >= mbarriers.size() || mbarriers[i].place != there)
-    fail_at(SITE, "store_counted: no mbarrier at byte %td of the shared memory of block %u", (unsigned char*)bar - f->shared,
-            rank);
-  Mbarrier& m = mbarriers[i];
-  if (!m.fenced) fail_at(SITE, "store_counted: its mbarrier was initialised without mbarrier_init_fence");
-  touch(to, bytes, WRITE, SITE);
-  memcpy(to, words, bytes);
-  // It counts with release semantics.
-  release_to(m.arriving);
-  m.bytes -= bytes;
-  may_complete(m);
-  may_switch();
-}
-
 void finish_store(Store& s) {
   if (!s.buffer) return;
   memcpy(s.to, s.buffer, s.bytes);
@@ -143,21 +121,24 @@ void finish_store(Store& s) {
   s.buffer = nullptr;
 }
 
-// A store to the memory of another block, counted by an mbarrier there.
-void store_remote(float* at, float v, u64* bar, u32 rank) {
-  check_shared(at, 4, 4, "store_remote", SITE);
-  check_shared(bar, 8, 8, "store_remote", SITE);
+// Words for the memory of another block, counted by an mbarrier there: each arrives when it likes.
+void store_counted(void* shared, u64* bar, u32 rank, const float* words, int count) {
+  check_shared(shared, 4 * (size_t)count, 4 * (size_t)count, "store_counted", SITE);
+  check_shared(bar, 8, 8, "store_counted", SITE);
   Fiber* f = self();
-  float* there = (float*)cluster_map(at, rank);
+  float* there = (float*)cluster_map(shared, rank);
   const u64* counter = (const u64*)cluster_map(bar, rank);
   Block& home = f->home[(int)rank - (int)f->rank];
   const u64 i = home.started ? *counter ^ TOKEN : ~0ull;
   if (i >= mbarriers.size() || mbarriers[i].place != counter)
-    fail_at(SITE, "store_remote: no mbarrier there%s", home.started ? "" : ", as the block has not started");
-  touch(there, 4, WRITE, SITE);
-  engine(home, there, 4, WRITE, 1);
-  memset(there, 0xff, 4);
-  bulks.push_back({(unsigned char*)there, nullptr, 4, (int)i, &home, f->index, f->now, v, f->known});
+    fail_at(SITE, "store_counted: no mbarrier there%s", home.started ? "" : ", as the block has not started");
+  if (!mbarriers[i].fenced) fail_at(SITE, "store_counted: its mbarrier was initialised without mbarrier_init_fence");
+  for (int w = 0; w < count; ++w, ++there) {
+    touch(there, 4, WRITE, SITE);
+    engine(home, there, 4, WRITE, 1);
+    memset(there, 0xff, 4);
+    bulks.push_back({(unsigned char*)there, nullptr, 4, (int)i, &home, f->index, f->now, words[w], f->known});
+  }
   ++f->now;
   may_switch();
 }

@@ -104,14 +104,14 @@ struct Mbarrier {
 };
 constexpr u64 TOKEN = 0x6d62617272ull << 24;
 
-struct Bulk {  // of bulk_copy and store_remote
+struct Bulk {  // of bulk_copy and store_counted
   unsigned char* to;
   const unsigned char* from;
   u32 bytes;
   int barrier;
   Block* home;  // where it writes
   u32 author, epoch;
-  // Of store_remote, which has no `from`: what it stores, and what its thread knew.
+  // Of store_counted, which has no `from`: what it stores, and what its thread knew.
   float value;
   Knowledge known;
 };

@@ -101,7 +101,7 @@ EMULATED void copy_engine_fence() { emulator::may_switch(); }
 template <int WORDS>
 EMULATED void store_counted(void* p, u64* bar, u32 rank, const float* word) {
   static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4, "store_counted moves 1, 2 or 4 words");
-  emulator::store_counted(p, bar, rank, word, 4 * WORDS);
+  emulator::store_counted(p, bar, rank, word, WORDS);
 }
 EMULATED void bulk_store_fence() { emulator::bulk_store_fence(); }
 EMULATED void bulk_store(void* global, const void* shared, u32 bytes) { emulator::bulk_store(global, shared, bytes); }
@@ -117,7 +117,6 @@ EMULATED void bulk_store_wait() {
 
 EMULATED u32 cluster_rank() { return emulator::current->rank; }
 EMULATED void cluster_barrier() { emulator::cluster_barrier(); }
-EMULATED void store_remote(float* at, float v, u64* bar, u32 rank) { emulator::store_remote(at, v, bar, rank); }
 template <typename T>
 EMULATED T* cluster_map(T* p, u32 rank) {
   return (T*)emulator::cluster_map(p, rank);

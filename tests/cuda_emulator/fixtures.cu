@@ -153,7 +153,7 @@ KERNEL(32, 1) relay(CONSTANT_PARAMS p) {
   for (int step = 0; step < 3; ++step) {
     const int s = step & 1;
     if (t == 0) mbarrier_arrive_expect(full + s, wrong == 2 ? 132 : 128);
-    store_remote(rows + 32 * s + t, v, full + s, next);
+    store_counted<1>(rows + 32 * s + t, full + s, next, &v);
     if (wrong != 1) mbarrier_wait(full + s, step >> 1 & 1);
     v = rows[32 * s + t];
   }

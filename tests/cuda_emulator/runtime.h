@@ -51,7 +51,7 @@ void mbarrier_init_fence();
 void mbarrier_arrive(u64* bar, u32 expected_bytes, const char* what);
 void mbarrier_wait(u64* bar, u32 parity);
 void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar);
-void store_counted(void* shared, u64* bar, u32 rank, const void* words, u32 bytes);
+void store_counted(void* shared, u64* bar, u32 rank, const float* words, int count);
 
 void bulk_store_fence();
 void bulk_store(void* global, const void* shared, u32 bytes);
@@ -59,7 +59,6 @@ void bulk_store_commit();
 void bulk_store_wait(int pending, bool only_read);
 
 void* cluster_map(const void* p, u32 rank);
-void store_remote(float* at, float v, u64* bar, u32 rank);
 u32 shared_address(const void* p);
 
 }  // namespace emulator

@@ -200,10 +200,10 @@ struct Strip {
     }
     if (has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
 #pragma unroll
-      for (int e = 0; e < N; ++e) store_remote(mine + HALO + first + e - own_begin, h[e], bar + 1, rank - 1);
+      for (int e = 0; e < N; ++e) store_counted<1>(mine + HALO + first + e - own_begin, bar + 1, rank - 1, h + e);
     if (has_after && first >= own_end - HALO && first < own_end)
 #pragma unroll
-      for (int e = 0; e < N; ++e) store_remote(mine + first + e - (own_end - HALO), h[e], bar, rank + 1);
+      for (int e = 0; e < N; ++e) store_counted<1>(mine + first + e - (own_end - HALO), bar, rank + 1, h + e);
     if (has_before && first >= begin && first < own_begin) {
       mbarrier_wait(bar, parity);
 #pragma unroll

@@ -166,19 +166,6 @@ __device__ __forceinline__ u32 cluster_rank() {
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Stores a float at the place that `at` has in block `rank`, and takes 4 bytes off what the mbarrier at the place of
-// `bar` there waits for. Whoever waits on it sees the float: no barrier and no fence in between.
-__device__ __forceinline__ void store_remote(float* at, float v, u64* bar, u32 rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there, counter;\n"
-      "mapa.shared::cluster.u32 there, %0, %3;\n"
-      "mapa.shared::cluster.u32 counter, %2, %3;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [counter];\n"
-      "}\n" ::"r"(shared_address(at)),
-      "r"(__float_as_uint(v)), "r"(shared_address(bar)), "r"(rank)
-      : "memory");
-}
 // The address, usable by ordinary loads and stores, of `p` of this block's shared memory in block `rank`.
 template <typename T>
 __device__ __forceinline__ T* cluster_map(T* p, u32 rank) {
