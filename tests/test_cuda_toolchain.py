@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,31 @@ def other_cases() -> Iterator[tuple[tuple[int, int], str, int]]:
                     yield capability, variant, sources.index(source)
 
 
+@cache
+def disassembler() -> Path | None:
+    """cuobjdump of Triton, which PyTorch's CUDA build brings along, if it is there."""
+    triton = find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    program = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return program if program.exists() else None
+
+
+def assert_no_odd_descriptors(code: bytes) -> None:
+    """ptxas 13.0 can put an access's descriptor, two registers, at an odd number: an illegal instruction."""
+    program = disassembler()
+    if program is None:
+        return
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        command = [str(program), "--dump-sass", file.name]
+        assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in assembly
+    odd = re.findall(r".*desc\[UR\d*[13579]\].*", assembly)
+    assert not odd, odd[:3]
+
+
 def assert_compiles(capability: tuple[int, int], variant: str, number: int) -> None:
     kernel, hot = representative(variant)[number]
     compiled = compile_kernel(kernel, Target("sm_{}{}".format(*capability)))
@@ -60,6 +88,7 @@ def assert_compiles(capability: tuple[int, int], variant: str, number: int) -> N
     used = compiled.resources
     assert used is not None
     assert used.shared == 0, "all shared memory is dynamic"
+    assert_no_odd_descriptors(compiled.code)
     if hot:
         assert (used.spill_stores, used.spill_loads) == (0, 0), f"{kernel} spills: {used}"
 

@@ -244,7 +244,8 @@ def _rank(layout: Layout) -> tuple[float, ...]:
     case, problem = layout.case, layout.case.problem
     planes, processors = problem.batch * problem.channels, case.device.multiprocessors
     busy = 4 * planes >= 3 * processors  # one plane a block keeps the device busy
-    score: list[float] = [float(layout.split and busy)]
+    # Rows of a plane of its own keep a block busy if there are planes enough; else all share every plane.
+    score: list[float] = [float(layout.cluster > 1 and layout.split == busy)]
     if layout.columns is not None:
         tall = case.itemsize == 2 and problem.height > 512 and not _sums(case)
         own = 256 if busy and not tall else 128
