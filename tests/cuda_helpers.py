@@ -168,10 +168,23 @@ def loose(case: Case) -> Case:
     return case.map(Tensor.contiguous).map(loosen)
 
 
-MAIN_LAYOUTS = tuple(LAYOUTS)
+def records(case: Case) -> Case:
+    """As `gspn2.nn.Mixer` has them: x channels innermost; lam, gate and logits views of one packed tensor."""
+    named = {name: t for name in ("lam", "gate", "logits") if (t := getattr(case, name)) is not None}
+    flat = {name: t.movedim((-2, -1), (1, 2)).flatten(3) for name, t in named.items()}
+    packed = torch.cat(list(flat.values()), dim=3)
+    parts = packed.split([t.shape[3] for t in flat.values()], dim=3)
+    views = {
+        name: part.unflatten(3, named[name].shape[1:-2]).movedim((1, 2), (-2, -1))
+        for name, part in zip(flat, parts, strict=True)
+    }
+    return replace(channels_last(case), **views)
+
+
+MAIN_LAYOUTS = (*LAYOUTS, "records")
 ALL_LAYOUTS: dict[str, Callable[[Case], Case]] = LAYOUTS | {
     layout.__name__: layout
-    for layout in (misaligned, cropped, aligned_crop, transposed, channels_last, packed_odd, loose)
+    for layout in (misaligned, cropped, aligned_crop, transposed, channels_last, packed_odd, loose, records)
 }
 
 

@@ -32,7 +32,7 @@ from gspn2.backends import DIRECTIONS, Problem
 from helpers import Case, make_case, relative_l2, truth
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
-LAYOUTS = ("planes", "channel_innermost", "strided", "cropped", "misaligned")
+LAYOUTS = ("records", "planes", "channel_innermost", "strided", "cropped", "misaligned")
 
 
 @dataclass(frozen=True)

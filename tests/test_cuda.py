@@ -34,6 +34,7 @@ from cuda_helpers import (
     needs_device,
     one_of,
     poisoned,
+    records,
     run_variant,
     truth,
 )
@@ -53,7 +54,7 @@ def test_memory_is_poisoned() -> None:
 def home(variant: str) -> Case:
     """A problem made for the variant."""
     if variant == "resident":
-        return channel_innermost(draw(8, 2, 14, 14, precision="16 bits"))
+        return records(draw(8, 2, 14, 14, precision="16 bits").to(torch.bfloat16))
     if variant == "pixels":
         return channel_innermost(draw(1, 64, 64, 64, precision="16 bits"))
     return planes(draw(1, 8, 256, 256, precision="16 bits"))
