@@ -97,7 +97,7 @@ KERNEL(THREADS, MIN_BLOCKS) planes_backward(CONSTANT_PARAMS p) {
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
   const Work w = work_of(p, scan, t);
   cluster_meets();  // every block is there before another one writes into its memory
-  if (COMPUTES_STATES && !HAS_STATES) {
+  if (COMPUTES_STATES) {
     scan_forward(p, w, t);
   } else if (has_channel(t)) {
     fetch<0, DOUBLE>(p, w, t, segments_of(scan) - 1);

@@ -14,8 +14,6 @@
 //   HAS_SUMS    1: several directions, so that dx is a sum over launches
 //   WANTS       gradients that are asked for: 1 dx, 2 dtaps, 4 dlam, 8 dgate, added up
 //   HAS_HIDDEN  1: the hidden state is at hand (`y` of forward): nothing is kept or computed again
-//   HAS_STATES  1: forward kept the states that enter each segment, of the same length in every direction; otherwise a
-//               walk of its own does
 //   SPLIT       1: the blocks of a cluster share a line. Each has places beyond its own on either side, HALO of them:
 //               what it computes there goes wrong by one place a line from the outside, and is put right after every
 //               segment by the block that owns it

@@ -94,21 +94,10 @@ __device__ __forceinline__ void tap_gradients(const Thread& t, const Taps (&dw)[
 }
 
 // States between the two walks: those that enter each segment but the first, [B][C][segments][places], whole vectors
-// of 4 floats a line. With HAS_STATES forward wrote them, for every direction of the call: [D][B][C][..].
-__device__ __forceinline__ int line_of_states(int places) { return (places + 3) / 4 * 4; }
-__device__ __forceinline__ long long states_of_direction(const Params& p, int d) {
-  const Scan scan = scan_of(p, d);
-  return (long long)p.batch * p.channels * ((scan.lines + S - 1) / S) * line_of_states(scan.places);
-}
-// From the first place of this thread on.
+// of 4 floats a line. From the first place of this thread on.
 __device__ __forceinline__ unsigned char* kept_of(const Params& p, const Thread& t, int segments, int segment) {
-  long long offset = 0;
-#if HAS_STATES
-  for (int d = 0; d < p.knobs[0]; d++) offset += states_of_direction(p, d);
-#endif
-  const long long plane = (long long)t.b * p.channels + t.channel;
-  offset += (plane * segments + segment) * line_of_states(t.places) + t.place;
-  return (unsigned char*)((float*)p.scratch[1] + offset);
+  const long long plane = (long long)t.b * p.channels + t.channel, line = plane * segments + segment;
+  return (unsigned char*)((float*)p.scratch[1] + line * ((t.places + 3) / 4 * 4) + t.place);
 }
 // By the threads that own the places, before their cluster meets.
 __device__ __forceinline__ void keep_state(const Thread& t, unsigned char* to, const float (&h)[N]) {

@@ -97,7 +97,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     scan = {"STORAGE": 1, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, "HORIZONTAL": 0, "REVERSED": 0}
     scan |= {"PLACES": 4, "SEGMENT": 8, "THREADS": 256, "MIN_BLOCKS": 1, "WIDE": 1, "RAGGED": 0, "SHARED": 0}
-    scan |= {"HAS_SUMS": 0, "WANTS": 7, "HAS_HIDDEN": 0, "HAS_STATES": 0, "SPLIT": 0, "CLUSTER": 0}
+    scan |= {"HAS_SUMS": 0, "WANTS": 7, "HAS_HIDDEN": 0, "SPLIT": 0, "CLUSTER": 0}
     many = scan | {"NORMALIZE": 1, "HAS_GATE": 1, "HAS_SUMS": 1, "WANTS": 15}
     across = {"HORIZONTAL": 1, "PLACES": 1, "SEGMENT": 16, "THREADS": 320}
     hot = [
@@ -369,7 +369,6 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("HAS_SUMS", int(len(case.problem.directions) > 1)),
         ("WANTS", sum(1 << i for i, name in enumerate(GRADIENTS) if name in case.views)),
         ("HAS_HIDDEN", int(_has_hidden(case))),
-        ("HAS_STATES", 0),
         ("SPLIT", int(cut.strips > 1)),
         ("CLUSTER", int(cut.cluster > 1)),
     )
