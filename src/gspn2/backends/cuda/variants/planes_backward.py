@@ -8,8 +8,9 @@ and back. Where forward saved its output, which is the state of a single scan, o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..geometry import Case, Kernel, Launch, Plan, View, options
 
@@ -28,11 +29,14 @@ POINTERS = 2 * 8 * 10
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
 
-THREADS = (32, 64, 128, 256, 320, 384, 512, 576)
+THREADS = (32, 64, 128, 160, 192, 256, 320, 384, 512, 576)
 """Numbers of threads that kernels are compiled for: a block has at most as many."""
 
 RESIDENT = 512
 """Threads of a multiprocessor that leave each of them 128 registers."""
+
+SPILLS = 1.1
+"""A factor of the cost of cuts whose kernels spill registers: instructions, about 30 in 1000, and traffic."""
 
 
 def why_not(case: Case) -> str | None:
@@ -46,7 +50,12 @@ def why_not(case: Case) -> str | None:
     for direction in dict.fromkeys(case.problem.directions):
         if _best(case, direction) is None:
             places = Sizes.of(case, direction).places
-            return f"lines of {places} places in direction {direction!r} do not fit in shared memory"
+            most = _most_blocks(case)
+            blocks = "a block" if most == 1 else f"{most} blocks"
+            return (
+                f"lines of {places} places in direction {direction!r} do not fit in the threads and the "
+                f"shared memory of {blocks}, which hold {_longest(case, direction)} at most"
+            )
     return None
 
 
@@ -109,6 +118,11 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         scan | across | {"HAS_HIDDEN": 1, "REVERSED": 1},
         many,
         many | across,
+        many
+        | across
+        | {"HAS_SUMS": 0, "PLACES": 2, "SEGMENT": 8, "THREADS": 32, "MIN_BLOCKS": 12, "WIDE": 0}
+        | {"SHARED": 1, "CLUSTER": 1},
+        many | {"SEGMENT": 4, "THREADS": 160, "MIN_BLOCKS": 2, "SHARED": 1, "SPLIT": 1, "CLUSTER": 1},
     ]
     cold = [
         many | {"PLACES": 8, "THREADS": 32, "MIN_BLOCKS": 1, "WIDE": 0},
@@ -250,11 +264,29 @@ def _halo(case: Case, places: int, segment: int) -> int:
     return -(-segment // rounded) * rounded
 
 
+def _most_blocks(case: Case) -> int:
+    """Blocks of a cluster, at most."""
+    return 8 if case.device.capability >= (9, 0) else 1
+
+
+def _longest(case: Case, direction: str) -> int:
+    """Places of the longest line that fits, in whole warps, where one of the case's length does not."""
+    sizes = Sizes.of(case, direction)
+    warps = range(1, sizes.places // 32 + 1)
+    fitting = bisect_left(
+        warps, True, key=lambda count: next(_cuts(case, replace(sizes, places=32 * count)), None) is None
+    )
+    return 32 * fitting
+
+
 def cuts(case: Case, direction: str) -> Iterator[Cut]:
     """Every way to cut a direction that fits."""
-    sizes, size = Sizes.of(case, direction), case.itemsize
+    return _cuts(case, Sizes.of(case, direction))
+
+
+def _cuts(case: Case, sizes: Sizes) -> Iterator[Cut]:
+    size, most = case.itemsize, _most_blocks(case)
     each = UNIT // size
-    most = 8 if case.device.capability >= (9, 0) else 1
     for strips in range(1, most + 1):
         own = -(-sizes.places // (strips * 32)) * 32
         if strips > 1 and (own < 64 or -(-sizes.places // own) != strips):
@@ -340,7 +372,12 @@ def _cost(case: Case, cut: Cut) -> float:
     rest = cut.blocks % at_once
     total = cut.blocks // at_once * wave(at_once) + (wave(rest) if rest else 0)
     # Of equals, the one with fewer places beyond its own.
-    return total * (0.9 + 0.1 * place / own)
+    return total * (0.9 + 0.1 * place / own) * (SPILLS if _spills(cut) else 1)
+
+
+def _spills(cut: Cut) -> bool:
+    """Has a block too many threads for the registers that a thread with so many places takes?"""
+    return cut.threads > RESIDENT and cut.places >= (2 if cut.sizes.horizontal else 4)
 
 
 def _best(case: Case, direction: str) -> Cut | None:
@@ -348,13 +385,24 @@ def _best(case: Case, direction: str) -> Cut | None:
     return min(cuts(case, direction), key=lambda cut: _cost(case, cut), default=None)
 
 
+def _min_blocks(case: Case, cut: Cut, threads: int) -> int:
+    """Blocks of so many threads that a multiprocessor must have registers for: as many as have shared memory.
+
+    Registers are those of a quarter of a multiprocessor, shared by its warps: 12 warps leave a thread 168 of
+    them, 16 leave 128.
+    """
+    shared = (case.device.shared_memory + RESERVED) // (cut.shared + RESERVED)
+    blocks = max(1, min(shared, RESIDENT // threads))
+    if threads > 128:
+        return blocks
+    if threads == 32 and blocks == 16 and cut.sizes.horizontal and cut.places == 2:
+        return 12  # where no barrier keeps rows apart, two of them take more than 128 registers
+    return 1 << (blocks.bit_length() - 1)
+
+
 def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
     sizes = cut.sizes
     threads = next(number for number in THREADS if number >= cut.threads)
-    # Registers as for as many blocks as there is shared memory for.
-    blocks = max(
-        1, min((case.device.shared_memory + RESERVED) // (cut.shared + RESERVED), RESIDENT // threads)
-    )
     return (
         *options(case),
         ("HORIZONTAL", int(sizes.horizontal)),
@@ -362,7 +410,7 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("PLACES", cut.places),
         ("SEGMENT", cut.segment),
         ("THREADS", threads),
-        ("MIN_BLOCKS", 1 << (blocks.bit_length() - 1)),
+        ("MIN_BLOCKS", _min_blocks(case, cut, threads)),
         ("WIDE", int(cut.width > 32)),
         ("RAGGED", int(sizes.places % cut.places != 0)),
         ("SHARED", int(_sums_channels(case))),
