@@ -73,10 +73,6 @@ EMULATED void copy_async(void* shared, const void* global, int bytes = SIZE) {
 }
 EMULATED void copy_async_wide(void* shared, const void* global) { copy_async<16>(shared, global); }
 EMULATED u64 cache_policy(bool read_once) { return read_once; }
-template <int SIZE>
-EMULATED void copy_async_cached(void* shared, const void* global, int bytes, u64) {
-  copy_async<SIZE>(shared, global, bytes);
-}
 EMULATED void copy_commit() { emulator::copy_commit(); }
 template <int PENDING>
 EMULATED void copy_wait() {

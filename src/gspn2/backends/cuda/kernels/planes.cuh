@@ -270,27 +270,16 @@ __device__ __forceinline__ void scan_line(float (&h)[N], const float (&u)[N], co
 
 // Memory --------------------------------------------------------------------------------------------------------
 
-// The first `bytes` of 16 into shared memory; the rest becomes 0.
+// The first `bytes` of 16 into shared memory; the rest becomes 0. Without a cache policy: with one, ptxas 13.0 may put
+// the descriptor of a cp.async into a uniform register of odd number, which the device refuses as an illegal instruction.
 __device__ __forceinline__ void copy_vector(unsigned char* shared, const void* global, int bytes) {
 #pragma unroll
   for (int at = 0; at < 16; at += ALIGNMENT)
     copy_async<ALIGNMENT>(shared + at, (const unsigned char*)global + at, max(0, min(ALIGNMENT, bytes - at)));
 }
 
-// The same of lam, gate and taps. With several directions the cache is kept for x and the sums, which come again,
-// and for taps that other blocks read as well.
-__device__ __forceinline__ void copy_vector(unsigned char* shared, const void* global, int bytes, u64 policy) {
-#if SUMS
-#pragma unroll
-  for (int at = 0; at < 16; at += ALIGNMENT)
-    copy_async_cached<ALIGNMENT>(shared + at, (const unsigned char*)global + at, max(0, min(ALIGNMENT, bytes - at)),
-                                 policy);
-#else
-  copy_vector(shared, global, bytes);
-#endif
-}
-
 #if BULK
+// With several directions the cache is kept for x and the sums, which come again, and for taps that other blocks read.
 __device__ __forceinline__ void copy_row(unsigned char* shared, const void* global, int bytes, u64* full, u64 policy) {
 #if SUMS
   bulk_copy_cached(shared, global, bytes, full, policy);

@@ -92,14 +92,13 @@ struct VerticalScan {
     const int bytes = min(16, (scan.places - place) * SIZE);
     const storage_t* taps = from.taps + row * p.taps.h + place;
 #pragma unroll
-    for (int k = 0; k < 3; ++k) copy_vector(shared + k * tile, taps + k * p.taps.k, bytes, t.of_taps);
+    for (int k = 0; k < 3; ++k) copy_vector(shared + k * tile, taps + k * p.taps.k, bytes);
 #pragma unroll 1
     for (int c = 0; c < t.channels; ++c) {
       unsigned char* to = shared + channel_offset(c, tile);
       copy_vector(to, from.x + c * p.x.c + row * p.x.h + place, bytes);
-      if (HAS_LAM) copy_vector(to + tile, from.lam + c * p.lam.c + row * p.lam.h + place, bytes, t.once);
-      if (HAS_GATE)
-        copy_vector(to + (TENSORS - 1) * tile, from.gate + c * p.gate.c + row * p.gate.h + place, bytes, t.once);
+      if (HAS_LAM) copy_vector(to + tile, from.lam + c * p.lam.c + row * p.lam.h + place, bytes);
+      if (HAS_GATE) copy_vector(to + (TENSORS - 1) * tile, from.gate + c * p.gate.c + row * p.gate.h + place, bytes);
     }
     if (SUMS && adds) copy_sums(ring + at * 4, row, place, bytes);
   }

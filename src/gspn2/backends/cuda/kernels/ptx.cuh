@@ -51,7 +51,6 @@ __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch
 
 // 16-byte streams: read once, written once; kept out of the way of what is used again -----------------------
 
-__device__ __forceinline__ uint4 load_stream(const void* p) { return __ldcs((const uint4*)p); }
 __device__ __forceinline__ void store_stream(void* p, uint4 v) { __stcs((uint4*)p, v); }
 
 // Asynchronous copies of 4, 8 or 16 bytes, aligned to their size (sm_80). `bytes` of the source are read, the
@@ -66,19 +65,12 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                  "r"(bytes)
                  : "memory");
 }
-// The same with a cache policy: of data that will not be read again, which the second-level cache gives up first, or
-// of any other.
+// What the second-level cache does with data: give it up first, if it is read only once, or treat it as any other.
 __device__ __forceinline__ u64 cache_policy(bool read_once) {
   u64 once, any;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(any));
   return read_once ? once : any;
-}
-// cp.async drops it: with a policy, ptxas 13.0 may put the descriptor of the access into a uniform register of odd
-// number, which the device refuses as an illegal instruction (seen with four directions of small planes).
-template <int SIZE>
-__device__ __forceinline__ void copy_async_cached(void* shared, const void* global, int bytes, u64) {
-  copy_async<SIZE>(shared, global, bytes);
 }
 // 16 bytes, and the 128 they lie in on their way to the second-level cache: the rest is asked for soon.
 __device__ __forceinline__ void copy_async_wide(void* shared, const void* global) {
@@ -103,9 +95,6 @@ __device__ __forceinline__ void mbarrier_init(u64* bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
 __device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void mbarrier_arrive(u64* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
 __device__ __forceinline__ void mbarrier_arrive_expect(u64* bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
@@ -136,25 +125,6 @@ __device__ __forceinline__ void bulk_copy_cached(void* shared, const void* globa
 }
 // What ordinary stores wrote to global memory may then, after a barrier, be read by bulk copies.
 __device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-// The way back: shared memory to global memory, in groups like those of copy_async. Threads that wrote the
-// source call bulk_store_fence before a barrier, then one thread stores.
-__device__ __forceinline__ void bulk_store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void bulk_store(void* global, const void* shared, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
-               "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until at most PENDING groups still read their source (the source may then be overwritten).
-template <int PENDING>
-__device__ __forceinline__ void bulk_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
-template <int PENDING>
-__device__ __forceinline__ void bulk_store_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 // Clusters (sm_90): blocks that run together and see each other's shared memory -----------------------------
 
 __device__ __forceinline__ u32 cluster_rank() {

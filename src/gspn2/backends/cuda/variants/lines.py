@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, options
+from .planes_layout import LANES, VECTOR_BYTES, alignment_of
 
 Macros = tuple[tuple[str, int], ...]
 
-LANES = 32
 MOST_WARPS = 16
 """Of a block: with more, registers would spill; columns alone need half as many."""
-VECTOR_BYTES = 16
+
 HALO = 16
 """Rows that a block of a cluster holds beyond its own on either side."""
 
@@ -129,7 +129,7 @@ def why_not(case: Case) -> str | None:
     for name, view in case.views.items():
         if view.w != 1:
             return f"columns of {name} are {view.w} elements apart, not adjacent"
-    alignment = _alignment(case)
+    alignment = alignment_of(case)
     vector = _vector_bytes(case)
     if alignment < vector or problem.width * case.itemsize % vector:
         return f"rows do not start and end at multiples of {vector} bytes"
@@ -268,7 +268,7 @@ def _rows(case: Case) -> Iterator[Rows | None]:
     if not _vertical(case):
         yield None
         return
-    alignment = _alignment(case)
+    alignment = alignment_of(case)
     for places in (8, 4, 2, 1):
         size = places * case.itemsize
         if size > VECTOR_BYTES or size < 4 or alignment < size or case.problem.width % places:
@@ -311,24 +311,6 @@ def _tensors(case: Case) -> int:
 def _sums(case: Case) -> bool:
     """Is there a sum over directions?"""
     return len(case.problem.directions) > 1
-
-
-def _alignment(case: Case) -> int:
-    """The largest power of two, at most 16, that divides the address of every row, in bytes."""
-    problem = case.problem
-    bits = VECTOR_BYTES
-    for view in case.views.values():
-        bits |= view.alignment
-        for stride, size in (
-            (view.b, problem.batch),
-            (view.d, len(problem.directions)),
-            (view.c, problem.channels),
-            (view.k, 3),
-            (view.h, problem.height),
-        ):
-            if size > 1:
-                bits |= stride * case.itemsize
-    return bits & -bits
 
 
 def _kernel(defines: Macros) -> Kernel:
