@@ -128,6 +128,8 @@ def main() -> int:
                 except Declined:
                     continue
             ran[f"{variant} {operator.__name__}"] += 1
+            # Before anything waits for the kernel: should it stop the process, this is what it was.
+            print(f"{variant} {operator.__name__}, {layout}, {dtype}, {size}", file=sys.stderr, flush=True)
             for name, tensor in found.items():
                 error = relative_l2(tensor.cpu(), expected[name])
                 if not error <= TOLERANCE[dtype]:
