@@ -426,7 +426,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
     for (int e = 0; e < F; e++) zero.e[e] = 0.f;
     Floats* row = (Floats*)(shared_memory() + STATES_AT) + i * PITCH;
 #pragma unroll
-    for (int v = 0; v < VECTORS; v++) row[v] = row[PITCH - 1 - v] = zero;
+    for (int v = 0; v < VECTORS; v++) row[v] = row[VECTORS + THREADS + v] = zero;
   }
 #if SPLIT
   start_halos<HALO_AT>();

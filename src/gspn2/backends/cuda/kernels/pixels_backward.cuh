@@ -9,7 +9,7 @@ constexpr int TAPS = 2 + HAS_LAM + HAS_GATE;
 #endif
 
 // Where things are in shared memory, in bytes.
-constexpr int PITCH = THREADS + 2 * VECTORS;
+constexpr int PITCH = (THREADS + 2 * VECTORS + 3) / 4 * 4;  // so that what follows starts at a multiple of 16 bytes
 constexpr int FLOATS = 4 * V * PLACES * THREADS;
 constexpr int SLOT = OPERANDS * PLACES * THREADS * VECTOR;
 constexpr int ROW = 4 * V * PLACES * PITCH;                      // a line's states: [PLACES][PARTS][PITCH]
@@ -24,7 +24,9 @@ constexpr int GRADIENTS_AT = HALO_AT;
 #endif
 #if !OWN_TAPS
 constexpr int WEIGHTS_AT = GRADIENTS_AT + SEGMENT * 12 * PLACES * THREADS;
+static_assert(WEIGHTS_AT % 16 == 0, "weights are vectors");
 #endif
+static_assert(STATES_AT % 16 == 0 && AFTER_AT % 16 == 0 && HALO_AT % 16 == 0, "states are vectors");
 
 __device__ __forceinline__ Floats* states(int k, int q) {
   return (Floats*)(shared_memory() + STATES_AT + k * ROW) + q * PARTS * PITCH + VECTORS + threadIdx.x;
