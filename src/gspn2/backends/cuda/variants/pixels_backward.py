@@ -159,13 +159,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     kernels = []
     for taps in (shared, own):
         for size, direct, lines in ((wide, 0, 8), (packed, 1, 8), (long, 0, 4)):
-            segments = (
-                ("TAP_LINES", lines),
-                ("SEGMENT", lines),
-                ("DEPTH", 3),
-                ("DIRECT", direct),
-                *gradients,
-            )
+            rest = (("TAP_LINES", lines), ("SEGMENT", lines), ("DEPTH", 3), ("DIRECT", direct), *gradients)
+            macros = (*plain, *taps, *size, *alone, *rest)
             kernels.append((Kernel("pixels_backward.cu", "pixels_backward", macros), True))
     kernels.append((Kernel("pixels_taps.cu", "pixels_taps", plain[:4]), False))
     return kernels
