@@ -80,7 +80,15 @@ __device__ __forceinline__ storage_t narrow(float v) {
 
 struct Taps {
   float before, here, after;  // neighbours j - 1, j, j + 1
+
+  __device__ __forceinline__ void add(const Taps& other) {
+    before += other.before, here += other.here, after += other.after;
+  }
 };
+
+// Numbers that are added in runs of so many, and then the runs' sums, lose less to rounding than one after another:
+// in float32 a gradient summed over hundreds of channels would be worse than PyTorch's, which adds in a tree.
+constexpr int SUM_RUN = 16;
 
 // Row-stochastic weights of one place: w_k = sigmoid(a_k) / sum over existing m of sigmoid(a_m), as a softmax
 // of log-sigmoids, which is no 0 / 0 where all logits are very negative (docs/math.md). With m = min(0, max a)

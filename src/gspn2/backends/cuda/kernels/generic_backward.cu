@@ -113,12 +113,16 @@ __device__ __forceinline__ void tap_line(const Operands& o, const Params& p, con
     const bool has_before = place > 0, has_after = place + 1 < places;
     Taps dw = {0.f, 0.f, 0.f};
     if (before != nullptr)
-      for (int m = 0; m < members; m++) {
-        const long long index = (long long)(group + m) * places + place;
-        const float gm = g[index];
-        dw.here = fmaf(gm, before[index], dw.here);
-        if (has_before) dw.before = fmaf(gm, before[index - 1], dw.before);
-        if (has_after) dw.after = fmaf(gm, before[index + 1], dw.after);
+      for (int m = 0; m < members; m += SUM_RUN) {
+        Taps run = {0.f, 0.f, 0.f};
+        for (int l = m; l < min(members, m + SUM_RUN); l++) {
+          const long long index = (long long)(group + l) * places + place;
+          const float gl = g[index];
+          run.here = fmaf(gl, before[index], run.here);
+          if (has_before) run.before = fmaf(gl, before[index - 1], run.before);
+          if (has_after) run.after = fmaf(gl, before[index + 1], run.after);
+        }
+        dw.add(run);
       }
     const Taps a = read_taps(o.taps, o.k, line, place, group, has_before, has_after);
     const Taps da = before == nullptr ? dw : tap_gradient(a, dw, has_before, has_after);

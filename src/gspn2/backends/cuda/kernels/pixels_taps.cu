@@ -14,10 +14,13 @@ KERNEL(256, 2) pixels_taps(CONSTANT_PARAMS p) {
   const int row = pixel / p.width, column = pixel - (long long)row * p.width;
   const long long first = ((long long)image * blocks + group * of_group) * pixels + pixel;
   const float* from = (const float*)p.scratch[3] + 3 * first;
-  float sum[3] = {0.f, 0.f, 0.f};
-  for (int i = 0; i < of_group; i++, from += 3 * pixels)
-#pragma unroll
-    for (int tap = 0; tap < 3; tap++) sum[tap] += __ldcs(from + tap);
+  Taps sum = {0.f, 0.f, 0.f};
+  for (int i = 0; i < of_group; i += SUM_RUN) {
+    Taps run = {0.f, 0.f, 0.f};
+    for (int l = i; l < min(of_group, i + SUM_RUN); l++, from += 3 * pixels)
+      run.add({__ldcs(from), __ldcs(from + 1), __ldcs(from + 2)});
+    sum.add(run);
+  }
   const Scan s = scan_of(p, d);
   const int j = s.vertical ? column : row;
   const storage_t* a =
@@ -25,7 +28,7 @@ KERNEL(256, 2) pixels_taps(CONSTANT_PARAMS p) {
   storage_t* to =
       p.dtaps.data + b * p.dtaps.b + d * p.dtaps.d + group * p.dtaps.c + row * p.dtaps.h + column * p.dtaps.w;
   const Taps raw = {widen(__ldg(a)), widen(__ldg(a + p.taps.k)), widen(__ldg(a + 2 * p.taps.k))};
-  const Taps out = tap_gradient(raw, {sum[0], sum[1], sum[2]}, j > 0, j + 1 < s.places);
+  const Taps out = tap_gradient(raw, sum, j > 0, j + 1 < s.places);
   to[0] = narrow(out.before);
   to[p.dtaps.k] = narrow(out.here);
   to[2 * p.dtaps.k] = narrow(out.after);

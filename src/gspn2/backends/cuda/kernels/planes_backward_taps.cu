@@ -16,10 +16,11 @@ KERNEL(256, 1) planes_backward_taps(CONSTANT_PARAMS p) {
     const int place = scan.vertical ? w : h;
     const float* part = from + index * 3 * plane + (long long)h * pitch + w;
     Taps dw = {0.f, 0.f, 0.f};
-    for (int k = 0; k < parts; k++, part += planes * 3 * plane) {
-      dw.before += __ldcs(part);
-      dw.here += __ldcs(part + plane);
-      dw.after += __ldcs(part + 2 * plane);
+    for (int k = 0; k < parts; k += SUM_RUN) {
+      Taps run = {0.f, 0.f, 0.f};
+      for (int l = k; l < min(parts, k + SUM_RUN); l++, part += planes * 3 * plane)
+        run.add({__ldcs(part), __ldcs(part + plane), __ldcs(part + 2 * plane)});
+      dw.add(run);
     }
     const int b = index / p.groups, g = index % p.groups;
     const storage_t* a = p.taps.data + (b * p.taps.b + d * p.taps.d + g * p.taps.c + h * p.taps.h + w * p.taps.w);

@@ -29,9 +29,14 @@ __device__ __forceinline__ float exp2_fast(float v) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
+// Of a normal number whose reciprocal is normal.
 __device__ __forceinline__ float reciprocal(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+#if STORAGE == 0
+  // A unit in the last place of the sum of a place's weights would add up over the lines of a scan.
+  r = fmaf(r, fmaf(-v, r, 1.f), r);
+#endif
   return r;
 }
 // Minimum and maximum that keep a NaN.
