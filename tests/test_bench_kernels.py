@@ -1,4 +1,4 @@
-"""The bench's own kernels, in the emulator: a baseline or a rung that is wrong would make every factor a lie."""
+"""The bench's own kernels, in the emulator: were a baseline or a rung wrong, every factor would be."""
 
 from __future__ import annotations
 

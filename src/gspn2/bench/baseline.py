@@ -7,7 +7,10 @@ PyTorch stands in, and says so.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,41 +22,23 @@ from .launches import kernel
 THREADS = 512
 
 
-class Measured(NamedTuple):
-    """Median milliseconds of the released kernel at one size."""
-
-    size: tuple[int, int, int, int]
-    float32: tuple[float, float]
-    bfloat16: tuple[float, float]
-
-
-SOURCE = (
-    "measured from the released kernel on one NVIDIA H200 with PyTorch 2.11 and CUDA 13.0, copy bandwidth 4.25 "
-    "to 4.27 TB/s; planes with W contiguous, scanned along W, per-channel taps, one direction"
-)
+TABLE = Path(__file__).with_name("gspn1.json")
+"""Median milliseconds of the released kernel, and how they were measured."""
 DEVICE = "NVIDIA H200"
-
-RELEASED = (
-    Measured((16, 8, 1024, 1024), (33.66, 80.64), (33.09, 79.14)),
-    Measured((256, 1, 1024, 1024), (72.76, 171.3), (71.66, 164.2)),
-    Measured((1, 128, 512, 512), (6.35, 19.46), (6.04, 18.81)),
-    Measured((8, 64, 256, 256), (8.03, 19.59), (7.29, 17.87)),
-    Measured((1, 64, 256, 256), (1.30, 2.25), (1.28, 2.39)),
-    Measured((1, 32, 128, 128), (0.627, 1.08), (0.623, 1.18)),
-    Measured((1, 32, 64, 64), (0.312, 0.541), (0.311, 0.590)),
-    Measured((32, 196, 32, 32), (1.055, 2.40), (0.747, 1.50)),
-    Measured((1, 1152, 64, 64), (0.951, 2.47), (0.838, 1.97)),
-    Measured((1, 8, 1024, 1024), (5.11, 8.84), (5.09, 9.52)),
-)
+"""Where."""
 
 
-def released(size: tuple[int, ...], dtype: torch.dtype, backward: bool) -> float | None:
+@cache
+def measured() -> dict[tuple[int, ...], dict[str, tuple[float, float]]]:
+    """Milliseconds of the released kernel by size (B, C, H, W) and dtype: forward, backward."""
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
+    return {tuple(size): {"float32": (a, b), "bfloat16": (c, d)} for size, a, b, c, d in rows}
+
+
+def released(size: Sequence[int], dtype: torch.dtype, backward: bool) -> float | None:
     """Milliseconds of the released kernel on an H200, or None where it was not measured."""
-    for row in RELEASED:
-        if row.size == tuple(size):
-            times = {torch.float32: row.float32, torch.bfloat16: row.bfloat16}.get(dtype)
-            return None if times is None else times[backward]
-    return None
+    times = measured().get(tuple(size), {}).get(str(dtype).removeprefix("torch."))
+    return None if times is None else times[backward]
 
 
 def _kernel(problem: Problem, backward: bool) -> Kernel:

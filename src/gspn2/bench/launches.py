@@ -1,6 +1,6 @@
 """Kernels that belong to the bench, run by the toolchain and driver of the CUDA backend.
 
-They are written as plans, like those of the backend, so that the emulator of the test suite runs them as well.
+They are written as plans, like those of the backend, so that the emulator of the tests runs them, too.
 """
 
 from __future__ import annotations
