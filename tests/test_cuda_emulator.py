@@ -29,11 +29,12 @@ def launch(
     grid: int = 1,
     shared: int = 0,
     cluster: int = 1,
+    scratch: tuple[int, ...] = (),
 ) -> Tensor:
     """Runs a kernel of fixtures.cu on the row x; returns the row y of `size` values."""
     problem = Problem(("down",), None, True, 1, 1, 1, 1, len(x), torch.float32, "cuda")
     kernel = Kernel(str(HERE / "fixtures.cu"), function, DEFINES)
-    plan = Plan("fixtures", (Launch(kernel, grid, block, shared, cluster, knobs),))
+    plan = Plan("fixtures", (Launch(kernel, grid, block, shared, cluster, knobs),), scratch)
     y = torch.full((size,), torch.nan)
     run_plan(plan, problem, {"x": x.view(1, 1, 1, -1), "y": y.view(1, 1, 1, -1)}, seed)
     return y
@@ -229,6 +230,14 @@ def test_errors(function: str, wrong: int, options: dict[str, int], sentence: st
 def test_strays(wrong: int, sentence: str) -> None:
     with pytest.raises(KernelError, match=sentence):
         launch("strays", numbers(440), 440, (wrong, 400, 0), block=32, shared=400)
+
+
+@pytest.mark.parametrize(("wrong", "byte"), [(1, 52), (2, 256)])
+def test_scratch_memory_is_written_before_it_is_read(wrong: int, byte: int) -> None:
+    x = numbers(64)
+    assert torch.equal(launch("scratch_exchange", x, 64, scratch=(512,)), x.flip(0))
+    with pytest.raises(KernelError, match=rf"byte {byte} of \[scratch 0\], which nobody has written"):
+        launch("scratch_exchange", x, 64, (wrong,), scratch=(512,))
 
 
 def test_memory_starts_as_nan() -> None:

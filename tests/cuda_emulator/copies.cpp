@@ -18,10 +18,16 @@ void check_global(const void* p, size_t bytes, size_t alignment, Access access, 
   }
   const Range& r = ranges[last_range];
   if (!r.access) return;
-  for (u64 at = first - r.first; at < last - r.first; ++at)
-    if (!(r.access[at] & access))
+  for (u64 at = first - r.first; at < last - r.first; ++at) {
+    if (r.written == SCRATCH && access == WRITE) r.access[at] |= READ;
+    if (r.access[at] & access) continue;
+    if (r.written == SCRATCH)
+      fail_at(site, "%s byte %llu of [%s], which nobody has written (%llu of %zu bytes of this access are before it)", what,
+              at, r.name, at - (first - r.first), bytes);
+    else
       fail_at(site, "%s byte %llu of [%s], which is no %selement (%llu of %zu bytes of this access are before it)", what,
               at, r.name, access == WRITE ? "output's " : "", at - (first - r.first), bytes);
+  }
 }
 
 void check_global(const void* p, size_t bytes, size_t alignment, Access access, const char* what) {

@@ -120,10 +120,12 @@ struct Bulk {  // of bulk_copy and store_counted
 // priorities that seldom change, so that some warp is as far behind all others as it can be.
 enum Order { CHANCE, WARP_FIRST, PRIORITY };
 
-struct Range {  // of global memory; the layout is that of emulator.py
+constexpr u64 SCRATCH = 2;
+
+struct Range {  // of global memory; the layout is that of memory.py
   u64 first, last;
-  const unsigned char* access;  // of each byte, or null: all of it may be read and written
-  u64 written;                  // some of it may be written
+  unsigned char* access;  // of each byte, or null: all of it may be read and written
+  u64 written;            // some of it may be written; SCRATCH: what is written may be read from then on
   char name[40];
 };
 

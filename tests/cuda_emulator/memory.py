@@ -14,6 +14,8 @@ GUARD = 16 * PAGE
 # MAP_NORESERVE, which the module of Python 3.11 does not name on Linux.
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
 READ, WRITE = 1, 2
+# Of a range: not written, written, scratch memory (`Range` of device.h).
+INPUT, OUTPUT, SCRATCH = 0, 1, 2
 # Above this size the bytes of a storage are not told apart one by one.
 LARGE = 1 << 26
 
@@ -102,7 +104,8 @@ class _Storage:
         access = 0 if self.access is None else self.access.data_ptr()
         first = self.guarded.data_ptr()
         last = first + self.guarded.numel()
-        return _Range(first, last, access, self.written, self.name.encode()[:39])
+        kind = OUTPUT if self.written else INPUT
+        return _Range(first, last, access, kind, self.name.encode()[:39])
 
 
 class Memory:
@@ -125,20 +128,22 @@ class Memory:
             storage = _Storage(members, outputs)
             self.storages.append(storage)
             self.tensors |= {name: storage.of(tensor) for name, tensor in members.items()}
-        self._scratch: list[tuple[str, Tensor]] = []
+        self._scratch: list[tuple[str, Tensor, Tensor]] = []
 
     def scratch(self, size: int, name: str) -> int:
-        """Address of a buffer of `size` bytes, all 0xFF; 0 if there are none."""
+        """Address of a buffer of `size` bytes, all 0xFF, to be read where it was written; 0 if there are none."""
         if size == 0:
             return 0
-        self._scratch.append((name, _guarded(size)))
-        return self._scratch[-1][1].data_ptr()
+        memory = _guarded(size)
+        self._scratch.append((name, memory, torch.full((memory.numel(),), WRITE, dtype=torch.uint8)))
+        return memory.data_ptr()
 
     def ranges(self) -> ctypes.Array[_Range]:
         """What a kernel may touch, for the runtime."""
         found = [storage.range() for storage in self.storages]
-        for name, memory in self._scratch:
-            found.append(_Range(memory.data_ptr(), memory.data_ptr() + memory.numel(), 0, 1, name.encode()))
+        for name, memory, access in self._scratch:
+            first, last = memory.data_ptr(), memory.data_ptr() + memory.numel()
+            found.append(_Range(first, last, access.data_ptr(), SCRATCH, name.encode()))
         return (_Range * len(found))(*found)
 
     def wrongly_written(self) -> str | None:

@@ -278,6 +278,15 @@ __device__ __forceinline__ void copy_vector(unsigned char* shared, const void* g
     copy_async<ALIGNMENT>(shared + at, (const unsigned char*)global + at, max(0, min(ALIGNMENT, bytes - at)));
 }
 
+// As many of four neighbours in the sums as there are: nobody has written what fills up their rows.
+__device__ __forceinline__ void copy_sums_vector(unsigned char* shared, const float* sums, int count) {
+  if (count >= 4) {
+    copy_async<16>(shared, sums);
+  } else {
+    for (int e = 0; e < count; ++e) copy_async<4>(shared + 4 * e, sums + e);
+  }
+}
+
 #if BULK
 // With several directions the cache is kept for x and the sums, which come again, and for taps that other blocks read.
 __device__ __forceinline__ void copy_row(unsigned char* shared, const void* global, int bytes, u64* full, u64 policy) {

@@ -68,8 +68,8 @@ struct HorizontalScan {
 #if STORAGE == 0
       copy_vector(to + slot_offset<ROW_VECTORS>(slot, vector), sum, bytes);
 #else
-      copy_async<16>(to + slot_offset<2 * ROW_VECTORS>(slot, 2 * vector), sum);
-      if (bytes > 8) copy_async<16>(to + slot_offset<2 * ROW_VECTORS>(slot, 2 * vector + 1), sum + 4);
+      copy_sums_vector(to + slot_offset<2 * ROW_VECTORS>(slot, 2 * vector), sum, bytes / SIZE);
+      copy_sums_vector(to + slot_offset<2 * ROW_VECTORS>(slot, 2 * vector + 1), sum + 4, bytes / SIZE - 4);
 #endif
     }
   }

@@ -111,8 +111,8 @@ struct VerticalScan {
 #if STORAGE == 0
       copy_vector(to, sum, bytes);
 #else
-      copy_async<16>(to, sum);
-      if (bytes > 8) copy_async<16>(to + 16, sum + 4);
+      copy_sums_vector(to, sum, bytes / SIZE);
+      copy_sums_vector(to + 16, sum + 4, bytes / SIZE - 4);
 #endif
     }
   }
