@@ -6,11 +6,11 @@
 //              (down, up) are scanned a plane a block unless VSPLIT
 //   VSPLIT     1: rows are cut over the blocks, too
 //   SUMS       1: more than one direction, whose sum travels in float32
-//   VPLACES, VLINES, VRING   down and up: places of a thread, lines it takes at once, groups of these in its ring;
-//              VPLACES 0: no such direction
+//   VTHREADS, VPLACES, VLINES, VRING   down and up: threads that hold places, places of each, lines copied together,
+//              groups of these in a ring; VPLACES 0: no such direction
 //   HPIECE, HBUFFERS         right and left: bytes of a row in a tile, tiles in a warp's ring; HPIECE 0: none
 // Knobs: 0 planes of a cluster; places of a block, its own: 1 of a column, 2 of a row.
-// Scratch: 0 float32 sums over directions (16-bit storage), as planes.
+// Scratch: 0 float32 sums over directions: of each plane 8 columns, row by row, then the next 8 (see Plane).
 #pragma once
 #include "common.cuh"
 
@@ -83,14 +83,19 @@ __device__ __forceinline__ void write_words(void* to, const u32* words) {
   }
 }
 
-// One direction of one plane.
+// One direction of one plane. Sums lie in strips of 8 columns: in right and left scans a thread's 8 columns of a row are
+// 32 bytes beside those of the next thread, in down and up four rows of a thread's 8 places are 128 adjacent bytes.
 struct Plane {
   const storage_t* from[TENSORS];  // row 0, column 0 of each tensor
   long long row[TENSORS];          // elements from row to row
   storage_t* y;
   float* sums;
-  long long sums_row;
-  bool adds, last;  // is there a sum of earlier directions; does this direction complete it
+  long long sums_strip;  // elements from strip to strip
+  bool adds, last;       // is there a sum of earlier directions; does this direction complete it
+
+  __device__ __forceinline__ float* sum_at(int r, int column) const {
+    return sums + column / 8 * sums_strip + (long long)r * 8 + column % 8;
+  }
 };
 
 __device__ __forceinline__ Plane plane_of(const Params& p, int plane, int d) {
@@ -107,14 +112,29 @@ __device__ __forceinline__ Plane plane_of(const Params& p, int plane, int d) {
   it.from[TENSORS - 1] = p.gate.data + b * p.gate.b + d * p.gate.d + c * p.gate.c, it.row[TENSORS - 1] = p.gate.h;
 #endif
   it.y = p.y.data + b * p.y.b + c * p.y.c;
-#if STORAGE == 0
-  it.sums = (float*)it.y, it.sums_row = p.y.h;
-#else
-  it.sums_row = p.width;
-  it.sums = (float*)p.scratch[0] + (long long)plane * p.width * p.height;
-#endif
+  it.sums_strip = 8LL * p.height;
+  it.sums = (float*)p.scratch[0] + (long long)plane * ((p.width + 7) / 8) * it.sums_strip;
   it.adds = d > 0, it.last = d + 1 == p.scans;
   return it;
+}
+
+// As tap_weights, whose comment has the maths, of logits that had 16 bits: powers of two throughout, bounded only where
+// an infinity would leave NaN, because these instructions are most of what a place costs.
+__device__ __forceinline__ Taps weights_of(const Taps& a, bool has_before, bool has_after) {
+#if NORMALIZE && STORAGE != 0
+  const float log2e = 1.44269504f, most = 59.f;  // products of two powers stay finite
+  const Taps t = {a.before * -log2e, a.here * -log2e, a.after * -log2e};
+  const float low = fmin_nan(has_before ? t.before : t.here, fmin_nan(t.here, has_after ? t.after : t.here));
+  const float shift = fmax_nan(low, 0.f), one = exp2_fast(-shift);
+  const float before = has_before ? one + exp2_fast(fmin_nan(t.before - shift, most)) : 1.f;
+  const float here = one + exp2_fast(fmin_nan(t.here - shift, most));
+  const float after = has_after ? one + exp2_fast(fmin_nan(t.after - shift, most)) : 1.f;
+  const Taps w = {has_before ? here * after : 0.f, before * after, has_after ? before * here : 0.f};
+  const float scale = reciprocal(w.before + w.here + w.after);
+  return {w.before * scale, w.here * scale, w.after * scale};
+#else
+  return tap_weights(a, has_before, has_after);
+#endif
 }
 
 // What one place of one line needs, unpacked.
@@ -130,7 +150,7 @@ __device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e, b
   it.u *= element(words[4], e);
 #endif
   it.gate = HAS_GATE ? element(words[TENSORS - 1], e) : 1.f;
-  it.w = tap_weights({element(words[1], e), element(words[2], e), element(words[3], e)}, has_before, has_after);
+  it.w = weights_of({element(words[1], e), element(words[2], e), element(words[3], e)}, has_before, has_after);
   return it;
 }
 

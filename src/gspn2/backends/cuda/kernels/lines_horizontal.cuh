@@ -8,8 +8,8 @@
 constexpr int VECTOR = 16 / SIZE;          // columns in 16 bytes
 constexpr int VECTORS = HPIECE / 16;       // of a row in a tile
 constexpr int TILE = 32 * HPIECE;          // bytes of one tensor in a warp's tile
-constexpr int SUM_VECTORS = VECTORS * 4 / SIZE;
-constexpr int HTILE = TENSORS * TILE + (SUMS ? TILE * 4 / SIZE : 0);
+constexpr int HTILE = TENSORS * TILE;
+constexpr int AHEAD = SUMS ? 16 / VECTOR : 1;  // vectors between asking for sums and using them
 
 // Where vector v of a row is: permuted so that 8 rows' vectors meet 8 different groups of banks.
 template <int N>
@@ -24,7 +24,8 @@ struct HorizontalScan {
   unsigned char* ring;
   long long y_row;
   Strip strip;
-  int width, warp_row;  // first row of the warp
+  int width, tiles, all_vectors;
+  int warp_row;  // first row of the warp
 
   // Lanes go over the vectors of a warp's rows, N to a row: a lane's first row is lane / N, its step 32 / N.
   template <int N, typename Body>
@@ -49,62 +50,59 @@ struct HorizontalScan {
 #pragma unroll
     for (int i = 0; i < TENSORS; ++i) plane.from[i] += lane_offset<VECTORS>(plane.row[i], VECTOR);
     plane.y += lane_offset<VECTORS>(y_row, VECTOR);
-    plane.sums += lane_offset<SUM_VECTORS>(plane.sums_row, 4);
   }
 
-  __device__ __forceinline__ void copy_tile(int tile, int column0) const {
-    unsigned char* to = ring + tile % HBUFFERS * HTILE;
+  __device__ __forceinline__ unsigned char* tile_at(int tile) const { return ring + tile % HBUFFERS * HTILE; }
+
+  __device__ __forceinline__ void copy_tile(int tile) const {
+    unsigned char* to = tile_at(tile);
+    const int column0 = column_of(tile);
     for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
       if (!strip.has(row)) return;
 #pragma unroll
       for (int i = 0; i < TENSORS; ++i)
         copy_async_wide(to + i * TILE + place, plane.from[i] + rows * plane.row[i] + column0);
     });
-#if SUMS
-    if (plane.adds)
-      for_vectors<SUM_VECTORS>(4, column0, [&](int rows, int place, int row) {
-        if (!strip.owns(row)) return;  // others' are being written
-        copy_async<16>(to + TENSORS * TILE + place, plane.sums + rows * plane.sums_row + column0);
-      });
-#endif
   }
 
-  __device__ __forceinline__ void write_tile(int tile, int column0) const {
-    const unsigned char* from = ring + tile % HBUFFERS * HTILE;
-    if (SUMS && !plane.last) {
-      for_vectors<SUM_VECTORS>(4, column0, [&](int rows, int place, int row) {
-        if (strip.owns(row))
-          *(uint4*)(plane.sums + rows * plane.sums_row + column0) = *(const uint4*)(from + TENSORS * TILE + place);
-      });
-    } else {
-      for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
-        if (strip.owns(row)) *(uint4*)(plane.y + rows * y_row + column0) = *(const uint4*)(from + place);
-      });
+  __device__ __forceinline__ void write_tile(int tile) const {
+    const unsigned char* from = tile_at(tile);
+    const int column0 = column_of(tile);
+    for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
+      if (strip.owns(row)) *(uint4*)(plane.y + rows * y_row + column0) = *(const uint4*)(from + place);
+    });
+  }
+
+  // Tiles, and vectors in a tile, in scan order; the last tile of a row may have fewer.
+  __device__ __forceinline__ int column_of(int tile) const {
+    return (REVERSED ? tiles - 1 - tile : tile) * (HPIECE / SIZE);
+  }
+  __device__ __forceinline__ int vectors_in(int tile) const {
+    return min(VECTORS, (width - column_of(tile) + VECTOR - 1) / VECTOR);
+  }
+  __device__ __forceinline__ int vector_of(int tile, int i) const { return REVERSED ? vectors_in(tile) - 1 - i : i; }
+
+  __device__ __forceinline__ void read_vector(u32 (&words)[TENSORS][4], int tile, int v) const {
+    const unsigned char* from = tile_at(tile) + place_of<VECTORS>(threadIdx.x % 32, v);
+#pragma unroll
+    for (int i = 0; i < TENSORS; ++i) read_words<4>(words[i], from + i * TILE);
+  }
+
+  // The sums of vector n of this thread's row, in scan order; nothing beyond its end.
+  __device__ __forceinline__ void read_sums(u32 (&sums)[VECTOR], int row, int n) const {
+    if (!plane.adds || !strip.owns(row) || n >= all_vectors) return;
+    const float* from = plane.sum_at(row, (REVERSED ? all_vectors - 1 - n : n) * VECTOR);
+#pragma unroll
+    for (int i = 0; i < VECTOR; i += 4) {
+      const uint4 four = __ldcg((const uint4*)(from + i));
+      sums[i] = four.x, sums[i + 1] = four.y, sums[i + 2] = four.z, sums[i + 3] = four.w;
     }
   }
 
-  // 16 bytes of this thread's row: scanned, and the result put in their place.
-  __device__ __forceinline__ void scan_vector(unsigned char* tile, int v, float& h, Edges& edges, Restarts& restarts,
-                                              bool starts, bool ends) const {
-    const int lane = threadIdx.x % 32;
-    u32 words[TENSORS][4];
-#pragma unroll
-    for (int i = 0; i < TENSORS; ++i) read_words<4>(words[i], tile + i * TILE + place_of<VECTORS>(lane, v));
-    float result[VECTOR];
-#if SUMS
-    unsigned char* sums = tile + TENSORS * TILE;
-#pragma unroll
-    for (int i = 0; i < VECTOR / 4; ++i) {
-      u32 four[4] = {0, 0, 0, 0};
-      if (plane.adds) read_words<4>(four, sums + place_of<SUM_VECTORS>(lane, v * (4 / SIZE) + i));
-#pragma unroll
-      for (int e = 0; e < 4; ++e) result[4 * i + e] = __uint_as_float(four[e]);
-    }
-#endif
-    // All weights first: what is between two barriers is on the way of the states.
-    Place places[VECTOR];
-#pragma unroll
-    for (int e = 0; e < VECTOR; ++e) places[e] = unpack(words, e, !starts, !ends);
+  // One vector of this thread's row, whose weights are in `places`; they are replaced by those of the next vector.
+  __device__ __forceinline__ void scan_vector(float (&result)[VECTOR], Place (&places)[VECTOR],
+                                              const u32 (&next_words)[TENSORS][4], float& h, Edges& edges,
+                                              Restarts& restarts, bool starts, bool ends) const {
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
       const int e = REVERSED ? VECTOR - 1 - i : i;
@@ -122,20 +120,24 @@ struct HorizontalScan {
       edges.barrier();
       const float v_out = HAS_GATE ? h * it.gate : h;
       result[e] = SUMS ? result[e] + v_out : v_out;
+      // These wait for nothing: they fill the time in which states do.
+      places[e] = unpack(next_words, e, !starts, !ends);
     }
+  }
+
+  __device__ __forceinline__ void write_vector(const float (&result)[VECTOR], int row, int tile, int v, int n) const {
     if (SUMS && !plane.last) {
+      if (!strip.owns(row)) return;
+      float* to = plane.sum_at(row, (REVERSED ? all_vectors - 1 - n : n) * VECTOR);
 #pragma unroll
-      for (int i = 0; i < VECTOR / 4; ++i) {
-        u32 four[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) four[e] = __float_as_uint(result[4 * i + e]);
-        write_words<4>(tile + TENSORS * TILE + place_of<SUM_VECTORS>(lane, v * (4 / SIZE) + i), four);
-      }
+      for (int i = 0; i < VECTOR; i += 4)
+        *(uint4*)(to + i) = make_uint4(__float_as_uint(result[i]), __float_as_uint(result[i + 1]),
+                                       __float_as_uint(result[i + 2]), __float_as_uint(result[i + 3]));
     } else {
       u32 out[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = stored(result[i * 4 / SIZE], result[i * 4 / SIZE + (SIZE < 4)]);
-      write_words<4>(tile + place_of<VECTORS>(lane, v), out);
+      write_words<4>(tile_at(tile) + place_of<VECTORS>(threadIdx.x % 32, v), out);
     }
   }
 
@@ -151,30 +153,54 @@ struct HorizontalScan {
     ring = shared_memory() + RING + warp * HBUFFERS * HTILE;
     y_row = p.y.h, width = p.width;
     constexpr int COLUMNS = HPIECE / SIZE;
-    const int tiles = (width + COLUMNS - 1) / COLUMNS;
-    auto column_of = [&](int tile) { return (REVERSED ? tiles - 1 - tile : tile) * COLUMNS; };
+    tiles = (width + COLUMNS - 1) / COLUMNS, all_vectors = (width + VECTOR - 1) / VECTOR;
     move_to_lane();
     edges.start();
-    for (int t = 0; t < HBUFFERS - 1; ++t) {
-      if (t < tiles) copy_tile(t, column_of(t));
+    constexpr bool RUNS_AHEAD = HBUFFERS > 1;
+#pragma unroll
+    for (int t = 0; t < (RUNS_AHEAD ? HBUFFERS - 1 : 1); ++t) {
+      if (t < tiles) copy_tile(t);
       copy_commit();
     }
+    u32 sums[AHEAD][VECTOR];
+#if SUMS
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e) sums[k][e] = 0;
+      read_sums(sums[k], row, k);
+    }
+#endif
+    copy_wait<RUNS_AHEAD ? HBUFFERS - 2 : 0>();
+    __syncwarp();
     edges.barrier();
     float h[1] = {0.f};
     Restarts restarts{p.chunk, 0};
     [[maybe_unused]] int until_exchange = HALO;
+    u32 words[TENSORS][4];  // of rows that are not there: whatever is in the tile
+    Place places[VECTOR];
+    auto unpack_vector = [&](int tile) {
+      read_vector(words, tile, vector_of(tile, 0));
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e) places[e] = unpack(words, e, !starts, !ends);
+    };
+    unpack_vector(0);
+    int n = 0;
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
-      const int column0 = column_of(t);
-      if (HBUFFERS > 1 && t + HBUFFERS - 1 < tiles) copy_tile(t + HBUFFERS - 1, column_of(t + HBUFFERS - 1));
-      if (HBUFFERS == 1) copy_tile(t, column0);
-      copy_commit();
-      copy_wait<HBUFFERS - 1>();
-      __syncwarp();
-      unsigned char* tile = ring + t % HBUFFERS * HTILE;
-      const int vectors = min(VECTORS, (width - column0 + VECTOR - 1) / VECTOR);
+      if (RUNS_AHEAD) {
+        if (t + HBUFFERS - 1 < tiles) copy_tile(t + HBUFFERS - 1);
+        copy_commit();
+      } else if (t > 0) {
+        copy_tile(t);
+        copy_commit();
+        copy_wait<0>();
+        __syncwarp();
+        unpack_vector(t);
+      }
+      const int vectors = vectors_in(t);
 #pragma unroll 1
-      for (int i = 0; i < vectors; ++i) {
+      for (int i = 0; i < vectors; ++i, ++n) {
 #if CLUSTER > 1
         if (until_exchange == 0) {
           strip.exchange(h, row, exchanges);
@@ -185,10 +211,28 @@ struct HorizontalScan {
         until_exchange -= VECTOR;
 #endif
         if (!inside) h[0] = 0.f;
-        scan_vector(tile, REVERSED ? vectors - 1 - i : i, h[0], edges, restarts, starts, ends);
+        if (i + 1 < vectors) {
+          read_vector(words, t, vector_of(t, i + 1));
+        } else if (RUNS_AHEAD && t + 1 < tiles) {
+          copy_wait<RUNS_AHEAD ? HBUFFERS - 2 : 0>();
+          __syncwarp();
+          read_vector(words, t + 1, vector_of(t + 1, 0));
+        }
+        float result[VECTOR];
+#if SUMS
+#pragma unroll
+        for (int e = 0; e < VECTOR; ++e) {
+          result[e] = __uint_as_float(sums[0][e]);
+#pragma unroll
+          for (int k = 1; k < AHEAD; ++k) sums[k - 1][e] = sums[k][e];
+        }
+        read_sums(sums[AHEAD - 1], row, n + AHEAD);
+#endif
+        scan_vector(result, places, words, h[0], edges, restarts, starts, ends);
+        write_vector(result, row, t, vector_of(t, i), n);
       }
       __syncwarp();
-      write_tile(t, column0);
+      if (!SUMS || plane.last) write_tile(t);
       __syncwarp();
     }
     copy_wait<0>();

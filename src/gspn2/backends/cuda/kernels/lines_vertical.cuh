@@ -1,12 +1,29 @@
 // Down and up: lines are rows. A thread holds VPLACES neighbours of a row. It copies its own pieces of
 // the next lines into a ring that nobody else reads, so data needs no barrier; states do, one a line.
+// Sums are copied and written by whole warps, for their 32 threads' places: 128 adjacent bytes at a time.
 #pragma once
 #include "lines.cuh"
 
 #if VPLACES
 constexpr int VBYTES = VPLACES * SIZE, VWORDS = VBYTES / 4;
-constexpr int VSUM = SUMS ? VPLACES * 4 : 0;                  // bytes of a thread's sums in a line
-constexpr int VLINE = THREADS * (TENSORS * VBYTES + VSUM);    // bytes of a line in the ring
+constexpr int VLINE = VTHREADS * TENSORS * VBYTES;            // bytes of a line's operands in the ring
+constexpr int VSUMS = SUMS ? 32 * VPLACES * 4 * VLINES : 0;   // bytes of a warp's sums in a group of lines
+constexpr int VGROUP = VLINES * VLINE + VTHREADS / 32 * VSUMS;
+static_assert(VRING > 2, "a line is unpacked while the one before it is computed");
+
+// A warp's sums of a group of lines: units of 4 columns, each strip's lines together, as in memory. Permuted so that
+// the units of one line that 8 threads read meet different banks.
+struct SumUnits {
+  static constexpr int EACH = VPLACES * VLINES / 4;             // units that a lane copies
+  static constexpr int STRIPS = 32 / (2 * VLINES);              // between two of these
+  unsigned char* at;                                            // of the warp, in the group
+  __device__ __forceinline__ unsigned char* unit(int index) const { return at + (index ^ (index >> 3 & 7)) * 16; }
+  // Where this thread's places from `column` on, counted from its first, are.
+  __device__ __forceinline__ unsigned char* own(int line, int column) const {
+    const int first = threadIdx.x % 32 * VPLACES + column;
+    return unit((first / 8 * VLINES + line) * 2 + first % 8 / 4) + first % 4 * 4;
+  }
+};
 
 struct VerticalScan {
   Plane plane;
@@ -15,87 +32,97 @@ struct VerticalScan {
   bool reversed;
   // This thread's places of the next line to be copied, and of the next to be written.
   const storage_t* next[TENSORS];
-  const float* next_sums;
   storage_t* y;
-  float* sums;
-  long long y_step, sums_step;  // elements from line to line
+  long long y_step;  // elements from line to line
+  Strip strip;
   bool inside, writes;
 
-  __device__ __forceinline__ void copy_line(int slot) {
-    unsigned char* to = ring + slot * VLINE;
+  __device__ __forceinline__ unsigned char* group_at(int group) const {
+    return shared_memory() + RING + group % VRING * VGROUP;
+  }
+  __device__ __forceinline__ unsigned char* line_at(int group, int i) const {
+    return group_at(group) + i * VLINE + threadIdx.x * VBYTES;
+  }
+  __device__ __forceinline__ SumUnits sums_of(int group) const {
+    return {group_at(group) + VLINES * VLINE + threadIdx.x / 32 * VSUMS};
+  }
+
+  // This lane's share of the warp's sums: body(unit, address), where they are the block's own.
+  template <typename Body>
+  __device__ __forceinline__ void for_sums(int group, Body body) const {
+    const int lane = threadIdx.x % 32, line = group * VLINES + lane / 2 % VLINES;
+    if (line >= lines) return;
+    const int column = strip.begin + (int)threadIdx.x / 32 * 32 * VPLACES + lane / (2 * VLINES) * 8 + lane % 2 * 4;
+    float* from = plane.sum_at(reversed ? lines - 1 - line : line, column);
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i)
-      copy_async<VBYTES>(to + i * THREADS * VBYTES, next[i]);
-#if SUMS
-    if (plane.adds && writes) {  // others' are being written
-      // In pieces of at most 16 bytes, each piece of all threads together: no bank conflicts.
-      constexpr int PIECE = VSUM < 16 ? VSUM : 16;
-      unsigned char* slots = ring + slot * VLINE + THREADS * TENSORS * VBYTES - (int)threadIdx.x * (VBYTES - PIECE);
-#pragma unroll
-      for (int i = 0; i < VSUM / PIECE; ++i)
-        copy_async<PIECE>(slots + i * THREADS * PIECE, next_sums + i * (PIECE / 4));
-    }
-#endif
+    for (int k = 0; k < SumUnits::EACH; ++k)
+      if (strip.owns(column + k * SumUnits::STRIPS * 8)) body(lane + 32 * k, from + k * SumUnits::STRIPS * plane.sums_strip);
   }
 
   __device__ __forceinline__ void copy_group(int group) {
-    const int slot = group % VRING * VLINES;
 #pragma unroll
     for (int i = 0; i < VLINES; ++i)
       if (group * VLINES + i < lines) {
-        if (inside) copy_line(slot + i);
+        if (inside) {
+          unsigned char* to = line_at(group, i);
+#pragma unroll
+          for (int k = 0; k < TENSORS; ++k) copy_async<VBYTES>(to + k * VTHREADS * VBYTES, next[k]);
+        }
 #pragma unroll
         for (int k = 0; k < TENSORS; ++k) next[k] += reversed ? -plane.row[k] : plane.row[k];
-        if (SUMS) next_sums += sums_step;
       }
+#if SUMS
+    if (plane.adds) {
+      const SumUnits sums = sums_of(group);
+      for_sums(group, [&](int unit, const float* from) { copy_async<16>(sums.unit(unit), from); });
+    }
+#endif
     copy_commit();
   }
 
-  struct Line {
-    u32 words[TENSORS][4];
-    float sum[VPLACES];
-  };
-
-  __device__ __forceinline__ void read_line(Line& line, int slot) const {
-    const unsigned char* at = ring + slot * VLINE;
-#pragma unroll
-    for (int i = 0; i < TENSORS; ++i) read_words<VWORDS>(line.words[i], at + i * THREADS * VBYTES);
-#if SUMS
-    constexpr int PIECE = VSUM < 16 ? VSUM : 16;
-    const unsigned char* slots = at + THREADS * TENSORS * VBYTES - (int)threadIdx.x * (VBYTES - PIECE);
-#pragma unroll
-    for (int i = 0; i < VSUM / PIECE; ++i) {
-      u32 words[PIECE / 4];
-      if (plane.adds) read_words<PIECE / 4>(words, slots + i * THREADS * PIECE);
-#pragma unroll
-      for (int e = 0; e < PIECE / 4; ++e) line.sum[i * (PIECE / 4) + e] = plane.adds ? __uint_as_float(words[e]) : 0.f;
-    }
-#endif
+  __device__ __forceinline__ void write_sums(int group) const {
+    const SumUnits sums = sums_of(group);
+    for_sums(group, [&](int unit, float* to) { *(uint4*)to = *(const uint4*)sums.unit(unit); });
   }
 
-  __device__ __forceinline__ void write_line(const Line& line, const Place (&places)[VPLACES],
-                                             const float (&h)[VPLACES]) const {
+  __device__ __forceinline__ void read_line(u32 (&words)[TENSORS][4], int group, int i) const {
+    const unsigned char* at = line_at(group, i);
+#pragma unroll
+    for (int k = 0; k < TENSORS; ++k) read_words<VWORDS>(words[k], at + k * VTHREADS * VBYTES);
+  }
+
+  // Gated, and added to what earlier directions found.
+  __device__ __forceinline__ void write_line(int group, int i, const Place (&places)[VPLACES], const float (&h)[VPLACES]) const {
     float v[VPLACES];
 #pragma unroll
-    for (int e = 0; e < VPLACES; ++e) {
-      v[e] = HAS_GATE ? h[e] * places[e].gate : h[e];
-      if (SUMS) v[e] += line.sum[e];
-    }
-    if (SUMS && !plane.last) {
-      u32 words[VPLACES];
+    for (int e = 0; e < VPLACES; ++e) v[e] = HAS_GATE ? h[e] * places[e].gate : h[e];
+#if SUMS
+    constexpr int PIECE = VPLACES < 4 ? VPLACES : 4;
+    const SumUnits sums = sums_of(group);
 #pragma unroll
-      for (int e = 0; e < VPLACES; ++e) words[e] = __float_as_uint(v[e]);
-      write_words<VPLACES>(sums, words);
-    } else {
-      u32 words[VWORDS];
+    for (int e = 0; e < VPLACES; e += PIECE) {
+      u32 words[4] = {0, 0, 0, 0};
+      if (plane.adds) read_words<PIECE>(words, sums.own(i, e));
 #pragma unroll
-      for (int i = 0; i < VWORDS; ++i) words[i] = stored(v[i * 4 / SIZE], v[i * 4 / SIZE + (SIZE < 4)]);
-      write_words<VWORDS>(y, words);
+      for (int k = 0; k < PIECE; ++k) words[k] = __float_as_uint(v[e + k] += __uint_as_float(words[k]));
+      if (!plane.last) write_words<PIECE>(sums.own(i, e), words);
     }
+    if (!plane.last) return;
+#endif
+    u32 words[VWORDS];
+#pragma unroll
+    for (int k = 0; k < VWORDS; ++k) words[k] = stored(v[k * 4 / SIZE], v[k * 4 / SIZE + (SIZE < 4)]);
+    write_words<VWORDS>(y, words);
+  }
+
+  __device__ __forceinline__ void unpack_line(Place (&places)[VPLACES], const u32 (&words)[TENSORS][4], bool starts, bool ends) const {
+#pragma unroll
+    for (int e = 0; e < VPLACES; ++e)
+      places[e] = unpack(words, e, e > 0 || !starts, e < VPLACES - 1 || !ends);
   }
 
   __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, [[maybe_unused]] int exchanges) {
-    const Strip strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank) : strip_of(scan.places, scan.places, 0);
+    strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank) : strip_of(scan.places, scan.places, 0);
     const int first = strip.begin + (int)threadIdx.x * VPLACES;
     Edges edges{0, (int)threadIdx.x / 32, (int)threadIdx.x % 32, threads_for(strip.end - strip.begin, VPLACES)};
     if ((int)threadIdx.x >= edges.threads) return;
@@ -103,24 +130,30 @@ struct VerticalScan {
     writes = strip.owns(first);
     [[maybe_unused]] int until_exchange = HALO;
     const bool starts = first == 0, ends = first + VPLACES >= scan.places;
-    ring = shared_memory() + RING + threadIdx.x * VBYTES;
     lines = scan.lines, reversed = scan.reversed;
     const long long start = reversed ? lines - 1 : 0;
 #pragma unroll
     for (int i = 0; i < TENSORS; ++i) next[i] = plane.from[i] + start * plane.row[i] + first;
-    y = plane.y + start * p.y.h + first, sums = plane.sums + start * plane.sums_row + first, next_sums = sums;
-    y_step = reversed ? -p.y.h : p.y.h, sums_step = reversed ? -plane.sums_row : plane.sums_row;
+    y = plane.y + start * p.y.h + first, y_step = reversed ? -p.y.h : p.y.h;
     edges.start();
     for (int g = 0; g < VRING - 1; ++g) copy_group(g);
+    copy_wait<VRING - 2>();
     edges.barrier();
     float h[VPLACES];
 #pragma unroll
     for (int e = 0; e < VPLACES; ++e) h[e] = 0.f;
     Restarts restarts{p.chunk, 0};
     const int groups = (lines + VLINES - 1) / VLINES;
+    // Beyond the image's lines and places: whatever is there.
+    u32 words[TENSORS][4];
+    Place places[VPLACES];
+    read_line(words, 0, 0);
+    unpack_line(places, words, starts, ends);
 #pragma unroll 1
     for (int g = 0; g < groups; ++g) {
-      copy_wait<VRING - 2>();
+      copy_wait<VRING - 3>();  // this group and the next
+      if (SUMS) __syncwarp();
+      copy_group(g + VRING - 1);
 #if VSPLIT
       if (until_exchange == 0) {
         strip.exchange(h, first, exchanges);
@@ -134,35 +167,30 @@ struct VerticalScan {
         for (int e = 0; e < VPLACES; ++e) h[e] = 0.f;
       }
 #endif
-      Line group[VLINES];  // beyond the image's lines and places: whatever is there
-#pragma unroll
-      for (int i = 0; i < VLINES; ++i) read_line(group[i], g % VRING * VLINES + i);
-      copy_group(g + VRING - 1);
-      // All weights of the group first: what is between two barriers is on the way of the states.
-      Place places[VLINES][VPLACES];
-#pragma unroll
-      for (int i = 0; i < VLINES; ++i)
-#pragma unroll
-        for (int e = 0; e < VPLACES; ++e)
-          places[i][e] = unpack(group[i].words, e, e > 0 || !starts, e < VPLACES - 1 || !ends);
 #pragma unroll
       for (int i = 0; i < VLINES; ++i) {
         if (g * VLINES + i >= lines) break;
+        read_line(words, i + 1 < VLINES ? g : g + 1, i + 1 < VLINES ? i + 1 : 0);
         float before = __shfl_up_sync(0xffffffffu, h[VPLACES - 1], 1), after = __shfl_down_sync(0xffffffffu, h[0], 1);
         edges.get(before, after);
         if (restarts.next()) {
 #pragma unroll
-          for (int e = 0; e < VPLACES; ++e) h[e] = places[i][e].u;
+          for (int e = 0; e < VPLACES; ++e) h[e] = places[e].u;
         } else {
           // A state outside of the image may be anything, and 0 times that is not always 0.
-          advance(h, places[i], starts ? 0.f : before, ends ? 0.f : after);
+          advance(h, places, starts ? 0.f : before, ends ? 0.f : after);
         }
         edges.put(h[0], h[VPLACES - 1]);
         edges.barrier();
-        if (writes) write_line(group[i], places[i], h);
+        if (writes) write_line(g, i, places, h);
         y += y_step;
-        if (SUMS) sums += sums_step;
+        // The next line's weights wait for nothing: they fill the time in which states do.
+        unpack_line(places, words, starts, ends);
       }
+#if SUMS
+      __syncwarp();
+      if (!plane.last) write_sums(g);
+#endif
     }
     copy_wait<0>();
   }

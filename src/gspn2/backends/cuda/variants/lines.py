@@ -17,6 +17,9 @@ Macros = tuple[tuple[str, int], ...]
 MOST_WARPS = 16
 """Of a block: with more, registers would spill; columns alone need half as many."""
 
+STRIP = 8
+"""Columns of sums that lie together in scratch memory, row by row."""
+
 HALO = 16
 """Rows that a block of a cluster holds beyond its own on either side."""
 
@@ -68,17 +71,28 @@ class Layout:
         width = self.case.problem.width
         if not self.split or self.rows is None:
             return width
-        return -(-width // (self.cluster * self.rows.places)) * self.rows.places
+        unit = max(self.rows.places, STRIP if _sums(self.case) else 1)
+        return -(-width // (self.cluster * unit)) * unit
+
+    @property
+    def row_threads(self) -> int:
+        """Those that hold places of a row, in whole warps."""
+        if self.rows is None:
+            return 0
+        halo = 2 * HALO if self.split else 0
+        return -(-(self.own_columns + halo) // (self.rows.places * LANES)) * LANES
+
+    @property
+    def column_threads(self) -> int:
+        """Those that hold rows of horizontal scans, in whole warps."""
+        if self.columns is None:
+            return 0
+        halo = 2 * HALO if self.cluster > 1 else 0
+        return -(-(self.own_rows + halo) // LANES) * LANES
 
     @property
     def threads(self) -> int:
-        halo = 2 * HALO if self.cluster > 1 else 0
-        threads = 0
-        if self.rows is not None:
-            threads = -(-(self.own_columns + halo * self.split) // self.rows.places)
-        if self.columns is not None:
-            threads = max(threads, self.own_rows + halo)
-        return -(-threads // LANES) * LANES
+        return max(self.row_threads, self.column_threads)
 
     @property
     def grid(self) -> int:
@@ -93,21 +107,17 @@ class Layout:
         return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
 
     @property
-    def _place(self) -> int:
-        """Bytes of all operands at one place."""
-        return _tensors(self.case) * self.case.itemsize + 4 * _sums(self.case)
-
-    @property
     def _rows_ring(self) -> int:
         rows = self.rows
-        return 0 if rows is None else rows.ring * rows.lines * self.threads * rows.places * self._place
+        place = _tensors(self.case) * self.case.itemsize + 4 * _sums(self.case)
+        return 0 if rows is None else rows.ring * rows.lines * self.row_threads * rows.places * place
 
     @property
     def _columns_ring(self) -> int:
         columns = self.columns
         if columns is None:
             return 0
-        return columns.buffers * self.threads * columns.piece // self.case.itemsize * self._place
+        return columns.buffers * self.column_threads * columns.piece * _tensors(self.case)
 
     def fits(self) -> bool:
         problem = self.case.problem
@@ -127,7 +137,7 @@ def why_not(case: Case) -> str | None:
         return "it has no backward"
     problem = case.problem
     for name, view in case.views.items():
-        if view.w != 1:
+        if view.w != 1 and problem.width > 1:
             return f"columns of {name} are {view.w} elements apart, not adjacent"
     alignment = alignment_of(case)
     vector = _vector_bytes(case)
@@ -154,25 +164,25 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     def cut(threads: int, cluster: int, split: int) -> Macros:
         return (("THREADS", threads), ("CLUSTER", cluster), ("VSPLIT", split))
 
-    def rows(places: int, lines: int, ring: int) -> Macros:
-        return (("VPLACES", places), ("VLINES", lines), ("VRING", ring))
+    def rows(threads: int, places: int, lines: int, ring: int) -> Macros:
+        return (("VTHREADS", threads), ("VPLACES", places), ("VLINES", lines), ("VRING", ring))
 
     def columns(piece: int, buffers: int) -> Macros:
         return (("HPIECE", piece), ("HBUFFERS", buffers))
 
-    no_rows, no_columns = rows(0, 1, 2), columns(0, 1)
+    no_rows, no_columns = rows(0, 0, 1, 3), columns(0, 1)
     kernels = []
     for storage, most, least in ((1, 8, 2), (0, 4, 1)):
         scan = (("STORAGE", storage), ("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0), ("SUMS", 0))
         four = (("STORAGE", storage), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("SUMS", 1))
         kernels += [
-            (*scan, *cut(128, 1, 0), *rows(most, 2, 4), *no_columns),
-            (*scan, *cut(160, 8, 1), *rows(least, 8, 6), *no_columns),
+            (*scan, *cut(128, 1, 0), *rows(128, most, 2, 4), *no_columns),
+            (*scan, *cut(160, 8, 1), *rows(160, least, 8, 6), *no_columns),
             (*scan, *cut(256, 1, 0), *no_rows, *columns(32, 2)),
             (*scan, *cut(288, 4, 0), *no_rows, *columns(64, 2)),
-            (*four, *cut(256, 1, 0), *rows(most, 2, 4), *columns(32, 2)),
-            (*four, *cut(288, 4, 0), *rows(most, 2, 3), *columns(32, 2)),
-            (*four, *cut(160, 8, 1), *rows(least, 8, 6), *columns(64, 2)),
+            (*four, *cut(256, 1, 0), *rows(256, most, 2, 4), *columns(32, 2)),
+            (*four, *cut(288, 4, 0), *rows(128, most, 2, 4), *columns(64, 2)),
+            (*four, *cut(160, 8, 1), *rows(160, least, 8, 6), *columns(64, 2)),
         ]
     return [(_kernel(macros), True) for macros in kernels]
 
@@ -180,7 +190,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
 def plan_of(layout: Layout) -> Plan:
     """The plan of a layout."""
     case, problem = layout.case, layout.case.problem
-    rows = layout.rows or Rows(0, 1, 2)
+    rows = layout.rows or Rows(0, 1, 3)
     columns = layout.columns or Columns(0, 1)
     kernel = _kernel(
         (
@@ -189,6 +199,7 @@ def plan_of(layout: Layout) -> Plan:
             ("CLUSTER", layout.cluster),
             ("VSPLIT", int(layout.split)),
             ("SUMS", int(_sums(case))),
+            ("VTHREADS", layout.row_threads),
             ("VPLACES", rows.places),
             ("VLINES", rows.lines),
             ("VRING", rows.ring),
@@ -198,8 +209,8 @@ def plan_of(layout: Layout) -> Plan:
     )
     knobs = (layout.planes, layout.own_rows, layout.own_columns)
     launch = Launch(kernel, layout.grid, layout.threads, layout.shared, cluster=layout.cluster, knobs=knobs)
-    elements = problem.batch * problem.channels * problem.height * problem.width
-    scratch = 4 * elements if _sums(case) and case.itemsize < 4 else 0
+    strips = problem.batch * problem.channels * -(-problem.width // STRIP)
+    scratch = 4 * STRIP * strips * problem.height if _sums(case) else 0
     return Plan("lines", (launch,), (scratch,), _reasons(layout))
 
 
@@ -259,7 +270,7 @@ def _rank(layout: Layout) -> tuple[float, ...]:
         lanes = LANES * (8 if _sums(case) else 1 if planes >= 3 * processors else 4)
         places = min(VECTOR_BYTES // case.itemsize, max(4 // case.itemsize, own // lanes))
         score.append(abs(layout.rows.places - places))
-        ring = 2 if layout.rows.lines * 24 > problem.height else 6 if busy else 3
+        ring = 3 if layout.rows.lines * 24 > problem.height or not busy else 6
         score.append(abs(layout.rows.ring - ring))
     return tuple(score)
 
@@ -273,11 +284,13 @@ def _rows(case: Case) -> Iterator[Rows | None]:
         size = places * case.itemsize
         if size > VECTOR_BYTES or size < 4 or alignment < size or case.problem.width % places:
             continue
-        lines = max(1, VECTOR_BYTES * 2 // size)
-        for ring in (2, 3, 4, 6, 8):
-            if ring > 2 and (ring - 1) * lines >= case.problem.height:
-                break
-            yield Rows(places, lines, ring)
+        least = max(1, VECTOR_BYTES * 2 // size)
+        # Four lines of sums are 128 bytes.
+        for lines in {least, max(4, least)} if _sums(case) else {least}:
+            for ring in (3, 4, 6, 8):
+                if ring > 3 and (ring - 1) * lines >= case.problem.height:
+                    break
+                yield Rows(places, lines, ring)
 
 
 def _columns(case: Case) -> Iterator[Columns | None]:
