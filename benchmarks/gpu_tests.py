@@ -106,7 +106,7 @@ def tests(log: Path, limit: float, arguments: list[str]) -> Summary:
     marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     files = [str(path.relative_to(ROOT)) for path in marked]  # collecting the others would cost every worker
     # By ending the process: nothing else gets out of a wait for a kernel that hangs.
-    patience = ["--timeout", "100", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
+    patience = ["--timeout", "240", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
     options = ["-m", "gpu", "-v", "--tb=short", "--durations=15", *parallel, *patience, *arguments]
     summary = run([sys.executable, "-m", "pytest", *files, *options], log, limit)
     return summary | count_outcomes(log.read_text(errors="replace"))
