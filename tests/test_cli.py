@@ -151,11 +151,11 @@ def test_interrupted_train_says_how_to_resume(folder, tmp_path, capsys, monkeypa
     monkeypatch.setattr(progress.TrainProgress, "__call__", interrupt)
     assert main(["train", "--data", str(folder), *SMALL, "--epochs", "2", "--out", str(out)]) == code
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0] == f"stopped at epoch 2, step 4 of 6; saved {out / 'last.safetensors'}"
+    assert errors[0] == f"stopped at epoch 2, step 3 of 6; saved {out / 'last.safetensors'}"
     assert errors[1] == f"resume with: gspn2 train --out {out} --resume"
     monkeypatch.setattr(progress.TrainProgress, "__call__", show)
     assert main(["train", "--out", str(out), "--resume"]) == 0
-    assert "resuming at step 4 of 6" in capsys.readouterr().out
+    assert "resuming at step 3 of 6" in capsys.readouterr().out
     assert len((out / "log.csv").read_text().splitlines()) == 3
 
 

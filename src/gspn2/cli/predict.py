@@ -82,7 +82,7 @@ class Input:
 
 def _files(arguments: Sequence[str]) -> Iterator[Input]:
     """Every file that is meant."""
-    from ..training.data import image_files
+    from ..training.folders import image_files
 
     for argument in arguments:
         path = Path(argument)

@@ -20,20 +20,24 @@ with a message of one line.
 Needs the extra `gspn2[train]`.
 """
 
+from .batches import eval_loader
 from .checkpoint import BEST, LAST, CheckpointInfo, load_checkpoint
 from .config import TrainConfig
-from .data import Data, ImageSet, eval_loader, load_data, load_test_data
+from .data import Data, load_data, load_test_data
 from .engine import TrainResult, train
 from .errors import CheckpointError, DataError, Interrupted, TrainingFailed, UserError
 from .evaluate import Evaluation, evaluate
 from .events import EpochDone, EvalProgress, Event, Notice, OnEvent, RunStarted, StepDone
+from .image_sets import ImageSet, StreamSet
 from .log import EpochRow, read_history
 from .model import build_model
+from .recipes import RECIPES, Recipe, recipe_settings
 from .transforms import Preprocess, open_image
 
 __all__ = [
     "BEST",
     "LAST",
+    "RECIPES",
     "CheckpointError",
     "CheckpointInfo",
     "Data",
@@ -48,8 +52,10 @@ __all__ = [
     "Notice",
     "OnEvent",
     "Preprocess",
+    "Recipe",
     "RunStarted",
     "StepDone",
+    "StreamSet",
     "TrainConfig",
     "TrainResult",
     "TrainingFailed",
@@ -62,5 +68,6 @@ __all__ = [
     "load_test_data",
     "open_image",
     "read_history",
+    "recipe_settings",
     "train",
 ]

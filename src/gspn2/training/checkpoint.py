@@ -26,6 +26,11 @@ from .transforms import Preprocess
 
 FORMAT = 1
 LAST, BEST = "last.safetensors", "best.safetensors"
+EXPORTED = "model.safetensors"
+
+
+class NotOursError(CheckpointError):
+    """A safetensors file that does not say what it is."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], CheckpointInfo
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     if "gspn2" not in metadata:
-        raise CheckpointError(
+        raise NotOursError(
             f"{path}: a safetensors file, but no checkpoint of gspn2 (its metadata is missing)"
         )
     return tensors, _parse_info(path, metadata["gspn2"])
@@ -212,6 +217,31 @@ def load_checkpoint(
         raise CheckpointError(f"{info.path}: weights do not fit the model: {reason[:300]}") from error
     info = CheckpointInfo(**{**vars(info), "weights": kind})
     return model.to(device).eval(), info
+
+
+def weights_of(path: str | Path) -> dict[str, Tensor]:
+    """The weights to start from: of a run or checkpoint of ours, or of any safetensors file.
+
+    A folder that `gspn2 export` or timm wrote holds `model.safetensors`.
+
+    Raises:
+        CheckpointError: no such file, or not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.is_dir() and (path / EXPORTED).is_file():
+        path = path / EXPORTED
+    path = find_checkpoint(path)
+    try:
+        tensors, info = read_checkpoint(path)
+    except NotOursError:
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+    return choose_weights(tensors, info, None)[0]
 
 
 def choose_weights(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
-FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_every")
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_every", "tensorboard")
 """Settings that do not change what is computed, so that a resumed run may change them."""
 
 
@@ -19,17 +20,26 @@ class TrainConfig:
     """Settings of `train`.
 
     Args:
-        data: "digits" (scikit-learn's 1797 handwritten digits of 8 x 8) or a folder: class folders of images,
-            or `train/` and `val/` (or `test/`) with class folders each.
+        data: "digits" (scikit-learn's 1797 handwritten digits of 8 x 8); a folder of class folders, or with
+            `train/` and `val/` (or `test/`) of them; tar shards (a folder of them, or a pattern); "hf:NAME"
+            or "hf-stream:NAME", a data set of the `datasets` library; "pathfinder:SIZE" or "maze:SIZE",
+            images that are generated. `docs/training.md` describes each.
         model: any name registered with timm; ours are `gspn2_tiny`, `_small`, `_base` and `test_gspn2`.
         model_args: further arguments of `timm.create_model`.
         pretrained: start from timm's pretrained weights.
+        init_from: start from the weights of a run or checkpoint of ours, or of a folder that `gspn2 export`
+            wrote; another number of classes gets a new classifier, another image size is fine.
         image_size: (height, width); None for 32 x 32 (digits) or the model's own size (folder).
         in_chans: 1 (grey) or 3; None for 1 (digits) or 3 (folder).
         split_fraction: share of each class held out for testing, where the folder has no split of its own.
         split_seed: seed of that split; apart from `seed`, so that runs of several seeds share a test set.
+        train_images: images of an epoch where the data cannot tell (streams), or of generated data.
+        shuffle_buffer: images of a stream, or of tar shards, that are shuffled among themselves.
         epochs: passes over the training images.
-        batch_size: images a step; the last, incomplete batch of an epoch is left out.
+        batch_size: images a step, of all processes together; the last, incomplete batch of an epoch is left
+            out.
+        accumulate: parts that each process cuts its share of a batch into, one forward and backward pass
+            each: the same step in less memory.
         lr: peak learning rate. Plain, unless `lr_base_size` is given.
         lr_base_size: `lr` is meant for this many images a step and scaled to lr * batch_size / lr_base_size.
         min_lr: learning rate at the end of the cosine, as a fraction of the peak.
@@ -43,6 +53,12 @@ class TrainConfig:
         drop_path: stochastic depth rate, handed to the model as `drop_path_rate`.
         ema_decay: decay of the moving average of the weights, approached from 0 as the run goes on; None for
             no average. Where there is one, it is what is tested and kept as best.
+        mesa: weight of MESA, the divergence from what the moving average says (arXiv 2205.14083); 0 for off.
+        mesa_start: epochs before MESA begins: an average of nothing teaches nothing.
+        teacher: model to distil from: a run or checkpoint of ours, or a name that timm has weights for.
+        teacher_weight: share of the loss that compares with the teacher.
+        teacher_temperature: softens what both say before they are compared.
+        teacher_hard: take the teacher's likeliest class as a label instead (DeiT, arXiv 2012.12877).
         augment: random changes of the training images: digits are turned, moved and scaled a little; images
             of a folder are cropped, mirrored and changed in color.
         crop_scale: smallest and largest share of the area that a random crop keeps (folder).
@@ -52,10 +68,13 @@ class TrainConfig:
         random_erasing: probability of erasing a random rectangle.
         amp: "auto" (bfloat16 on CUDA, off elsewhere), "bf16" or "off".
         channels_last: keep images and weights channel-innermost.
+        compile: run forward and backward through `torch.compile`.
+        grad_checkpointing: recompute activations in the backward pass instead of keeping them.
         seed: of weights, order, augmentation and everything else that is random.
         device: "auto" (CUDA where there is one), or what `torch.device` takes.
         workers: processes that load images; 0 loads in the training process. Changes no number.
         checkpoint_every: steps between checkpoints within an epoch; None for the end of epochs only.
+        tensorboard: also write the log for TensorBoard, to `tensorboard/` in the folder of the run.
         out: folder of the run; None for `runs/MODEL-DATA`.
     """
 
@@ -63,12 +82,16 @@ class TrainConfig:
     model: str = "test_gspn2"
     model_args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    init_from: str | None = None
     image_size: tuple[int, int] | None = None
     in_chans: int | None = None
     split_fraction: float = 0.2
     split_seed: int = 0
+    train_images: int | None = None
+    shuffle_buffer: int = 16384
     epochs: int = 20
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-3
     lr_base_size: int | None = None
     min_lr: float = 0.01
@@ -82,6 +105,12 @@ class TrainConfig:
     cutmix: float = 0.0
     drop_path: float = 0.0
     ema_decay: float | None = 0.9998
+    mesa: float = 0.0
+    mesa_start: float = 5.0
+    teacher: str | None = None
+    teacher_weight: float = 0.5
+    teacher_temperature: float = 1.0
+    teacher_hard: bool = False
     augment: bool = True
     crop_scale: tuple[float, float] = (0.25, 1.0)
     hflip: float = 0.5
@@ -90,10 +119,13 @@ class TrainConfig:
     random_erasing: float = 0.0
     amp: str = "auto"
     channels_last: bool = False
+    compile: bool = False
+    grad_checkpointing: bool = False
     seed: int = 0
     device: str = "auto"
     workers: int = 0
     checkpoint_every: int | None = None
+    tensorboard: bool = False
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -110,10 +142,8 @@ class TrainConfig:
         if self.out is not None:
             return Path(self.out)
         # A name may hold a tag or a hub's slashes: "resnet18.a1_in1k", "hf-hub:timm/resnet18".
-        model = self.model.replace("/", "_").replace(":", "_")
-        return (
-            Path("runs") / f"{model}-{Path(self.data).resolve().name if self.data != 'digits' else 'digits'}"
-        )
+        model, data = (re.sub(r"[^\w.-]+", "_", name) for name in (self.model, _short_name(self.data)))
+        return Path("runs") / f"{model}-{data}"
 
     @property
     def peak_lr(self) -> float:
@@ -134,11 +164,23 @@ class TrainConfig:
         return cls(**settings)
 
 
+def _short_name(data: str) -> str:
+    """The end of a path, or what "hf:" and the like name."""
+    return data.split(":", 1)[1] if re.match(r"hf(-stream)?:", data) else Path(data).resolve().name
+
+
 # name: (smallest, largest, is the smallest itself legal)
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "split_fraction": (0, 0.9, False),
     "epochs": (1, math.inf, True),
     "batch_size": (1, math.inf, True),
+    "accumulate": (1, math.inf, True),
+    "train_images": (1, math.inf, True),
+    "shuffle_buffer": (1, math.inf, True),
+    "mesa": (0, math.inf, True),
+    "mesa_start": (0, math.inf, True),
+    "teacher_weight": (0, 1, True),
+    "teacher_temperature": (0, math.inf, False),
     "lr": (0, math.inf, False),
     "lr_base_size": (1, math.inf, True),
     "min_lr": (0, 1, True),
@@ -185,6 +227,14 @@ def _check(config: TrainConfig) -> None:
         raise UserError(
             f"batch_size: mixup and cutmix pair images, expected an even number, got {config.batch_size}"
         )
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate: expected a divisor of batch_size = {config.batch_size}, got {config.accumulate}"
+        )
+    if config.mesa > 0 and config.ema_decay is None:
+        raise UserError("mesa: needs the moving average, but ema_decay is off")
+    if config.pretrained and config.init_from is not None:
+        raise UserError("pretrained and init_from exclude each other")
     taken = {"num_classes", "in_chans", "pretrained", "checkpoint_path"} & set(config.model_args)
     if taken:
         raise UserError(f"model_args: {', '.join(sorted(taken))} is set by training itself")

@@ -3,6 +3,9 @@
 The place in a run is one number, the step: the learning rate, the order of images, their augmentation and
 every random draw follow from it. What else there is (weights, average, optimizer) is in `last.safetensors`: a
 run killed at any moment and resumed ends with the same bits, on a device that computes the same twice.
+
+Of several processes each runs this loop on its share of every batch; the first one writes and reports. They
+agree before each step whether to stop, so that none waits for another that has left.
 """
 
 from __future__ import annotations
@@ -11,38 +14,34 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from .checkpoint import BEST, LAST, CheckpointInfo, part, read_checkpoint, save_checkpoint, write_json
+from .batches import eval_loader, train_loader
+from .checkpoint import BEST, LAST, CheckpointInfo, read_checkpoint, save_checkpoint, write_json
 from .config import TrainConfig
-from .data import Data, eval_loader, load_data, train_loader
+from .data import Data, load_data
+from .distributed import World, joined
 from .errors import CheckpointError, Interrupted, TrainingFailed, UserError
 from .evaluate import Evaluation, evaluate
 from .events import EpochDone, EvalProgress, Event, Notice, OnEvent, RunStarted, StepDone
+from .failure import FAILED_BATCH, FAULTS, save_failed_batch, write_faults
+from .learner import Batch, Learner
 from .log import EPOCHS, STEPS, EpochRow, RunLog, read_history
-from .model import amp_dtype, build_model, pick_device
-from .recipe import (
-    check_same_run,
-    count_parameters,
-    environment,
-    load_optimizer,
-    load_weights,
-    make_ema,
-    make_loss,
-    make_optimizer,
-    prefixed,
-)
-from .rng import derive_seed, seed_everything
+from .losses import make_teacher
+from .model import amp_dtype, build_model, pick_device, start_weights
+from .rng import seed_everything
 from .schedule import learning_rate
+from .state import check_same_run, count_parameters, environment, learner_tensors, restore_learner
 from .stopping import StopRequest
+from .tensorboard import TensorBoard
 
 CONFIG, SUMMARY = "config.json", "summary.json"
-RUN_FILES = (LAST, BEST, EPOCHS, STEPS, CONFIG, SUMMARY)
+RUN_FILES = (LAST, BEST, EPOCHS, STEPS, CONFIG, SUMMARY, FAULTS, FAILED_BATCH)
 REPORT_SECONDS = 0.25
 
 
@@ -59,6 +58,7 @@ class TrainResult:
         class_names: in the order of the logits.
         parameters: of the model.
         seconds: of training and testing, interruptions left out.
+        faults: what is wrong with the images that could not be read.
     """
 
     out: Path
@@ -69,6 +69,7 @@ class TrainResult:
     class_names: tuple[str, ...]
     parameters: int
     seconds: float
+    faults: tuple[str, ...] = ()
 
 
 def train(
@@ -77,31 +78,34 @@ def train(
     """Train a model; leaves checkpoints, log and summary in `config.out_dir`.
 
     Starts the global random generators from `config.seed`. SIGINT and SIGTERM stop the run after the current
-    step, with its state saved.
+    step, with its state saved. Started by `torchrun`, each process takes its share of every batch; the folder
+    of the run has to be one that all of them see.
 
     Args:
-        on_event: called with what happens; see `gspn2.training.events`.
+        on_event: called with what happens, in the first process; see `gspn2.training.events`.
         resume: go on from `last.safetensors`, if there is one. `config` must then be that of the run, but for
-            `out`, `device`, `workers` and `checkpoint_every`.
+            `out`, `device`, `workers`, `checkpoint_every` and `tensorboard`.
         overwrite: replace a run that is in the folder. Other files there are left alone.
 
     Raises:
         UserError: a setting, the data, the model or the folder cannot be used; nothing has been changed.
-        TrainingFailed: the loss or a gradient is not finite; the checkpoint before that is kept.
+        TrainingFailed: the loss or a gradient is not finite; the checkpoint before it and the batch are kept.
         Interrupted: a signal came.
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other")
     last = config.out_dir / LAST
-    resuming = resume and last.exists()
-    if not (resume or overwrite):
-        check_empty(config.out_dir)
-    run = Run(config, on_event or (lambda event: None))
-    if resuming:
-        run.restore(*read_checkpoint(last))
-    else:
-        run.start()
-    return run.finish()
+    with joined() as world:
+        # What the first process finds is what counts: it is also the one that soon writes there.
+        if world.is_main and not (resume or overwrite):
+            check_empty(config.out_dir)
+        (resuming,) = world.agree(int(world.is_main and resume and last.exists()))
+        run = Run(config, on_event or (lambda event: None), world)
+        if resuming:
+            run.restore(*read_checkpoint(last))
+        else:
+            run.start()
+        return run.finish()
 
 
 def check_empty(folder: Path) -> None:
@@ -121,45 +125,51 @@ def stored_config(folder: Path) -> TrainConfig | None:
 class Run:
     """The state of one run, from loading to summary."""
 
-    def __init__(self, config: TrainConfig, emit: OnEvent) -> None:
+    def __init__(self, config: TrainConfig, emit: OnEvent, world: World) -> None:
         self.config = config
-        self.emit: OnEvent = emit
+        self.world = world
+        self.emit: OnEvent = emit if world.is_main else (lambda event: None)
         self.out = config.out_dir
-        self.device = pick_device(config.device)
+        self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
         self.amp = amp_dtype(config.amp, self.device)
         seed_everything(config.seed)
         self.data: Data = load_data(config)
-        classes = len(self.data.class_names)
-        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
-        model = build_model(config, self.data.preprocess, classes, config.pretrained)
-        self.model: nn.Module = model.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
-        self.ema = make_ema(self.model, config.ema_decay)
-        self.optimizer = make_optimizer(self.model, config)
-        self.mixup, self.criterion = make_loss(config, classes)
-        self.loader, self.batches = train_loader(self.data.train, config, self.device)
-        self.tests = eval_loader(self.data.test, config.batch_size, config.workers, self.device)
-        self.steps_per_epoch = len(self.batches)
+        names, preprocess = self.data.class_names, self.data.preprocess
+        model = build_model(config, preprocess, len(names), config.pretrained)
+        start_weights(model, config)
+        teacher = make_teacher(config, preprocess, names)
+        self.learner = Learner(config, model, len(names), self.device, self.amp, world, teacher)
+        self.loader, self.batches = train_loader(self.data.train, config, self.device, world)
+        self.tests = eval_loader(self.data.test, config.batch_size, config.workers, self.device, world)
+        self.steps_per_epoch = self.batches.steps
         self.steps = config.epochs * self.steps_per_epoch
         self.epoch = self.step = 0
         self.loss_sum = self.seconds = self.train_seconds = 0.0
         self._clock = time.perf_counter()
         self.best: EpochRow | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
-        self.log: RunLog
+        self.faults: dict[str, None] = {}
+        self._listing: list[str] = []
+        self._told = 0
+        self.log: RunLog | None = None
+        self.board: TensorBoard | None = None
 
     # -- beginning
 
     def start(self) -> None:
         """Begin in an empty folder, or in the place of an older run."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for name in RUN_FILES:
-                (self.out / name).unlink(missing_ok=True)
-            self.log = RunLog(self.out, None)
-            write_json(self.out / CONFIG, self.config.to_json())
-            self.save_last()
-        except OSError as error:
-            raise UserError(f"out: cannot write to {self.out}: {error}") from error
+        if self.world.is_main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                for name in RUN_FILES:
+                    (self.out / name).unlink(missing_ok=True)
+                self.log = RunLog(self.out, None)
+                write_json(self.out / CONFIG, self.config.to_json())
+                self._write_last()
+            except OSError as error:
+                raise UserError(f"out: cannot write to {self.out}: {error}") from error
+        self._open_board()
+        self.world.wait()
 
     def restore(self, tensors: dict[str, Tensor], info: CheckpointInfo) -> None:
         """Go on from a checkpoint."""
@@ -171,21 +181,27 @@ class Run:
             raise UserError(
                 f"data: {self.config.data} is not what it was when the run began (images or classes)"
             )
-        for stale in self.out.glob(".*.tmp"):
-            stale.unlink()
-        load_weights(self.model, part(tensors, "model"), info.path)
-        if self.ema is not None:
-            load_weights(self.ema.module, part(tensors, "ema"), info.path)
-        load_optimizer(self.optimizer, part(tensors, "optimizer"))
+        restore_learner(self.learner, tensors, info.path)
         self.epoch, self.step = info.epoch, info.step
         self.loss_sum = state["loss_sum"]
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.best = EpochRow(**state["best"]) if state["best"] else None
-        self.log = RunLog(self.out, state["log"])
-        for name, here in environment(self.device).items():
-            if state["environment"].get(name) != here:
-                was = state["environment"].get(name)
+        self._listing = state.get("faults", [])
+        self.faults = dict.fromkeys(self._listing)
+        self._told = len(self._listing)
+        if self.world.is_main:
+            for stale in self.out.glob(".*.tmp"):
+                stale.unlink()
+            self.log = RunLog(self.out, state["log"])
+        self._open_board()
+        for name, here in environment(self.device, self.world).items():
+            was = state["environment"].get(name)
+            if was != here:
                 self.emit(Notice(f"{name} is {here}, was {was}: the numbers may differ in the last bits"))
+
+    def _open_board(self) -> None:
+        if self.config.tensorboard and self.world.is_main:
+            self.board = TensorBoard(self.out, self.step)
 
     # -- the loop
 
@@ -198,9 +214,12 @@ class Run:
                 while self.epoch < self.config.epochs:
                     self._one_epoch()
         finally:
-            self.log.close()
+            for file in (self.log, self.board):
+                if file is not None:
+                    file.close()
         result = self._result()
-        write_json(self.out / SUMMARY, self._summary(result))
+        if self.world.is_main:
+            write_json(self.out / SUMMARY, self._summary(result))
         return result
 
     def _one_epoch(self) -> None:
@@ -216,7 +235,9 @@ class Run:
             top1=evaluation.top1,
             top5=evaluation.top5,
         )
-        self.log.epoch(row)
+        for file in (self.log, self.board):
+            if file is not None:
+                file.epoch(row)
         self.epoch += 1
         self.loss_sum = 0.0
         is_best = self.best is None or (row.top1, -row.test_loss) > (self.best.top1, -self.best.test_loss)
@@ -226,20 +247,23 @@ class Run:
         self._count_time(training=False)
         self.save_last()
         self.emit(EpochDone(row, is_best, time.perf_counter() - began))
+        # No process may read on before the files are whole: one that fails would leave the others behind.
+        self.world.wait()
 
     def _train_epoch(self) -> None:
-        self.model.train()
+        self.learner.model.train()
         self.batches.epoch = self.epoch
         self.batches.start = self.step - self.epoch * self.steps_per_epoch
         self._reported = self._epoch_began = time.perf_counter()
         self._images_done = 0
         every = self.config.checkpoint_every
-        for inputs, labels in self._load(self.loader, training=True):
-            self._train_step(inputs, labels)
-            self._images_done += len(labels)
-            if time.perf_counter() - self._reported > REPORT_SECONDS:
-                self._report()
-            self._stop_if_asked(training=True)
+        for parts in self._load():
+            lr = self._lr(self.step)
+            epochs = self.step / self.steps_per_epoch
+            loss, norm = self.learner.step(self.step, lr, epochs, parts)
+            self.step += 1
+            self.pending.append((self.step, lr, loss, norm))
+            self._images_done += self.batches.batch_size
             # The last step of an epoch is saved when it has been tested.
             if every and self.step % every == 0 and self.step % self.steps_per_epoch:
                 self._report()
@@ -248,40 +272,33 @@ class Run:
         self._report()
         self._count_time(training=True)
 
-    def _load(self, loader: DataLoader, training: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a loader whose workers a batch system's SIGTERM may have ended, too."""
-        batches = iter(loader)
-        while True:
-            try:
-                batch = next(batches, None)
-            except RuntimeError:
-                self._stop_if_asked(training)
-                raise
-            if batch is None:
-                return
-            yield batch
+    def _load(self) -> Iterator[list[Batch]]:
+        """This process's parts of every step of the epoch, until somebody is asked to stop.
 
-    def _train_step(self, inputs: Tensor, labels: Tensor) -> None:
-        seed_everything(derive_seed(self.config.seed, "step", self.step))
-        lr = self._lr(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        inputs = inputs.to(self.device, non_blocking=True, memory_format=self.layout)
-        labels = labels.to(self.device, non_blocking=True)
-        if self.mixup is not None:
-            inputs, labels = self.mixup(inputs, labels)
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            logits = self.model(inputs)
-        loss = self.criterion(logits.float(), labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        limit = self.config.clip_grad or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.step)
-        self.pending.append((self.step, lr, loss.detach(), norm.detach()))
+        Workers that a batch system's SIGTERM has ended too are no error then.
+        """
+        loaded = iter(self.loader)
+        while True:
+            broken: RuntimeError | None = None
+            parts: list[Batch] = []
+            try:
+                for inputs, labels, faults in islice(loaded, self.config.accumulate):
+                    parts.append((inputs, labels))
+                    self.faults.update(dict.fromkeys(faults))
+            except RuntimeError as error:
+                broken = error
+            ends = not parts and broken is None
+            due = time.perf_counter() - self._reported > REPORT_SECONDS and self.world.is_main
+            signum, report = self.world.agree(self.stop.signum or 0, int(due))
+            if signum and not ends:
+                self._stop(signum, training=True)
+            if broken is not None:
+                raise broken
+            if ends:
+                return
+            if report:
+                self._report()
+            yield parts
 
     def _lr(self, step: int) -> float:
         warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
@@ -296,34 +313,36 @@ class Run:
         self._reported = time.perf_counter()
         if not self.pending:
             return
-        values = torch.stack([torch.stack((loss, norm.to(loss))) for *_, loss, norm in self.pending]).tolist()
+        shares = torch.stack([torch.stack((loss, norm.to(loss))) for *_, loss, norm in self.pending])
+        values = (self.world.sum(shares) / self.world.size).tolist()
         lines = []
         for (step, lr, *_), (loss, norm) in zip(self.pending, values, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._fail(step, lr, loss, norm)
             self.loss_sum += loss
             lines.append({"epoch": self.epoch + 1, "step": step, "lr": lr, "loss": loss, "grad_norm": norm})
-        self.log.steps(lines)
+        for file in (self.log, self.board):
+            if file is not None:
+                file.steps(lines)
         self.pending.clear()
         done = self.step - self.epoch * self.steps_per_epoch
         rate = self._images_done / max(1e-9, self._reported - self._epoch_began)
         self.emit(StepDone(self.epoch + 1, self.step, self.loss_sum / done, lines[-1]["lr"], rate))
 
     def _fail(self, step: int, lr: float, loss: float, norm: float) -> None:
+        saved = save_failed_batch(self.out, self.data.train, self.learner, self.epoch, step - 1, loss, norm)
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
         raise TrainingFailed(
             f"{what} at step {step} (epoch {self.epoch + 1}, lr {lr:.3g}); the checkpoint before it is kept: "
-            f"{self.out / LAST}. Try a smaller lr, a longer warm-up or amp off"
+            f"{self.out / LAST}, the batch is in {saved}. Try a smaller lr, a longer warm-up or amp off"
         )
 
-    def _stop_if_asked(self, training: bool) -> None:
-        if self.stop.signum is None:
-            return
+    def _stop(self, signum: int, training: bool) -> None:
         self._report()
         self._count_time(training)
         self.save_last()
         where = f"epoch {self.epoch + 1}, step {self.step} of {self.steps}"
-        raise Interrupted(self.stop.signum, self.out / LAST, where)
+        raise Interrupted(signum, self.out / LAST, where)
 
     def _count_time(self, training: bool) -> None:
         """Credit the time since the last call to the run, which sums it up over interruptions."""
@@ -335,28 +354,41 @@ class Run:
     # -- testing and saving
 
     def _test(self) -> Evaluation:
-        model = self.model if self.ema is None else self.ema.module
-
         def progress(images: int) -> None:
             self.emit(EvalProgress(self.epoch + 1, images, len(self.data.test)))
-            self._stop_if_asked(training=False)
+            # Alone, one need not agree; together, the next step is soon enough.
+            if self.stop.signum is not None and self.world.size == 1:
+                self._stop(self.stop.signum, training=False)
 
-        return evaluate(
-            model,
-            self._load(self.tests, training=False),
-            device=self.device,
-            amp=self.amp,
-            channels_last=self.config.channels_last,
-            on_batch=progress,
-        )
+        try:
+            evaluation = evaluate(
+                self.learner.tested,
+                self.tests,
+                device=self.device,
+                amp=self.amp,
+                channels_last=self.config.channels_last,
+                on_batch=progress,
+                world=self.world,
+            )
+        except RuntimeError:
+            # Workers may have got the signal, too.
+            if self.stop.signum is not None and self.world.size == 1:
+                self._stop(self.stop.signum, training=False)
+            raise
+        self.faults.update(dict.fromkeys(self.tests.faults))
+        return evaluation
 
     def save_last(self) -> None:
-        """Write the whole state."""
-        tensors = prefixed("model", self.model.state_dict())
-        if self.ema is not None:
-            tensors |= prefixed("ema", self.ema.module.state_dict())
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= prefixed(f"optimizer/{index}", values)
+        """Write the whole state; every process has to call it."""
+        self._listing = self.world.gather(list(self.faults))
+        if self.world.is_main:
+            self._write_last()
+
+    def _write_last(self) -> None:
+        assert self.log is not None, "the first process has opened its log"
+        if len(self._listing) > self._told:
+            self._told = len(self._listing)
+            self.emit(Notice(write_faults(self.out, self._listing)))
         state = {
             "loss_sum": self.loss_sum,
             "seconds": self.seconds,
@@ -364,20 +396,22 @@ class Run:
             "best": vars(self.best) if self.best else None,
             "log": self.log.sync(),
             "fingerprint": self.data.fingerprint,
-            "environment": environment(self.device),
+            "environment": environment(self.device, self.world),
+            "faults": self._listing,
         }
-        save_checkpoint(self.out / LAST, tensors, self._info("run", state))
+        save_checkpoint(self.out / LAST, learner_tensors(self.learner), self._info("run", state))
 
     def _save_best(self) -> None:
-        model = self.model if self.ema is None else self.ema.module
-        save_checkpoint(self.out / BEST, model.state_dict(), self._info("weights", {}))
+        if self.world.is_main:
+            weights = self.learner.tested.state_dict()
+            save_checkpoint(self.out / BEST, weights, self._info("weights", {}))
 
     def _info(self, kind: str, state: dict[str, Any]) -> CheckpointInfo:
         row = self.best
         return CheckpointInfo(
             path=self.out / (LAST if kind == "run" else BEST),
             kind=kind,
-            weights="model" if self.ema is None else "ema",
+            weights="model" if self.learner.ema is None else "ema",
             config=self.config,
             class_names=self.data.class_names,
             preprocess=self.data.preprocess,
@@ -395,7 +429,7 @@ class Run:
             out=self.out,
             device=str(self.device),
             amp="off" if self.amp is None else "bf16",
-            parameters=count_parameters(self.model),
+            parameters=count_parameters(self.learner.model),
             image_size=self.data.preprocess.image_size,
             class_names=self.data.class_names,
             train_images=len(self.data.train),
@@ -403,6 +437,7 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
             steps=self.steps,
             first_step=self.step,
+            processes=self.world.size,
         )
 
     def _result(self) -> TrainResult:
@@ -414,8 +449,9 @@ class Run:
             history=read_history(self.out),
             best_row=self.best,
             class_names=self.data.class_names,
-            parameters=count_parameters(self.model),
+            parameters=count_parameters(self.learner.model),
             seconds=self.seconds,
+            faults=tuple(self._listing),
         )
 
     def _summary(self, result: TrainResult) -> dict[str, Any]:
@@ -428,7 +464,8 @@ class Run:
             "train_images_per_second": images / self.train_seconds if self.train_seconds else None,
             "device": str(self.device),
             "amp": "off" if self.amp is None else "bf16",
-            "environment": environment(self.device),
+            "environment": environment(self.device, self.world),
+            "unreadable_images": len(result.faults),
             "class_names": self.data.class_names,
             "config": self.config.to_json(),
         }

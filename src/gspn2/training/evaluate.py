@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .distributed import World
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -55,6 +57,7 @@ def evaluate(
     channels_last: bool = False,
     warm_up: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Run a model over batches of images and compare with their labels.
 
@@ -66,24 +69,27 @@ def evaluate(
         channels_last: hand inputs over channel-innermost.
         warm_up: run the first batch once more beforehand, untimed: kernels get compiled and loaded.
         on_batch: called with the number of images done after each batch.
+        world: processes that share the images; the result is that of all of them together.
 
     Raises:
         ValueError: there is no image.
     """
     started = time.perf_counter()
+    world = world or World()
     device = torch.device(device) if device is not None else next(model.parameters()).device
     was_training = model.training
     model.eval()
     layout = torch.channels_last if channels_last else torch.preserve_format
+    # Images, hits among five, loss; float64 counts exactly up to 2^53.
+    sums = torch.zeros(3, dtype=torch.float64)
     confusion: Tensor | None = None
-    loss = 0.0
-    hits5 = images = largest = 0
+    largest = 0
     model_seconds = 0.0
     try:
         for inputs, labels in loader:
             inputs = inputs.to(device, non_blocking=True, memory_format=layout)
             labels = labels.to(device, non_blocking=True)
-            if warm_up and images == 0:
+            if warm_up and confusion is None:
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     model(inputs)
             _wait(device)
@@ -92,27 +98,20 @@ def evaluate(
                 logits = model(inputs)
             _wait(device)
             model_seconds += time.perf_counter() - before
-            logits = logits.float()
-            classes = logits.shape[1]
-            if confusion is None:
-                confusion = torch.zeros(classes * classes, dtype=torch.int64)
-            confusion += torch.bincount((labels * classes + logits.argmax(1)).cpu(), minlength=classes**2)
-            hits5 += int((logits.topk(min(5, classes)).indices == labels[:, None]).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            images += len(labels)
+            counted = _count(logits.float(), labels)
+            confusion = counted[0] if confusion is None else confusion + counted[0]
+            sums += counted[1]
             largest = max(largest, len(labels))
             if on_batch is not None:
-                on_batch(images)
+                on_batch(int(sums[0]))
     finally:
         model.train(was_training)
-    if confusion is None:
-        raise ValueError("loader: expected at least one batch, got none")
-    side = round(len(confusion) ** 0.5)
-    confusion = confusion.view(side, side)
+    confusion, sums = _add_up(confusion, sums, world)
+    images = int(sums[0])
     return Evaluation(
         top1=100 * int(confusion.trace()) / images,
-        top5=100 * hits5 / images,
-        loss=loss / images,
+        top5=100 * int(sums[1]) / images,
+        loss=float(sums[2]) / images,
         confusion=confusion,
         images=images,
         seconds=time.perf_counter() - started,
@@ -121,6 +120,26 @@ def evaluate(
         device=device.type,
         threads=torch.get_num_threads(),
     )
+
+
+def _count(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Confusion matrix of a batch, and images, hits among five and loss as a sum."""
+    classes = logits.shape[1]
+    pairs = (labels * classes + logits.argmax(1)).cpu()
+    confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    hits = int((logits.topk(min(5, classes)).indices == labels[:, None]).sum())
+    loss = float(F.cross_entropy(logits, labels, reduction="sum"))
+    return confusion, torch.tensor([len(labels), hits, loss], dtype=torch.float64)
+
+
+def _add_up(confusion: Tensor | None, sums: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    # A process may have got no image: it learns the number of classes from the others.
+    (classes,) = world.agree(0 if confusion is None else len(confusion))
+    if classes == 0:
+        raise ValueError("loader: expected at least one batch, got none")
+    if confusion is None:
+        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    return world.sum(confusion), world.sum(sums)
 
 
 def _wait(device: torch.device) -> None:

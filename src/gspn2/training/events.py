@@ -26,6 +26,7 @@ class RunStarted:
     steps_per_epoch: int
     steps: int
     first_step: int
+    processes: int = 1
 
 
 @dataclass(frozen=True)

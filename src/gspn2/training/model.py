@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import sys
 
 import torch
 from torch import nn
 
 from .config import TrainConfig
-from .errors import UserError
+from .errors import CheckpointError, UserError
 from .transforms import Preprocess
 
 
@@ -53,6 +54,48 @@ def build_model(
     return model
 
 
+def start_weights(model: nn.Module, config: TrainConfig) -> None:
+    """Load the weights of `config.init_from`, if any, but for a classifier of another number of classes.
+
+    Where a model of timm's knows how to fit weights to another image size (position embeddings), it does.
+
+    Raises:
+        CheckpointError: no such file, or weights of another model.
+    """
+    if config.init_from is None:
+        return
+    from .checkpoint import weights_of
+
+    state = weights_of(config.init_from)
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if fit is not None:
+        state = fit(state, model)
+    own = model.state_dict()
+    heads = _classifiers(model)
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not (name.startswith(heads) and name in own and own[name].shape != tensor.shape)
+    }
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{config.init_from}: weights do not fit {config.model}: {reason[:300]}"
+        ) from error
+    wrong = [name for name in missing if not name.startswith(heads)] + list(unexpected)
+    if wrong:
+        raise CheckpointError(
+            f"{config.init_from}: weights do not fit {config.model}: {', '.join(wrong[:5])}"
+        )
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
 @torch.no_grad()
 def _check_image_size(model: nn.Module, name: str, preprocess: Preprocess, num_classes: int) -> None:
     height, width = preprocess.image_size
@@ -73,14 +116,21 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, number: int | None = None) -> torch.device:
     """The device called `name`; "auto" is CUDA where there is one.
+
+    Args:
+        name: as `torch.device` takes it.
+        number: of several processes on a machine each takes the device of its number.
 
     Raises:
         UserError: torch does not know the name, or the machine does not have the device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and number is not None:
+        torch.cuda.set_device(number)
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

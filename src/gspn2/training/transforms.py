@@ -7,13 +7,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from .config import TrainConfig
 from .errors import DataError
+from .tasks import is_task, parse_task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +23,8 @@ Transform = Callable[["Image"], Tensor]
 
 # Mean and standard deviation of scikit-learn's digits, on a scale of 0 to 1.
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376
+# Of generated images, roughly: they are mostly black.
+TASK_MEAN, TASK_STD = 0.2, 0.3
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,12 @@ def preprocess_for(config: TrainConfig) -> Preprocess:
         chans = config.in_chans or 1
         size = config.image_size or (32, 32)
         return Preprocess(size, chans, (DIGITS_MEAN,) * chans, (DIGITS_STD,) * chans)
+    if is_task(config.data):
+        side = parse_task(config.data).size
+        chans = config.in_chans or 1
+        return Preprocess(
+            config.image_size or (side, side), chans, (TASK_MEAN,) * chans, (TASK_STD,) * chans, "bilinear"
+        )
     chans = config.in_chans or 3
     mean = tuple(cfg.mean) if cfg else (0.485, 0.456, 0.406)
     std = tuple(cfg.std) if cfg else (0.229, 0.224, 0.225)
@@ -103,7 +112,8 @@ def augmentation_for(config: TrainConfig, preprocess: Preprocess) -> Transform:
     from timm.data.random_erasing import RandomErasing
     from torchvision import transforms as tv
 
-    if not config.augment:
+    # What is generated has no need of more variety, and cropping would cut the way that is asked about.
+    if not config.augment or is_task(config.data):
         return preprocess
     steps = (
         _digits_augmentation(preprocess)
@@ -112,7 +122,8 @@ def augmentation_for(config: TrainConfig, preprocess: Preprocess) -> Transform:
     )
     steps += [tv.ToTensor(), tv.Normalize(preprocess.mean, preprocess.std)]
     if config.random_erasing > 0:
-        steps.append(RandomErasing(config.random_erasing, mode="const", device="cpu"))
+        mode = "const" if config.data == "digits" else "pixel"
+        steps.append(RandomErasing(config.random_erasing, mode=mode, device="cpu"))
     return tv.Compose(steps)
 
 
@@ -166,8 +177,12 @@ def to_channels(image: Image, in_chans: int) -> Image:
     return image.convert("L" if in_chans == 1 else "RGB")
 
 
-def open_image(path: str | Path) -> Image:
+def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image:
     """Read an image whole, turned as its EXIF tag says.
+
+    Args:
+        file: path or open file.
+        name: for messages; the path where there is one.
 
     Raises:
         DataError: no such file, no image, or a damaged one; the message names it.
@@ -175,17 +190,18 @@ def open_image(path: str | Path) -> Image:
     from PIL import Image as module
     from PIL import ImageOps
 
+    name = name or str(file)
     try:
-        with module.open(path) as image:
+        with module.open(file) as image:
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{name}: no such file") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: is a folder") from None
+        raise DataError(f"{name}: is a folder") from None
     except module.UnidentifiedImageError:
-        raise DataError(f"{path}: not an image") from None
+        raise DataError(f"{name}: not an image") from None
     # A decoder meets damaged bytes in many ways; OSError, SyntaxError, ValueError, struct.error are all seen.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read: {reason}") from error
+        raise DataError(f"{name}: cannot be read: {reason}") from error

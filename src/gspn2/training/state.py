@@ -1,57 +1,39 @@
-"""What a configuration asks for: optimizer, moving average, loss; and the way back from a checkpoint."""
+"""The way into a checkpoint and back: weights, optimizer, and what has to be as it was."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import part
 from .config import FREE_ON_RESUME, TrainConfig
+from .distributed import World
 from .errors import CheckpointError, UserError
-
-if TYPE_CHECKING:
-    from timm.data import Mixup
-    from timm.utils import ModelEmaV3
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
+from .learner import Learner
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with timm's parameter groups: no decay on biases, norms and `model.no_weight_decay()`."""
-    from timm.optim import create_optimizer_v2
-
-    return create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=config.peak_lr,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
-        betas=config.betas,
-    )
+def learner_tensors(learner: Learner) -> dict[str, Tensor]:
+    """Everything that a learner would have to remember, by name."""
+    tensors = prefixed("model", learner.model.state_dict())
+    if learner.ema is not None:
+        tensors |= prefixed("ema", learner.ema.module.state_dict())
+    for index, values in learner.optimizer.state_dict()["state"].items():
+        tensors |= prefixed(f"optimizer/{index}", values)
+    return tensors
 
 
-def make_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
-    """The moving average, whose decay grows from 0 towards `decay`: of use to short runs, too."""
-    from timm.utils import ModelEmaV3
-
-    return None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
-
-
-def make_loss(config: TrainConfig, classes: int) -> tuple[Mixup | None, Criterion]:
-    """The mixing of a batch, if any, and the loss on logits (N, classes) that goes with it."""
-    if config.mixup == 0 and config.cutmix == 0:
-        return None, nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    from timm.data import Mixup
-    from timm.loss import SoftTargetCrossEntropy
-
-    mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
-    return mixup, SoftTargetCrossEntropy()
+def restore_learner(learner: Learner, tensors: dict[str, Tensor], source: Path) -> None:
+    """The inverse of `learner_tensors`; a CheckpointError where something does not fit."""
+    load_weights(learner.model, part(tensors, "model"), source)
+    if learner.ema is not None:
+        load_weights(learner.ema.module, part(tensors, "ema"), source)
+    load_optimizer(learner.optimizer, part(tensors, "optimizer"))
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
@@ -89,7 +71,7 @@ def check_same_run(config: TrainConfig, stored: TrainConfig) -> None:
         raise UserError(f"a resumed run keeps its settings, but {'; '.join(changed)}")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, world: World) -> dict[str, Any]:
     """What the last bits of a result depend on besides the settings."""
     import timm
 
@@ -103,6 +85,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": world.size,
     }
 
 

@@ -1,0 +1,89 @@
+"""One process or many: the same code, told apart by what `torchrun` puts into the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Args:
+        rank: of this process; 0 writes files and reports.
+        size: how many processes there are.
+        local_rank: of this process on its machine: the number of its device.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Does this process write and report?"""
+        return self.rank == 0
+
+    def agree(self, *values: int) -> tuple[int, ...]:
+        """The largest of each value over all processes, so that all of them decide alike."""
+        if self.size == 1:
+            return values
+        agreed = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return tuple(agreed.tolist())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU."""
+        values = values.cpu()
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, names: list[str]) -> list[str]:
+        """What all processes hold, sorted, nothing twice."""
+        if self.size == 1:
+            return sorted(set(names))
+        gathered: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, names)
+        return sorted({name for part in gathered for name in part})
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.agree(0)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """The world that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK); one process without it.
+
+    A process group that the caller has made is used as it is, and left; it must be able to reduce on the CPU.
+
+    Raises:
+        UserError: the environment describes a world that cannot be joined.
+    """
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World()
+        return
+    # Counters and decisions travel by gloo, whatever carries the gradients: that waits for no device.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+    finally:
+        dist.destroy_process_group()

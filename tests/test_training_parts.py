@@ -1,0 +1,100 @@
+"""Parts of training: schedule, log, evaluation, settings, models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from gspn2.training import (
+    TrainConfig,
+    UserError,
+    build_model,
+    evaluate,
+)
+from gspn2.training.log import RunLog
+from gspn2.training.schedule import learning_rate
+from gspn2.training.transforms import preprocess_for
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [learning_rate(step, 100, 10, 1.0, 0.01) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == 1.0 == max(rates)
+    assert rates[99] == pytest.approx(0.01)
+    assert rates[:11] == sorted(set(rates[:11]))
+    assert rates[10:] == sorted(set(rates[10:]), reverse=True)
+    assert learning_rate(54, 100, 10, 1.0, 0.0) == pytest.approx(0.5, abs=0.02)
+
+
+def test_log_is_cut_to_the_checkpoint(tmp_path):
+    log = RunLog(tmp_path, None)
+    log.steps([{"step": 1}])
+    sizes = log.sync()
+    log.steps([{"step": 2}, {"step": 3}])
+    log.close()
+    log = RunLog(tmp_path, sizes)
+    log.steps([{"step": 2}])
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+    assert (tmp_path / "log.csv").read_text().count("epoch") == 1
+
+
+def test_evaluation_counts(tmp_path):
+    class Known(torch.nn.Module):
+        """Logits are the input."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return x
+
+    torch.manual_seed(0)
+    logits = torch.randn(50, 7)
+    labels = torch.randint(0, 7, (50,))
+    model = Known().train()
+    result = evaluate(model, [(logits[:30], labels[:30]), (logits[30:], labels[30:])])
+    ranks = logits.argsort(1, descending=True)
+    assert result.top1 == pytest.approx(100 * (ranks[:, 0] == labels).float().mean().item())
+    assert result.top5 == pytest.approx(100 * (ranks[:, :5] == labels[:, None]).any(1).float().mean().item())
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    expected = torch.zeros(7, 7, dtype=torch.int64)
+    for label, rank in zip(labels, ranks, strict=True):
+        expected[label, rank[0]] += 1
+    assert torch.equal(result.confusion, expected)
+    assert (result.images, result.batch_size) == (50, 30)
+    assert model.training
+    with pytest.raises(ValueError, match="at least one batch"):
+        evaluate(model, [])
+
+
+def test_config_round_trip_and_refusals():
+    config = TrainConfig(image_size=(32, 48), model_args={"depth": 2}, clip_grad=None)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig(lr=1e-3, lr_base_size=512, batch_size=128).peak_lr == 2.5e-4
+    with pytest.raises(UserError, match="unknown setting learning_rate"):
+        TrainConfig.from_json({"learning_rate": 1})
+    for wrong in (
+        {"lr": 0},
+        {"lr": float("nan")},
+        {"epochs": 0},
+        {"amp": "fp8"},
+        {"in_chans": 2},
+        {"mixup": 0.1, "batch_size": 5},
+        {"crop_scale": (0.5, 0.2)},
+        {"model_args": {"num_classes": 3}},
+    ):
+        with pytest.raises(UserError):
+            TrainConfig(**wrong)
+
+
+def test_fixed_size_models_are_made_for_the_image():
+    config = TrainConfig(model="test_vit", image_size=(48, 32))
+    model = build_model(config, preprocess_for(config), 10)
+    assert model(torch.zeros(1, 1, 48, 32)).shape == (1, 10)
+    with pytest.raises(UserError, match="does not take 50 x 32"):
+        build_model(config, dataclasses.replace(preprocess_for(config), image_size=(50, 32)), 10)
