@@ -215,11 +215,7 @@ struct TapStages {
   int places, first, all;  // of the block; place along the line of the first; places of the whole line
   int begin, end;         // lines of this phase
   int item[TAP_ITEMS];    // which (line, group, place) this thread turns
-#if STORAGE == 0
-  float raw[TAP_ITEMS][3];
-#else
-  u32 raw[TAP_ITEMS][2];
-#endif
+  storage_t raw[TAP_ITEMS][3];
 
   __device__ __forceinline__ void start(const Params& p, const Scan& s, const Run& r, int b, int d, int group_,
                                         int begin_, int end_, Weights* shared) {
@@ -236,19 +232,17 @@ struct TapStages {
     }
   }
 
+  // Nothing looks at what is on its way, and no branch parts the loads: they all wait together, in `turn`. Threads
+  // without an item, and items beyond the last line, load what another does.
   __device__ __forceinline__ void fetch(int stage) {
+    const int first_line = begin + stage * TAP_LINES;
+    if (places <= 0 || first_line < begin || first_line >= end) return;
 #pragma unroll
     for (int i = 0; i < TAP_ITEMS; i++) {
-      const int row = item[i] >> 16, l = item[i] & 0xffff;
-      const int at = begin + stage * TAP_LINES + row / TAP_GROUPS;
-      if (item[i] < 0 || at < begin || at >= end) continue;
+      const int row = max(item[i], 0) >> 16, l = max(item[i], 0) & 0xffff;
+      const int at = min(first_line + row / TAP_GROUPS, end - 1);
       const storage_t* a = data + at * line + (first + l) * place + row % TAP_GROUPS * group;
-#if STORAGE == 0
       raw[i][0] = __ldg(a), raw[i][1] = __ldg(a + k), raw[i][2] = __ldg(a + 2 * k);
-#else
-      raw[i][0] = bits(__ldg(a)) | bits(__ldg(a + k)) << 16;
-      raw[i][1] = bits(__ldg(a + 2 * k));
-#endif
     }
   }
 
@@ -258,11 +252,7 @@ struct TapStages {
       const int row = item[i] >> 16, l = item[i] & 0xffff;
       const int at = begin + stage * TAP_LINES + row / TAP_GROUPS;
       if (item[i] < 0 || at < begin || at >= end) continue;
-#if STORAGE == 0
-      const Taps a = {raw[i][0], raw[i][1], raw[i][2]};
-#else
-      const Taps a = {low(raw[i][0]), high(raw[i][0]), low(raw[i][1])};
-#endif
+      const Taps a = {widen(raw[i][0]), widen(raw[i][1]), widen(raw[i][2])};
       const Taps w = tap_weights(a, first + l > 0, first + l + 1 < all);
       weights[((stage & 1) * TAP_LINES * TAP_GROUPS + row) * places + l] = {w.before, w.here, w.after, 0.f};
     }

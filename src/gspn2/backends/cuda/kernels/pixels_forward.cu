@@ -28,7 +28,8 @@ constexpr int SUMS_AT = OPERANDS * PLACES * THREADS * VECTOR;     // of a slot: 
 constexpr int SLOT = SUMS_AT + SUMS_COME * FLOATS;
 constexpr int PUBLISHED_AT = DEPTH * SLOT;                        // [2][EDGES][PARTS][PITCH]: states at the edges
 constexpr int CARRIED_AT = PUBLISHED_AT + 8 * V * EDGES * PITCH;  // [PLACES][PARTS][THREADS]: from the partner
-constexpr int HALO_AT = CARRIED_AT + (ROLES > 1) * FLOATS;
+constexpr int MEETING_AT = CARRIED_AT + (ROLES > 1) * FLOATS;       // the barrier that closes a line
+constexpr int HALO_AT = MEETING_AT + CLUSTER * 16;
 #if SPLIT
 constexpr int WEIGHTS_AT = HALO_AT + HALO_BYTES;
 #else
@@ -48,6 +49,35 @@ __device__ __forceinline__ Vector* ring(int slot, int operand, int q) {
 __device__ __forceinline__ Floats* ring_sum(int slot, int q) {
   return (Floats*)(shared_memory() + slot + SUMS_AT) + q * PARTS * THREADS + threadIdx.x;
 }
+
+// Where neighbouring places meet, once a line: who has arrived does something else before it waits.
+struct Meeting {
+#if CLUSTER
+  u32 parity;
+
+  __device__ __forceinline__ u64* barrier() const { return (u64*)(shared_memory() + MEETING_AT); }
+  // A barrier of the block must follow.
+  __device__ __forceinline__ void start() {
+    parity = 0;
+    if (threadIdx.x == 0) {
+      mbarrier_init(barrier(), THREADS / 32);
+      mbarrier_init_fence();
+    }
+  }
+  __device__ __forceinline__ void arrive() const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier());
+  }
+  __device__ __forceinline__ void wait() {
+    mbarrier_wait(barrier(), parity);
+    parity ^= 1;
+  }
+#else
+  __device__ __forceinline__ void start() {}
+  __device__ __forceinline__ void arrive() const {}
+  __device__ __forceinline__ void wait() { __syncthreads(); }
+#endif
+};
 
 // Sums on chip: two quarters of the image (for one role the whole of it, in the first), [PARTS][rows][pitch] bytes
 // each. The first holds what a role answers for on both axes: it stays. Rows are padded, so that walking down a column
@@ -85,6 +115,25 @@ struct Phase {
   int d, begin, end;
   bool add, last, resume;
   void* sums;
+};
+
+// What a thread needs of a line.
+struct Line {
+  float u[PLACES][V];  // lam x
+  // `weight[q][3 v + k]` with taps of their own, else `weight[q][k]`
+  static constexpr int PER_PLACE = OWN_TAPS ? 3 * V : 3;
+  float weight[PLACES][PER_PLACE];
+#if HAS_GATE
+  Vector gate[PLACES];
+#endif
+#if SUM
+  float sum[PLACES][V];  // over the directions before
+#endif
+
+  __device__ __forceinline__ Taps taps(int q, int v) const {
+    const float* w = weight[q] + (OWN_TAPS ? 3 * v : 0);
+    return {w[0], w[1], w[2]};
+  }
 };
 
 // One thread's part in a phase.
@@ -184,52 +233,51 @@ struct Scanner {
     }
   }
 
-  // u = lam x of a line that has arrived.
-  __device__ __forceinline__ void inputs(int slot, float (&u)[PLACES][V]) const {
+  // Takes a line that has arrived into registers: its part of the ring is free then. `more`: there is such a line.
+  __device__ __forceinline__ void take(int slot, bool add, bool more, Line& next) {
 #pragma unroll
     for (int q = 0; q < PLACES; q++) {
-      unpack(*ring(slot, 0, q), u[q]);
+      unpack(*ring(slot, 0, q), next.u[q]);
 #if HAS_LAM
       float l[V];
       unpack(*ring(slot, 1, q), l);
 #pragma unroll
-      for (int v = 0; v < V; v++) u[q][v] *= l[v];
+      for (int v = 0; v < V; v++) next.u[q][v] *= l[v];
 #endif
-    }
-  }
-
-  // Weights of a line that has arrived: `weight[q][3 v + k]` with taps of their own, else `weight[q][k]`.
+#if HAS_GATE
+      next.gate[q] = *ring(slot, GATE, q);
+#endif
 #if OWN_TAPS
-  __device__ __forceinline__ void weights(int slot, float (&weight)[PLACES][3 * V]) const {
-#pragma unroll
-    for (int q = 0; q < PLACES; q++) {
       float raw[3 * V];
 #pragma unroll
       for (int k = 0; k < 3; k++) unpack(*ring(slot, TAPS + k, q), raw + k * V);
 #pragma unroll
       for (int v = 0; v < V; v++) {
         const Taps w = tap_weights(own_taps(raw, v), place + q > 0, place + q + 1 < s.places);
-        weight[q][3 * v] = w.before, weight[q][3 * v + 1] = w.here, weight[q][3 * v + 2] = w.after;
+        next.weight[q][3 * v] = w.before, next.weight[q][3 * v + 1] = w.here, next.weight[q][3 * v + 2] = w.after;
       }
+#endif
+#if SUM
+#pragma unroll
+      for (int v = 0; v < V; v++) next.sum[q][v] = 0.f;
+#if ON_CHIP
+      if (add && more && own[q])
+        load_floats((Floats*)(shared_memory() + sum[q]), sum_part / (int)sizeof(Floats), next.sum[q]);
+      sum[q] += sum_line;
+#else
+      if (add) load_floats(ring_sum(slot, q), THREADS, next.sum[q]);
+#endif
+#endif
     }
   }
-  static constexpr int PER_PLACE = 3 * V;
-  __device__ __forceinline__ static Taps weight_of(const float* weight, int v) {
-    return {weight[3 * v], weight[3 * v + 1], weight[3 * v + 2]};
-  }
-#else
-  __device__ __forceinline__ void weights(const TapStages& stages, int line, int group,
-                                          float (&weight)[PLACES][3]) const {
+#if !OWN_TAPS
+  __device__ __forceinline__ void take_weights(const TapStages& stages, int line, int group, Line& next) const {
 #pragma unroll
     for (int q = 0; q < PLACES; q++) {
       Weights w = {0.f, 0.f, 0.f, 0.f};
       if (exists[q]) w = *stages.of(line, group, place - run.start + q);
-      weight[q][0] = w.before, weight[q][1] = w.here, weight[q][2] = w.after;
+      next.weight[q][0] = w.before, next.weight[q][1] = w.here, next.weight[q][2] = w.after;
     }
-  }
-  static constexpr int PER_PLACE = 3;
-  __device__ __forceinline__ static Taps weight_of(const float* weight, int) {
-    return {weight[0], weight[1], weight[2]};
   }
 #endif
 
@@ -241,8 +289,7 @@ struct Scanner {
   }
 
   // h = taps over the previous line's h, plus u.
-  __device__ __forceinline__ void step(int parity, const float (&u)[PLACES][V],
-                                       const float (&weight)[PLACES][PER_PLACE], float (&h)[PLACES][V]) const {
+  __device__ __forceinline__ void step(int parity, const Line& line, float (&h)[PLACES][V]) const {
     const Floats* firsts = published(parity);
     const Floats* lasts = firsts + (EDGES - 1) * PARTS * PITCH;
     float before[V], after[V];
@@ -252,9 +299,9 @@ struct Scanner {
     for (int q = 0; q < PLACES; q++)
 #pragma unroll
       for (int v = 0; v < V; v++) {
-        const Taps w = weight_of(weight[q], v);
+        const Taps w = line.taps(q, v);
         const float here = h[q][v];
-        float sum = fmaf(w.here, here, u[q][v]);
+        float sum = fmaf(w.here, here, line.u[q][v]);
         sum = fmaf(w.after, q + 1 < PLACES ? h[q + 1 < PLACES ? q + 1 : q][v] : after[v], sum);
         h[q][v] = fmaf(w.before, before[v], sum);
         before[v] = here;
@@ -268,34 +315,25 @@ struct Scanner {
   }
 
   // y, or the sum so far, of the line that was computed; goes on to the next.
-  __device__ __forceinline__ void emit(int slot, bool add, bool last, const float (&h)[PLACES][V]) {
+  __device__ __forceinline__ void emit(bool last, const Line& line, const float (&h)[PLACES][V]) {
 #pragma unroll
     for (int q = 0; q < PLACES; q++) {
       float out[V];
 #pragma unroll
-      for (int v = 0; v < V; v++) out[v] = 0.f;
-#if ON_CHIP
-      Floats* const home = (Floats*)(shared_memory() + sum[q]);
-      const int pitch = sum_part / (int)sizeof(Floats);
-      if (add && own[q]) load_floats(home, pitch, out);
-      sum[q] += sum_line;
-#elif SUM
-      if (add) load_floats(ring_sum(slot, q), THREADS, out);
-#endif
+      for (int v = 0; v < V; v++) out[v] = h[q][v];
 #if HAS_GATE
-      float g[V];
-      unpack(*ring(slot, GATE, q), g);
+      unpack(line.gate[q], out);
 #pragma unroll
-      for (int v = 0; v < V; v++) out[v] = fmaf(h[q][v], g[v], out[v]);
+      for (int v = 0; v < V; v++) out[v] = SUM ? fmaf(h[q][v], out[v], line_sum(line, q, v)) : h[q][v] * out[v];
 #else
 #pragma unroll
-      for (int v = 0; v < V; v++) out[v] += h[q][v];
+      for (int v = 0; v < V; v++) out[v] += line_sum(line, q, v);
 #endif
       if (!own[q]) continue;
       if (!SUM || last) store_vector(y.at + q * y.place, out);
 #if ON_CHIP
-      else
-        store_floats(home, pitch, out);
+      else  // sum[q] is a line ahead
+        store_floats((Floats*)(shared_memory() + sum[q] - sum_line), sum_part / (int)sizeof(Floats), out);
 #elif SUM
       else
         store_sums(write.at + q * write.place, out);
@@ -306,12 +344,19 @@ struct Scanner {
     write.at += write.line;
 #endif
   }
+  __device__ __forceinline__ static float line_sum(const Line& line, int q, int v) {
+#if SUM
+    return line.sum[q][v];
+#else
+    return 0.f;
+#endif
+  }
 };
 
 // The lines of a phase, whose first are on their way. `h` is the state before them, unless the scan starts there.
 __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout, const Self& me, const Phase& phase,
-                                          Scanner& scan, TapStages& stages, int group, int& exchanged,
-                                          float (&h)[PLACES][V]) {
+                                          Scanner& scan, TapStages& stages, int group, Meeting& meeting,
+                                          int& exchanged, float (&h)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
 #if !OWN_TAPS
   stages.turn(0);
@@ -321,62 +366,58 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
   if (phase.resume) exchange_halos<HALO_AT>(p, layout, me, scan.run, scan.place, exchanged, h);
 #endif
   scan.publish(0, h);
-  copy_wait<DEPTH - 1>();
-  float u[PLACES][V], weight[PLACES][Scanner::PER_PLACE];
-  scan.inputs(0, u);
   __syncthreads();
-#if OWN_TAPS
-  scan.weights(0, weight);
-#else
-  scan.weights(stages, 0, group, weight);
-#endif
-
+  Line line;
   int since = phase.begin % p.chunk;  // lines since the last restart
 #if SPLIT
   int until = HALO;
 #endif
-  auto run_line = [&](int line, int parity, int slot, int next) {
+  // Line `at` into registers; the one that is DEPTH lines after it sets out for its part of the ring.
+  auto take = [&](int at, int slot) {
+    copy_wait<DEPTH - 1>();
+    scan.take(slot, phase.add, at < lines, line);
+#if !OWN_TAPS
+    scan.take_weights(stages, at, group, line);
+#endif
+    if (at + DEPTH < lines) scan.copy(slot, phase.add);
+    copy_commit();
+  };
+  auto run_line = [&](int at, int parity, int next) {
     if (since == 0) {
 #pragma unroll
       for (int q = 0; q < PLACES; q++)
 #pragma unroll
-        for (int v = 0; v < V; v++) h[q][v] = u[q][v];
+        for (int v = 0; v < V; v++) h[q][v] = line.u[q][v];
     } else {
-      scan.step(parity, u, weight, h);
+      scan.step(parity, line, h);
     }
     since = since + 1 == p.chunk ? 0 : since + 1;
 #if SPLIT
     if (--until == 0) {
       until = HALO;
-      if (line + 1 < lines) exchange_halos<HALO_AT>(p, layout, me, scan.run, scan.place, exchanged, h);
+      if (at + 1 < lines) exchange_halos<HALO_AT>(p, layout, me, scan.run, scan.place, exchanged, h);
     }
 #endif
     scan.publish(parity ^ 1, h);
-    scan.emit(slot, phase.add, phase.last, h);
-    copy_wait<DEPTH - 2>();
-    scan.inputs(next, u);
-#if OWN_TAPS
-    scan.weights(next, weight);
-#else
-    scan.weights(stages, line + 1, group, weight);
-#endif
-    if (line + DEPTH < lines) scan.copy(slot, phase.add);
-    copy_commit();
-    __syncthreads();
+    meeting.arrive();
+    scan.emit(phase.last, line, h);
+    take(at + 1, next);
+    meeting.wait();
   };
+  take(0, 0);
   int slot = 0;
   // Two lines a turn, for what alternates between them to be known to the compiler.
 #pragma unroll 1
-  for (int line = 0; line < lines; line += 2) {
+  for (int at = 0; at < lines; at += 2) {
 #if !OWN_TAPS
-    if (line % TAP_LINES == TAP_TURN) {
-      stages.turn(line / TAP_LINES + 1);
-      stages.fetch(line / TAP_LINES + 2);
+    if (at % TAP_LINES == TAP_TURN) {
+      stages.turn(at / TAP_LINES + 1);
+      stages.fetch(at / TAP_LINES + 2);
     }
 #endif
     const int next = slot + 2 * SLOT == DEPTH * SLOT ? 0 : slot + 2 * SLOT;
-    run_line(line, 0, slot, slot + SLOT);
-    if (line + 1 < lines) run_line(line + 1, 1, slot + SLOT, next);
+    run_line(at, 0, slot + SLOT);
+    if (at + 1 < lines) run_line(at + 1, 1, next);
     slot = next;
   }
   copy_wait<0>();
@@ -477,6 +518,8 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
     for (int e = 0; e < F; e++) zero.e[e] = 0.f;
     ((Floats*)(shared_memory() + PUBLISHED_AT))[i] = zero;
   }
+  Meeting meeting;
+  meeting.start();
 #if SPLIT
   start_halos<HALO_AT>();
 #endif
@@ -499,7 +542,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
   Phase phase;
 #pragma unroll 1
   for (int f = -1; f < phases; f++) {
-    if (f >= 0) run_phase(p, layout, me, phase, scan, stages, group, exchanged, h);
+    if (f >= 0) run_phase(p, layout, me, phase, scan, stages, group, meeting, exchanged, h);
     const bool more = f + 1 < phases;
     // The next phase's operands set out at once; only sums in memory wait for the blocks that write them.
     if (more) {
