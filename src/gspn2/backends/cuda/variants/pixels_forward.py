@@ -49,12 +49,12 @@ def _shared_memory(case: Case, tiling: Tiling) -> int:
     floats = 4 * tiling.vector // case.itemsize
     published = 2 * min(places, 2) * floats * (threads + 2 * vectors)
     carried = (tiling.roles > 1) * places * floats * threads
-    meeting = (tiling.cluster > 1) * 16
     halo = (tiling.splits > 1) * (16 + 4 * tiling.halo * floats * vectors)
     groups = tap_groups(case, tiling.vector, vectors)
     weights = (not own_taps(case)) * 2 * tiling.tap_lines * groups * tiling.longest * 16
-    ring = tiling.depth * _slot(case, tiling)
-    return ring + published + carried + meeting + halo + weights + tiling.on_chip * _sums_on_chip(case, tiling)
+    meeting = (tiling.cluster > 1) * 16
+    on_chip = tiling.on_chip * _sums_on_chip(case, tiling)
+    return tiling.depth * _slot(case, tiling) + published + carried + meeting + halo + weights + on_chip
 
 
 def _slot(case: Case, tiling: Tiling) -> int:
