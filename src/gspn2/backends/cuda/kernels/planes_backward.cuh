@@ -35,7 +35,6 @@ constexpr int EACH = 16 / SIZE;  // elements of 16 bytes, the unit of asynchrono
 constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DY = TAPS + 3, GATE = DY + 1, HIDDEN = GATE + HAS_GATE;
 constexpr int SUM = HIDDEN + HAS_HIDDEN, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, OPERANDS = SUM + SUMS;
 constexpr int DOUBLE = HAS_HIDDEN ? OPERANDS : DY, UNITS = DOUBLE + OPERANDS;
-static_assert(!(HAS_HIDDEN && (HAS_GATE || HAS_SUMS)), "the output is the state only of a single scan without gate");
 
 constexpr bool WANTS_X = WANTS & 1, WANTS_TAPS = WANTS & 2, WANTS_LAM = WANTS & 4, WANTS_GATE = WANTS & 8;
 constexpr bool NEEDS_STATES = WANTS_TAPS || WANTS_GATE, COMPUTES_STATES = NEEDS_STATES && !HAS_HIDDEN;

@@ -4,12 +4,13 @@
 // another out of them. Gradients go the same way back: columns are packed in registers and replace, in shared memory,
 // the operand they belong to, until the piece is complete.
 #pragma once
-#include "planes_backward_line.cuh"
+#include "planes_backward_chunk.cuh"
 
 constexpr int CHUNKS = S * SIZE / 16;    // of a row's piece
 static_assert(S * SIZE % 16 == 0 && 32 % CHUNKS == 0, "pieces are whole chunks");
 constexpr int UNIT = 32 * N * S * SIZE;  // bytes of a warp's piece of one operand
-constexpr int WARP_BYTES = UNITS * UNIT + (HAS_HIDDEN ? 0 : S * STATE_LINE * 4);
+constexpr int WARP_BYTES = UNITS * UNIT + S * STATE_LINE * 4;
+static_assert(!HAS_HIDDEN, "with the state at hand it is planes_backward_pieces.cu that runs");
 
 struct Work {
   Scan scan;
@@ -86,10 +87,6 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
   }
 }
 
-// One chunk of each of a thread's rows.
-struct Rows {
-  Packed<EACH> row[N];
-};
 __device__ __forceinline__ Rows read_rows(const unsigned char* piece, int lane, int q) {
   Rows rows;
 #pragma unroll
@@ -100,49 +97,6 @@ __device__ __forceinline__ void write_rows(unsigned char* piece, int lane, int q
 #pragma unroll
   for (int n = 0; n < N; n++) write_words(piece + chunk_at(n, lane, q), rows.row[n].words);
 }
-
-// Columns that are still to be packed: with 16-bit storage two at a time.
-struct Column {
-  float pending[N];
-};
-__device__ __forceinline__ void put_column(Rows& rows, Column& other, int e, const float (&v)[N]) {
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-#if STORAGE == 0
-    rows.row[n].words[e] = __float_as_uint(v[n]);
-#else
-    // Back to front in scan order: of a pair, the second column comes first, or the first if reversed.
-    if ((e & 1) == REVERSED)
-      rows.row[n].words[e / 2] = REVERSED ? narrow_pair(other.pending[n], v[n]) : narrow_pair(v[n], other.pending[n]);
-    else
-      other.pending[n] = v[n];
-#endif
-  }
-}
-#if STORAGE != 0
-// Float32 numbers as upper and lower halves, packed like columns.
-__device__ __forceinline__ void put_halves(Rows& upper, Rows& lower, Column& other, int e, const float (&v)[N]) {
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-    if ((e & 1) == REVERSED) {
-      const Pair halves = REVERSED ? split(other.pending[n], v[n]) : split(v[n], other.pending[n]);
-      upper.row[n].words[e / 2] = halves.upper, lower.row[n].words[e / 2] = halves.lower;
-    } else {
-      other.pending[n] = v[n];
-    }
-  }
-}
-#endif
-
-// One chunk of columns: operands, and the gradients that replace them on the way back.
-struct Chunk {
-  Rows operand[OPERANDS];
-  Column other[OPERANDS];
-  Packed<EACH> beside;  // of the saved state, the row of the neighbour in another warp
-
-  __device__ __forceinline__ float at(int op, int n, int e) const { return operand[op].row[n][e]; }
-  __device__ __forceinline__ void put(int op, int e, const float (&v)[N]) { put_column(operand[op], other[op], e, v); }
-};
 
 template <int LAST>
 __device__ __forceinline__ void read_chunk(const Params& p, const Work& w, const Thread& t, int segment, int q, Chunk& c) {
@@ -218,111 +172,10 @@ struct Entering {
   float h[N];
   Edges edges;
 };
-#if HAS_HIDDEN
-// The row next to this thread's in the memory of another warp: chunk q.
-__device__ __forceinline__ const unsigned char* beside_at(const Thread& t, const unsigned char* piece, int q) {
-  const int side = neighbour_warp(t);
-  return piece + side * WARP_BYTES + (side < 0 ? chunk_at(N - 1, 31, q) : chunk_at(0, 0, q));
-}
-__device__ __forceinline__ void read_beside(const Work& w, const Thread& t, int segment, int q, Chunk& c) {
-  c.beside = {};
-  if (WANTS_TAPS && neighbour_warp(t) != 0) read_words(c.beside.words, beside_at(t, piece_at(w, segment, HIDDEN), q));
-}
-// Element e of it, and of a row of this thread.
-__device__ __forceinline__ float element_of(const unsigned char* chunk, int e) { return widen(((const storage_t*)chunk)[e]); }
-#endif
 
 // That of the k-th line of chunk i in scan order.
-__device__ __forceinline__ void enter(const Work& w, const Thread& t, int segment, const Chunk& c, int i, int k, Entering& entering) {
-#if HAS_HIDDEN
-  if (k > 0) {
-    const int e = REVERSED ? EACH - k : k - 1;
-#pragma unroll
-    for (int n = 0; n < N; n++) entering.h[n] = c.at(HIDDEN, n, e);
-    entering.edges = edges_of(t, entering.h, c.beside[e]);
-    return;
-  }
-  const unsigned char* piece = piece_at(w, segment, HIDDEN);
-  if (i == 0) {
-    // It is the last column of the segment before, of which only the last to be scanned may be short.
-    if (segment == 0) return;
-    piece = piece_at(w, segment - 1, HIDDEN);
-    copy_wait<0>();
-    if (WIDE)
-      __syncthreads();
-    else
-      __syncwarp();
-  }
-  const int q = REVERSED ? (CHUNKS - i) % CHUNKS : (i + CHUNKS - 1) % CHUNKS, e = REVERSED ? 0 : EACH - 1;
-#pragma unroll
-  for (int n = 0; n < N; n++) entering.h[n] = element_of(piece + chunk_at(n, t.lane, q), e);
-  entering.edges = edges_of(t, entering.h, neighbour_warp(t) == 0 ? 0.f : element_of(beside_at(t, piece, q), e));
-#else
+__device__ __forceinline__ void enter(const Work& w, const Thread& t, int i, int k, Entering& entering) {
   entering.edges = get_state(w.states, WARP_BYTES / 4, i * EACH + k, t, entering.h);
-#endif
-}
-
-// dx of a column, added to what the directions before this one left.
-__device__ __forceinline__ void put_input_gradient(const Params& p, Chunk& c, int e, float (&dx)[N]) {
-#if HAS_SUMS
-  if (reads_sums(p)) {
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#if STORAGE == 0
-      dx[n] += c.at(SUM, n, e);
-#else
-      dx[n] += joined(c.operand[SUM].row[n].words[e / 2], c.operand[SUM + 1].row[n].words[e / 2], e);
-#endif
-  }
-#if STORAGE != 0
-  if (wants_sums(p)) {
-    put_halves(c.operand[SUM], c.operand[SUM + 1], c.other[SUM], e, dx);
-    return;
-  }
-#endif
-#endif
-  c.put(X, e, dx);
-}
-
-// g of a line: what its output and the lines after it say of its state, which is `h`.
-__device__ __forceinline__ void state_gradient(const Thread& t, Chunk& c, int e, const float (&h)[N], const float (&carried)[N],
-                                               float (&g)[N]) {
-  float dgate[N];
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-    const float dy = c.at(DY, n, e);
-#if HAS_GATE
-    dgate[n] = h[n] * dy;
-    g[n] = inside(t, n, fmaf(c.at(GATE, n, e), dy, carried[n]));
-#else
-    g[n] = inside(t, n, dy + carried[n]);
-#endif
-  }
-  if (HAS_GATE && WANTS_GATE) c.put(GATE, e, dgate);
-}
-
-__device__ __forceinline__ void put_product_gradients(const Params& p, Chunk& c, int e, const float (&g)[N]) {
-  float dx[N], dlam[N];
-#pragma unroll
-  for (int n = 0; n < N; n++) {
-    dlam[n] = g[n] * c.at(X, n, e);
-#if HAS_LAM
-    dx[n] = g[n] * c.at(LAM, n, e);
-#else
-    dx[n] = g[n];
-#endif
-  }
-  if (HAS_LAM && WANTS_LAM) c.put(LAM, e, dlam);
-  if (WANTS_X) put_input_gradient(p, c, e, dx);
-}
-
-__device__ __forceinline__ void put_taps(Chunk& c, int e, const Taps (&da)[N]) {
-  float before[N], here[N], after[N];
-#pragma unroll
-  for (int n = 0; n < N; n++) before[n] = da[n].before, here[n] = da[n].here, after[n] = da[n].after;
-  c.put(TAPS, e, before);
-  c.put(TAPS + 1, e, here);
-  c.put(TAPS + 2, e, after);
 }
 
 // One line of the walk back: the k-th column of the i-th chunk in scan order. The state of the next one is read while
@@ -361,7 +214,7 @@ __device__ __forceinline__ void back_line(const Params& p, const Work& w, Thread
   put_product_gradients(p, c, e, g);
 #pragma unroll
   for (int n = 0; n < N; n++) h[n] = entering.h[n];
-  if (NEEDS_STATES && k > 0) enter(w, t, segment, c, i, k - 1, entering);
+  if (NEEDS_STATES && k > 0) enter(w, t, i, k - 1, entering);
   const Edges from = settle(t, shown);
   carried[0] += from.before;
   carried[N - 1] += from.after;
@@ -382,10 +235,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     if (q * EACH >= columns.count) continue;
     Chunk c;
     read_chunk<OPERANDS>(p, w, t, segment, q, c);
-#if HAS_HIDDEN
-    read_beside(w, t, segment, q, c);
-#endif
-    if (NEEDS_STATES) enter(w, t, segment, c, i, EACH - 1, entering);
+    if (NEEDS_STATES) enter(w, t, i, EACH - 1, entering);
 #pragma unroll
     for (int k = EACH - 1; k >= 0; k--) {
       const bool restart = phase == 0;

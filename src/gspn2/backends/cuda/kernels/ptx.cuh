@@ -81,6 +81,11 @@ __device__ __forceinline__ u64 cache_policy(bool read_once) {
 __device__ __forceinline__ void copy_async_wide(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+// The same of the first `bytes`, and zeros: 0 reads nothing.
+__device__ __forceinline__ void copy_async_wide(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most PENDING of this thread's latest groups are under way.
 template <int PENDING>

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..geometry import Case, Kernel, Launch, Plan, View, options
+from . import planes_backward_pieces
 
 NAME = "planes"
 SOURCE, FUNCTION = "planes_backward.cu", "planes_backward"
@@ -48,6 +49,8 @@ def why_not(case: Case) -> str | None:
         if reason is not None:
             return reason
     for direction in dict.fromkeys(case.problem.directions):
+        if _has_hidden(case) and direction in ("right", "left"):
+            continue
         if _best(case, direction) is None:
             places = Sizes.of(case, direction).places
             most = _most_blocks(case)
@@ -64,9 +67,16 @@ def plan(case: Case, choice: Mapping[str, Cut] | None = None) -> Plan:
 
     Args:
         case: one that is taken.
-        choice: for some directions another cut out of `cuts` than the one expected to be fastest.
+        choice: for some directions another cut out of `cuts` than the one expected to be fastest; of no
+            effect on right and left where the state is at hand.
     """
     problem = case.problem
+    if _has_hidden(case) and problem.directions[0] in ("right", "left"):
+        pieces = planes_backward_pieces.best(case)
+        assert pieces is not None
+        why = planes_backward_pieces.reason(problem.directions[0], pieces)
+        launch = planes_backward_pieces.launch(case, pieces)
+        return Plan(NAME, (launch,), (), ("gradients of planes, from their states", why))
     launches = []
     kept = parts = 0
     reasons = ["gradients of planes, one direction a launch"]
@@ -114,8 +124,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         scan | {"HAS_HIDDEN": 1},
         scan | {"STORAGE": 0, "HAS_HIDDEN": 1},
         scan | across,
-        scan | across | {"HAS_HIDDEN": 1},
-        scan | across | {"HAS_HIDDEN": 1, "REVERSED": 1},
+        scan | across | {"REVERSED": 1},
         many,
         many | across,
         many
@@ -133,6 +142,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     found = [(Kernel(SOURCE, FUNCTION, tuple(macros.items())), True) for macros in hot]
     found += [(Kernel(SOURCE, FUNCTION, tuple(macros.items())), False) for macros in cold]
     storage = tuple((name, scan[name]) for name in ("STORAGE", "NORMALIZE", "HAS_LAM", "HAS_GATE"))
+    found += planes_backward_pieces.representative_kernels()
     return [*found, (Kernel("planes_backward_taps.cu", "planes_backward_taps", storage), False)]
 
 
@@ -215,6 +225,8 @@ def _has_hidden(case: Case) -> bool:
         return False
     if _sums_channels(case):
         return False  # the sum over channels needs the room of the states
+    if case.problem.directions[0] in ("right", "left") and planes_backward_pieces.best(case) is None:
+        return False
     return _unsuitable(case, "y", case.views["y"]) is None
 
 
@@ -295,9 +307,10 @@ def _cuts(case: Case, sizes: Sizes) -> Iterator[Cut]:
             for segment in (
                 (32 // size * 2, 32 // size, 16 // size) if sizes.horizontal else (16, 12, 8, 6, 4)
             ):
-                cut = _fit(case, sizes, strips, most // strips, own, places, segment)
-                if cut is not None:
-                    yield cut
+                for together in {most // strips, 1} if _sums_channels(case) else (1,):
+                    cut = _fit(case, sizes, strips, together, own, places, segment)
+                    if cut is not None:
+                        yield cut
 
 
 def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int, segment: int) -> Cut | None:
@@ -349,11 +362,13 @@ def _cost(case: Case, cut: Cut) -> float:
     else:
         back, forward = 90 + (28 + 45 * normalize) * cut.places, 60 + (14 + 30 * normalize) * cut.places
     instructions = back + (0 if hidden else 2 * forward)
-    # What one line waits for the one before, and a segment for its operands.
+    # What one line waits for the one before, and a segment for its operands; what a cluster sums over its
+    # blocks comes through their shared memory, and slowly.
     waiting = 100 + 50 * wide + (600 + 600 * (cut.cluster > 1)) / cut.segment
+    waiting += (cut.together > 1) * (1000 + 5 * cut.own)
     if not hidden:
         waiting += 2 * (60 + 50 * wide)
-    traffic = _traffic(case, cut) * (1.5 if cut.sizes.horizontal and cut.segment * case.itemsize == 16 else 1)
+    traffic = _traffic(case, cut) * _pages(case, cut)
     place = cut.threads * cut.places
     own = cut.own if cut.strips > 1 else cut.sizes.places * cut.threads // cut.width
 
@@ -373,6 +388,15 @@ def _cost(case: Case, cut: Cut) -> float:
     total = cut.blocks // at_once * wave(at_once) + (wave(rest) if rest else 0)
     # Of equals, the one with fewer places beyond its own.
     return total * (0.9 + 0.1 * place / own) * (SPILLS if _spills(cut) else 1)
+
+
+def _pages(case: Case, cut: Cut) -> float:
+    """How much longer short pieces of rows take from memory than whole rows do: its pages are longer."""
+    problem = case.problem
+    all_planes = problem.batch * problem.channels * problem.height * problem.width
+    if not cut.sizes.horizontal or all_planes * _traffic(case, cut) < case.device.cache:
+        return 1
+    return {16: 12, 32: 3, 64: 3}[cut.segment * case.itemsize]
 
 
 def _spills(cut: Cut) -> bool:
