@@ -105,7 +105,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         (kernel(1, 224, 64, 2), True),
         (kernel(0, 256, 64, 2, REVERSED=1), True),
         (kernel(1, 224, 64, 2, **cluster), True),
-        (kernel(1, 160, 64, 1, MIN_BLOCKS=3, REVERSED=1, **cluster), True),
+        (kernel(1, 160, 64, 1, MIN_BLOCKS=3, REVERSED=1, **cluster), False),
         (kernel(0, 224, 64, 2, **cluster), True),
         (kernel(0, 160, 128, 1, **cluster), True),
         (kernel(2, 64, 64, 2, NORMALIZE=1, HAS_LAM=0, WANTS=3), False),
