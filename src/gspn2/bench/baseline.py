@@ -70,11 +70,12 @@ def loop(x: Tensor, lam: Tensor | None, w: Tensor) -> Tensor:
     """
     u = x if lam is None else x * lam
     groups = w.shape[1]
-    u = u.unflatten(1, (groups, -1))
-    h: list[Tensor] = [u[..., 0]]
-    for column in range(1, x.shape[3]):
-        taps = w[..., column].unsqueeze(2)  # (B, G, 1, 3, H)
+    # Taken apart at once: autograd would fill a whole tensor for the gradient of every slice.
+    lines = u.unflatten(1, (groups, -1)).unbind(-1)
+    lines_w = w.unsqueeze(2).unbind(-1)  # (B, G, 1, 3, H) each
+    h: list[Tensor] = [lines[0]]
+    for line, taps in zip(lines[1:], lines_w[1:], strict=True):
         before = torch.nn.functional.pad(h[-1], (1, 1))
-        state = taps[..., 0, :] * before[..., :-2] + taps[..., 1, :] * before[..., 1:-1]
-        h.append(state + taps[..., 2, :] * before[..., 2:] + u[..., column])
+        above, here, below = taps.unbind(3)
+        h.append(above * before[..., :-2] + here * before[..., 1:-1] + below * before[..., 2:] + line)
     return torch.stack(h, dim=-1).flatten(1, 2)

@@ -16,6 +16,8 @@ from ..backends.cuda import driver, params
 from ..backends.cuda.geometry import Kernel, Plan
 
 SOURCES = Path(__file__).parent / "kernels"
+recorded: dict[Kernel, None] | None = None
+"""While it is no None, kernels are noted there and nothing is run (`ahead`)."""
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -33,6 +35,9 @@ def ready(plan: Plan, problem: Problem, tensors: Mapping[str, Tensor]) -> Callab
         problem: what the tensors hold.
         tensors: by the names of `params.NAMES`, all on one CUDA device; kept alive by the result.
     """
+    if recorded is not None:
+        recorded.update(dict.fromkeys(launch.kernel for launch in plan.launches))
+        return lambda: None
     device = next(iter(tensors.values())).device
     index = device.index or 0
     scratch = [torch.empty(size, dtype=torch.uint8, device=device) for size in plan.scratch]

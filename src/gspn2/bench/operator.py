@@ -191,16 +191,25 @@ def operator_calls(
     return {"forward": forward, "backward": backward}
 
 
-def check(scan: Scan, operands: Operands, calls: dict[str, Callable[[int], Any]]) -> dict[str, float]:
+def check(
+    scan: Scan,
+    operands: Operands,
+    calls: dict[str, Callable[[int], Any]],
+    slack: float | None = None,
+) -> dict[str, float]:
     """Every pass against the reference in float64; returns relative errors by tensor.
 
     Memory is filled with NaN before each run, so that an element that is not written shows, and each runs
     twice, which must give the same bits. The reference, a loop over lines, runs on the first and the last
     image, and of per-channel taps on the first and the last channel: these do not depend on the others.
 
+    Args:
+        scan, operands, calls: what is checked.
+        slack: relative error that is allowed beyond rounding of the result; see below for the default.
+
     Raises:
         Wrong: an element was not written, a run differs from another, or the error is more than twice that
-            of rounding the exact result, plus 1e-5 (1e-4 for gradients).
+            of rounding the exact result, plus 1e-5 (1e-4 for gradients), or plus `slack`.
     """
     images = sorted({0, scan.size[0] - 1})
     channels = sorted({0, scan.size[1] - 1}) if scan.taps == "per-channel" else slice(None)
@@ -229,7 +238,6 @@ def check(scan: Scan, operands: Operands, calls: dict[str, Callable[[int], Any]]
             found = tuple(t for t, needed in zip(found, needs, strict=True) if needed)
         for (name, truth), tensor in zip(expected.items(), found, strict=True):
             label = name if which == "forward" else f"d{name}"
-            errors[label] = refuse_if_far(
-                label, pick[name](tensor), truth, 1e-5 if which == "forward" else 1e-4
-            )
+            floor = slack or (1e-5 if which == "forward" else 1e-4)
+            errors[label] = refuse_if_far(label, pick[name](tensor), truth, floor)
     return errors

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model on images",
     "eval": "accuracy, speed and confusion matrix of a trained model",
     "predict": "classes of images",
+    "bench": "measure the operator, mixers and backbones beside others, check, draw",
     "info": "versions, devices and backends",
 }
 
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
   gspn2 train --data photos/ --model gspn2_tiny --out runs/photos
   gspn2 eval runs/digits
   gspn2 predict runs/photos cat.jpg holiday/
+  gspn2 bench all --out bench
   gspn2 info --problem 1,8,512,512
 
 `gspn2 COMMAND --help` describes a command and its options."""

@@ -1,0 +1,106 @@
+"""Compile every CUDA kernel that a run will launch before it starts, on all cores at once.
+
+The cases are run on tensors without memory, and what the planner decides for each call is noted. What fails
+here is told again by the case that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..backends import Problem
+from ..backends.cuda import driver, plan, toolchain
+from ..backends.cuda.geometry import Case as PlannerCase
+from ..backends.cuda.geometry import Device, Kernel, View
+from ..ops.propagate import _problem
+from . import launches
+from .case import Case, Contender
+
+
+class Recorder(TorchDispatchMode):
+    """While this is on, the operator on tensors without memory notes the kernels that it would launch."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+        self.kernels: dict[Kernel, None] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.gspn2.propagate.default:
+            self._forward(result, *args)
+        elif func is torch.ops.gspn2.propagate_backward.default:
+            self._backward(result, *args)
+        return result
+
+    def _forward(self, y: Tensor, *args: Any) -> None:
+        x, taps, lam, gate, directions, chunk, normalize, _ = args
+        problem = _problem(x, taps, directions, chunk, normalize)
+        self._note(problem, {"x": x, "taps": taps, "lam": lam, "gate": gate, "y": y}, False)
+
+    def _backward(self, gradients: tuple[Tensor, ...], *args: Any) -> None:
+        dy, x, taps, lam, gate, directions, chunk, normalize, _, needs, *rest = args
+        tensors = {"x": x, "taps": taps, "lam": lam, "gate": gate}
+        named = {
+            f"d{name}": gradient
+            for name, gradient, needed in zip(tensors, gradients, needs, strict=True)
+            if needed and tensors[name] is not None
+        }
+        hidden = rest[0] if rest else None
+        problem = _problem(x, taps, directions, chunk, normalize)
+        self._note(problem, {**tensors, "y": hidden, "dy": dy, **named}, True)
+
+    def _note(self, problem: Problem, tensors: dict[str, Tensor | None], backward: bool) -> None:
+        views = {name: View.of(it) for name, it in tensors.items() if it is not None}
+        case = PlannerCase(replace(problem, device="cuda"), self.device, views, backward)
+        self.kernels |= dict.fromkeys(launch.kernel for launch in plan.choose(case).launches)
+
+
+def kernels(cases: Sequence[Case], device: Device) -> list[Kernel]:
+    """What the cases will launch; contenders that do not run without memory add nothing."""
+    meta = torch.device("meta")
+    recorder = Recorder(device)
+    launches.recorded = recorder.kernels
+    try:
+        with recorder:
+            for case in cases:
+                for contender in [] if case.host else case.contenders(meta):
+                    _try(contender)
+    finally:
+        launches.recorded = None
+    return list(recorder.kernels)
+
+
+def _try(contender: Contender) -> None:
+    with suppress(Exception):
+        for it in contender.make().values():
+            with suppress(Exception):
+                it.work.call(0)
+
+
+def compile_all(cases: Sequence[Case], index: int, jobs: int | None = None) -> tuple[int, int]:
+    """Compile for a device; returns how many kernels there are and how many failed."""
+    device = driver.device(index)
+    wanted = kernels(cases, device)
+    with ProcessPoolExecutor(jobs) as pool:
+        failed = sum(pool.map(partial(_fails, device.capability), wanted))
+    return len(wanted), failed
+
+
+def _fails(capability: tuple[int, int], kernel: Kernel) -> bool:
+    try:
+        toolchain.code(kernel, toolchain.target(capability))
+    except RuntimeError:
+        return True
+    return False

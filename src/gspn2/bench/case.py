@@ -1,0 +1,98 @@
+"""What the bench is made of: cases, their contenders, and the table of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .measure import Work
+
+
+class Absent(Exception):
+    """A contender cannot take part here; the message says why, in words for the report."""
+
+
+@dataclass
+class Pass:
+    """One pass of a contender, ready to be checked and timed.
+
+    Args:
+        work: the timed call.
+        check: finds the result right or raises `check.Wrong`; relative errors by name. Runs first.
+        bytes: the least that has to move: every input read once, every output written once.
+        flops: floating-point operations.
+        facts: more about it for the results: plans, peak memory, images.
+    """
+
+    work: Work
+    check: Callable[[], dict[str, float]]
+    bytes: int
+    flops: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do what a case asks for.
+
+    Args:
+        name: in the table.
+        make: its passes by name ("forward", "backward", "train" ...). Raises `Absent`.
+    """
+
+    name: str
+    make: Callable[[], dict[str, Pass]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem and those who compete on it.
+
+    Args:
+        bench: the part of the bench that it belongs to.
+        name: unique in there.
+        facts: sizes and what else defines the problem, for the results.
+        contenders: made when the case is run; memory is allocated then.
+        extra: can be left out when time is short.
+        rounds: samples of each number, or None for the run's.
+        host: measured on the CPU, whatever the run's device is.
+    """
+
+    bench: str
+    name: str
+    facts: dict[str, Any]
+    contenders: Callable[[torch.device], list[Contender]]
+    extra: bool = False
+    rounds: int | None = None
+    host: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.bench}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the bench: `gspn2 bench NAME`.
+
+    Args:
+        name: on the command line.
+        title: in the report.
+        about: what is measured against what, in a sentence or two.
+        cases: for a CUDA device, or the small ones for a CPU.
+    """
+
+    name: str
+    title: str
+    about: str
+    cases: Callable[[torch.device], Iterator[Case]]
+
+
+def parts() -> dict[str, Part]:
+    """All parts, in the order in which they run."""
+    from . import attention, cpu, ladder, models, sweep, throughput
+
+    return {it.PART.name: it.PART for it in (ladder, throughput, sweep, cpu, attention, models)}

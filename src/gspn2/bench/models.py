@@ -1,0 +1,249 @@
+"""Whole backbones beside timm's: inference and training, eager and compiled, images per second and memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .case import Absent, Case, Contender, Part, Pass
+from .check import Wrong, refuse_if_far
+from .measure import Work
+
+SIZES = {
+    "T": (
+        "gspn2_tiny",
+        "deit_small_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "convnext_tiny",
+        "mambaout_tiny",
+    ),
+    "S": ("gspn2_small", "swin_small_patch4_window7_224", "convnext_small", "mambaout_small"),
+    "B": (
+        "gspn2_base",
+        "deit_base_patch16_224",
+        "swin_base_patch4_window7_224",
+        "convnext_base",
+        "mambaout_base",
+    ),
+}
+RESOLUTIONS = {224: 128, 512: 32, 1024: 8, 2048: 2}
+"""Pixels, and images at a time; half of that for training, at least one."""
+PROXIES = (2, 4, 8, 16, 32)
+FIXED_GRID = ("deit", "swin")
+"""Families that are told the size of the images when they are made."""
+SMALL = ("gspn2_tiny", "deit_small_patch16_224", "convnext_tiny")
+MICRO_BATCH = 2
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Relative distance of logits, one model computed in two ways; bfloat16 is rounded in every layer."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a model: side of the images, their number, training or not, compiled or not."""
+
+    side: int
+    batch: int
+    train: bool
+    compiled: bool = False
+
+    @property
+    def which(self) -> str:
+        return f"{'train' if self.train else 'inference'}{', compiled' if self.compiled else ''}"
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """All of one size and resolution in a case; what is compiled comes last."""
+    if device.type == "cpu":
+        for side, batch in ((224, MICRO_BATCH), (512, 1)):
+            settings = [Setting(side, batch, False), *([Setting(side, batch, True)] if side == 224 else [])]
+            yield _case(f"T, {side} pixels", SMALL, settings, extra=side > 224)
+        yield _proxies(Setting(224, MICRO_BATCH, False))
+        return
+    yield _proxies(Setting(224, 256, False))
+    for size, names in SIZES.items():
+        for side, batch in RESOLUTIONS.items():
+            settings = [Setting(side, batch, False), Setting(side, max(1, batch // 2), True)]
+            yield _case(f"{size}, {side} pixels", names, settings, extra=size != "T")
+    for train in (False, True):
+        settings = [Setting(224, 128, train, compiled=True)]
+        name = f"T, 224 pixels, compiled {'training' if train else 'inference'}"
+        yield _case(name, SIZES["T"], settings, extra=True)
+
+
+def _case(name: str, models: tuple[str, ...], settings: list[Setting], extra: bool = False) -> Case:
+    facts = {
+        "models": list(models),
+        "pixels": settings[0].side,
+        "batches": {setting.which: setting.batch for setting in settings},
+    }
+
+    def contenders(device: torch.device) -> list[Contender]:
+        return [Contender(it, lambda it=it: _model(it, settings, device)) for it in models]  # type: ignore[misc]
+
+    return Case("models", name, facts, contenders, extra=extra, rounds=5)
+
+
+def _proxies(setting: Setting) -> Case:
+    """The paper's figure: the same model with more proxy channels."""
+
+    def contenders(device: torch.device) -> list[Contender]:
+        return [
+            Contender(
+                f"gspn2_tiny, {proxy} proxy channels",
+                lambda proxy=proxy: _model("gspn2_tiny", [setting], device, proxy_dim=proxy),  # type: ignore[misc]
+            )
+            for proxy in PROXIES
+        ]
+
+    facts = {"proxies": list(PROXIES), "pixels": setting.side, "batches": {setting.which: setting.batch}}
+    return Case("models", "proxy channels", facts, contenders, rounds=5)
+
+
+def _model(name: str, settings: list[Setting], device: torch.device, **options: Any) -> dict[str, Pass]:
+    if find_spec("timm") is None:
+        raise Absent("timm is not installed")
+    if device.type == "meta" and not name.startswith("gspn2"):
+        raise Absent("nothing to compile")
+    import timm
+
+    import gspn2.models  # noqa: F401  (registers them with timm)
+
+    if name.startswith(FIXED_GRID):
+        options["img_size"] = settings[0].side
+    with torch.device(device):
+        model = timm.create_model(name, pretrained=False, **options)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = {}
+    for setting in settings:
+        found[setting.which] = (
+            _train(model, setting, device) if setting.train else _infer(model, setting, device)
+        )
+    return found
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _images(setting: Setting, device: torch.device, dtype: torch.dtype) -> Tensor:
+    images = torch.randn(setting.batch, 3, setting.side, setting.side, device=device, dtype=dtype)
+    return images.to(memory_format=torch.channels_last)
+
+
+def _infer(model: nn.Module, setting: Setting, device: torch.device) -> Pass:
+    """Weights and images in the device's fast dtype."""
+    fixed = copy.deepcopy(model).to(_dtype(device)).eval()
+    runner: Callable[[Tensor], Tensor] = torch.compile(fixed) if setting.compiled else fixed
+    images = _images(setting, device, _dtype(device))
+
+    def call(_: int) -> Tensor:
+        with torch.no_grad():
+            return runner(images)
+
+    def check() -> dict[str, float]:
+        """Finite; propagation against the plain reference, compiled against eager."""
+        found = call(0)
+        if not found.isfinite().all():
+            raise Wrong("logits are not finite")
+        some = images[:2]
+        with torch.no_grad():
+            truth = _reference(fixed, some) if not setting.compiled else fixed(some)
+        return {} if truth is None else {"logits": _close(found[:2], truth)}
+
+    facts = _facts(setting, call, device)
+    return Pass(Work(call, graph=False), check, *_cost(model, setting, device), facts)
+
+
+def _train(model: nn.Module, setting: Setting, device: torch.device) -> Pass:
+    """Forward, loss, backward and a step of AdamW; weights in float32, mixed precision on a GPU."""
+    model = model.train()
+    if device.type == "meta":
+        model = model.to(torch.bfloat16)  # as mixed precision has it
+    runner: Callable[[Tensor], Tensor] = torch.compile(model) if setting.compiled else model
+    images = _images(setting, device, torch.bfloat16 if device.type == "meta" else torch.float32)
+    labels = torch.randint(0, 1000, (setting.batch,), device=device)
+    optimizer: list[torch.optim.Optimizer] = []
+
+    def call(_: int) -> Tensor:
+        if not optimizer:
+            optimizer.append(torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda"))
+        mixed: AbstractContextManager[Any] = (
+            torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        )
+        with mixed:
+            loss = F.cross_entropy(runner(images), labels)
+        loss.backward()
+        if device.type != "meta":
+            optimizer[0].step()
+        optimizer[0].zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def check() -> dict[str, float]:
+        if not call(0).isfinite():
+            raise Wrong("the loss is not finite")
+        return {}
+
+    moved, flops = _cost(model, setting, device)
+    return Pass(Work(call, graph=False), check, 3 * moved, 3 * flops, _facts(setting, call, device))
+
+
+def _reference(model: nn.Module, images: Tensor) -> Tensor | None:
+    """Logits with the operator's plain reference; None for a model that does not propagate."""
+    from ..nn import Mixer
+
+    mixers = [it for it in model.modules() if isinstance(it, Mixer)]
+    if not mixers:
+        return None
+    before = [it.backend for it in mixers]
+    try:
+        for it in mixers:
+            it.backend = "reference"
+        return model(images)
+    finally:
+        for it, backend in zip(mixers, before, strict=True):
+            it.backend = backend
+
+
+def _close(found: Tensor, truth: Tensor) -> float:
+    return refuse_if_far("logits", found, truth.double(), AGREEMENT[truth.dtype])
+
+
+def _facts(setting: Setting, call: Callable[[int], Any], device: torch.device) -> dict[str, Any]:
+    """Images of a call; on a GPU the most memory that is allocated during one."""
+    facts = {"images": setting.batch}
+    if device.type == "cuda":
+        call(0)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call(0)
+        torch.cuda.synchronize()
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return facts
+
+
+def _cost(model: nn.Module, setting: Setting, device: torch.device) -> tuple[int, int]:
+    """Bytes that have to move at least (weights and images), and operations, of a forward pass."""
+    from ..models.flops import count_macs
+
+    size = 2 if device.type != "cpu" else 4
+    numbers = sum(it.numel() for it in model.parameters()) + setting.batch * 3 * setting.side**2
+    if device.type == "meta":
+        return 0, 0
+    return size * numbers, 2 * setting.batch * count_macs(model, (3, setting.side, setting.side))
+
+
+PART = Part(
+    "models",
+    "Backbones",
+    "Random weights, channels_last. Inference in bfloat16 (float32 on a CPU); training with mixed "
+    "precision: forward, loss, backward and a step of AdamW. Images per second, and the allocator's peak.",
+    cases,
+)

@@ -1,0 +1,135 @@
+"""The result file: JSON with a schema, written after every case, read back to resume, compare and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .measure import rounded
+
+SCHEMA = 1
+"""Of the file. Raised when a reader of the old one would misread the new one."""
+
+Row = dict[str, Any]
+
+
+class ResultsError(Exception):
+    """A result file that cannot be used; the message says why."""
+
+
+class Results:
+    """A run's result file.
+
+    ::
+
+        {"schema": 1, "machine": {...}, "run": {...}, "rates": {...}, "cases": [
+            {"bench": ..., "case": ..., "facts": {...}, "commit": ..., "seconds": ...,
+             "copy_gb_per_s": ..., "contenders": [
+                {"name": ..., "pass": ..., "ms": ..., "quartiles": [...], "range": [...], "runs": ...,
+                 "bytes": ..., "flops": ..., "gb_per_s": ..., "share": ..., "floor_ms": ...,
+                 "error_of": {...}}
+                or {"name": ..., "absent": why} or {"name": ..., "pass": ..., "wrong": why}]}
+            or {..., "failed": why}]}
+    """
+
+    def __init__(self, path: Path, machine: dict[str, Any], run: dict[str, Any]) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "machine": machine,
+            "run": {**run, "complete": False},
+            "rates": {},
+            "cases": [],
+        }
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.content["cases"]
+
+    def resume(self) -> None:
+        """Take over what the file holds of the same commit; a case that only began has ended its process."""
+        if not self.path.exists():
+            return
+        old = load(self.path)
+        commit = self.content["machine"]["commit"]
+        for row in old["cases"]:
+            if row.get("commit") != commit:
+                continue
+            if row.pop("began", False):
+                row["failed"] = "hung, or ended the process"
+            self.rows.append(row)
+        self.content["rates"] = old["rates"]
+
+    def begin(self, bench: str, case: str, facts: dict[str, Any]) -> bool:
+        """Note that a case begins; False if it has been run."""
+        if any(row["bench"] == bench and row["case"] == case for row in self.rows):
+            return False
+        commit = self.content["machine"]["commit"]
+        self.rows.append({"bench": bench, "case": case, "facts": facts, "commit": commit, "began": True})
+        self.save()
+        return True
+
+    def end(self, found: Row) -> Row:
+        """Put what was found in the place of what began; the row as it is written."""
+        row = self.rows[-1]
+        row.pop("began", None)
+        row.update(rounded(found))
+        self.save()
+        return row
+
+    def finish(self, **facts: Any) -> None:
+        self.content["run"] |= {**rounded(facts), "complete": True}
+        self.save()
+
+    def save(self) -> None:
+        """Write the file anew, as a whole."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(_compact(self.content) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        ResultsError: it is missing, no JSON, no result file, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise ResultsError(f"{path}: expected a result file of gspn2 bench, which names its schema")
+    if content["schema"] != SCHEMA:
+        raise ResultsError(f"{path}: expected schema {SCHEMA}, got {content['schema']!r}; measure again")
+    return content
+
+
+def timed(row: Row) -> list[Row]:
+    """The contenders of a case that have a time."""
+    return [it for it in row.get("contenders", []) if "ms" in it]
+
+
+def broken(row: Row) -> list[str]:
+    """What is wrong with a case: its own failure, and wrong contenders. Absent ones are fine."""
+    found = [row["failed"]] if "failed" in row else []
+    wrong = [it for it in row.get("contenders", []) if "wrong" in it]
+    found += [f"{it['name']}{' ' + it['pass'] if 'pass' in it else ''}: {it['wrong']}" for it in wrong]
+    return found
+
+
+def find(row: Row, name: str, which: str) -> Row | None:
+    """A contender's timed pass."""
+    return next((it for it in timed(row) if it["name"] == name and it["pass"] == which), None)
+
+
+def _compact(content: dict[str, Any]) -> str:
+    """JSON with one line for a list of numbers or words."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)

@@ -1,0 +1,256 @@
+"""`gspn2 bench`: measure, check, compare and draw."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import complain, guarded, positive
+
+if TYPE_CHECKING:
+    import torch
+
+    from gspn2.bench.case import Case
+    from gspn2.bench.results import Results
+
+PARTS = ("ladder", "throughput", "sweep", "cpu", "attention", "models")
+VERBS = ("all", "list", "compare", "report", "docs")
+MINUTES = {"cuda": 14.0, "cpu": 1.8}
+"""For `all`, by device; then what is left is left out, and the report is written."""
+MOST_RESTARTS = 12
+DONE, WRONG, USAGE, LOST = 0, 1, 2, 4
+
+EPILOG = f"""names:
+  {", ".join(PARTS)}   a part of the bench; several may be given
+  all                       every part, in 15 minutes on a GPU, in 2 on a CPU
+  list                      what would be measured
+  compare A.json B.json     what became slower or faster
+  report                    pictures and report.html from results.json in --out
+  docs A.json B.json        docs/benchmarks.md from result files
+
+examples:
+  gspn2 bench all --out bench
+  gspn2 bench ladder throughput
+  gspn2 bench attention --only SigLIP --resume
+  gspn2 bench compare before/results.json bench/results.json
+
+Nothing is timed before its result is found right. The output folder gets results.json, written after every
+case, report.html (one file that loads nothing) and the pictures in it as SVG and PNG. Exit code 1 if a result
+was wrong, a case failed or, for compare, something became slower."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gspn2 bench`."""
+    parser.epilog = EPILOG
+    parser.add_argument("names", nargs="+", metavar="NAME", help="what to do, see below")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench"),
+        metavar="PATH",
+        help="folder, or file of docs (default: bench)",
+    )
+    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds of this commit")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument("--rounds", type=positive, default=9, metavar="N", help="samples (default: 9)")
+    parser.add_argument(
+        "--minutes", type=float, metavar="X", help="begin no case after that (default for all: 14, CPU 1.8)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.05, metavar="X", help="of compare (default: 0.05)"
+    )
+    parser.add_argument("--check", action="store_true", help="docs: write nothing, fail if out of step")
+    parser.add_argument("--no-report", action="store_true", help="measure only")
+    parser.add_argument("--in-process", type=float, metavar="BEGAN", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the names say; returns the exit code."""
+    return guarded("bench", lambda: _bench(args))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from gspn2.bench.results import ResultsError
+
+    verb, *rest = args.names
+    try:
+        if verb == "compare":
+            return _compare(rest, args.tolerance)
+        if verb == "docs":
+            return _docs(rest, args)
+        if verb == "report":
+            return _report(args.out)
+        names, device = _names(args.names), _device(args.device)
+        if verb == "list":
+            return _list(device)
+        return _measure(names, device, args)
+    except ResultsError as error:
+        return complain("bench", error, USAGE)
+
+
+def _names(names: list[str]) -> list[str]:
+    """The parts that are asked for, in order."""
+    from gspn2.training.errors import UserError
+
+    unknown = [name for name in names if name not in (*PARTS, "all", "list")]
+    if unknown:
+        known = ", ".join((*PARTS, *VERBS))
+        raise UserError(f"expected one of {known}, got {unknown[0]!r}")
+    return list(PARTS) if "all" in names else [name for name in PARTS if name in names]
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from gspn2.training.errors import UserError
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: expected a CUDA device, found none")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _cases(names: list[str], device: torch.device, only: str) -> list[Case]:
+    from gspn2.bench.case import parts
+    from gspn2.bench.runner import chosen
+    from gspn2.training.errors import UserError
+
+    found = list(chosen(parts(), names, device, re.compile(only).search))
+    if not found:
+        raise UserError(f"--only: expected a part of a case's name (gspn2 bench list), got {only!r}")
+    return found
+
+
+def _list(device: torch.device) -> int:
+    for case in _cases(list(PARTS), device, ""):
+        print(f"{case.key}{'  (if there is time)' if case.extra else ''}")
+    return DONE
+
+
+def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -> int:
+    """Measure, then report. On a GPU in a process that may be lost, and is started anew for what is left."""
+    cases = _cases(names, device, args.only)
+    if args.in_process is not None:
+        return _run(cases, device, args, args.in_process)
+    began = time.monotonic()
+    path = args.out / "results.json"
+    if not args.resume:
+        path.unlink(missing_ok=True)
+    code = _supervise(cases, path, began) if device.type == "cuda" else _run(cases, device, args, began)
+    if not args.no_report and path.exists():
+        _report(args.out)
+    return code
+
+
+def _supervise(cases: list[Case], path: Path, began: float) -> int:
+    """Compile all kernels, then run the cases in another process, again and again until all are done."""
+    from gspn2.bench import ahead
+    from gspn2.bench.results import load
+
+    count, failed = ahead.compile_all(cases, 0)
+    told = f", {failed} do not compile" if failed else ""
+    print(f"{count} kernels ready after {time.monotonic() - began:.0f} s{told}", flush=True)
+    command = [sys.executable, "-m", "gspn2", *_typed(), "--in-process", str(began)]
+    code = DONE
+    for attempt in range(MOST_RESTARTS):
+        done = subprocess.run([*command, *(["--resume"] if attempt else [])], check=False)
+        if done.returncode in (DONE, WRONG):
+            code |= done.returncode
+        if done.returncode == USAGE or (path.exists() and load(path)["run"]["complete"]):
+            break
+        code = WRONG
+    return code
+
+
+def _typed() -> list[str]:
+    """The arguments of this process, from the subcommand on."""
+    return sys.argv[1:]
+
+
+def _run(cases: list[Case], device: torch.device, args: argparse.Namespace, began: float) -> int:
+    from gspn2.bench import runner, terminal
+
+    minutes = args.minutes
+    if minutes is None and "all" in args.names:
+        minutes = MINUTES[device.type]
+    settings = runner.Settings(device, args.rounds, minutes=minutes)
+    results = _results(device, args)
+    with terminal.Terminal() as shown:
+        runner.run(cases, settings, results, shown, began)
+    print(f"\n{results.path}: {len(results.rows)} cases in {results.content['run']['seconds']:.0f} s")
+    for text in shown.bad:
+        print(f"WRONG  {text}")
+    return WRONG if shown.bad else DONE
+
+
+def _results(device: torch.device, args: argparse.Namespace) -> Results:
+    from gspn2.bench.about import machine
+    from gspn2.bench.results import Results
+
+    command = shlex.join(["gspn2", *(word for word in _shown(_typed()))])
+    run: dict[str, Any] = {"command": command, "device": device.type, "rounds": args.rounds}
+    results = Results(args.out / "results.json", machine(device, command), run)
+    if args.resume:
+        results.resume()
+    return results
+
+
+def _shown(words: list[str]) -> list[str]:
+    """The command line without what is nobody's business: folders, and how it was run."""
+    text = " ".join(shlex.quote(word) for word in words)
+    return shlex.split(re.sub(r" ?--(out|in-process)[ =]\S+| ?--resume", "", text))
+
+
+def _report(out: Path) -> int:
+    from gspn2.bench import report
+    from gspn2.bench.results import load
+
+    content = load(out / "results.json")
+    try:
+        path = report.write(content, out)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return complain("bench", 'no report: it needs matplotlib: pip install "gspn2[bench]"', WRONG)
+    print(f"report: {path}")
+    return DONE
+
+
+def _compare(paths: list[str], tolerance: float) -> int:
+    from gspn2.bench import compare
+    from gspn2.bench.results import load
+    from gspn2.training.errors import UserError
+
+    if len(paths) != 2:
+        raise UserError(f"compare: expected two result files, got {len(paths)}")
+    found = compare.compare(*(load(Path(path)) for path in paths))
+    print("\n".join(compare.lines(found, tolerance)))
+    return WRONG if found.slower(tolerance) or found.lost else DONE
+
+
+def _docs(paths: list[str], args: argparse.Namespace) -> int:
+    from gspn2.bench import document
+    from gspn2.bench.results import load
+    from gspn2.training.errors import UserError
+
+    if not paths:
+        raise UserError("docs: expected result files, got none")
+    text = document.text([load(Path(path)) for path in paths])
+    path = args.out if args.out.suffix == ".md" else Path("docs") / "benchmarks.md"
+    if args.check:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            return complain(
+                "bench", f"{path} is out of step with its result files: run this without --check", WRONG
+            )
+        return DONE
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")
+    return DONE
