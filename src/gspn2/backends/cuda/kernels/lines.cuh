@@ -20,13 +20,13 @@ constexpr int TENSORS = 4 + HAS_LAM + HAS_GATE;  // x, three taps, lam, gate: in
 constexpr int HALO = CLUSTER > 1 ? 16 : 0;       // places beyond a block's own, and lines between exchanges
 
 // Shared memory: the warps' edges, then what blocks of a cluster send each other, then rings.
-constexpr int EDGES = 2 * 2 * (WARPS + 2);             // floats: [turn][side][warp]
+constexpr int EDGES = 2 * 2 * WARPS;                   // of 8 bytes: [turn][side][warp]
 constexpr int HALOS = 2 * 2 * (HALO > 0 ? HALO : 1);   // floats: [turn][side][row]
-constexpr int RING = (4 * (EDGES + HALOS) + 32 + 127) / 128 * 128;
+constexpr int RING = (8 * EDGES + 4 * HALOS + 32 + 127) / 128 * 128;
 
-__device__ __forceinline__ float* edges() { return (float*)shared_memory(); }
-__device__ __forceinline__ float* halos() { return edges() + EDGES; }
-__device__ __forceinline__ u64* halo_barriers() { return (u64*)(shared_memory() + (4 * (EDGES + HALOS) + 7) / 8 * 8); }
+__device__ __forceinline__ u64* edges() { return (u64*)shared_memory(); }
+__device__ __forceinline__ float* halos() { return (float*)(edges() + EDGES); }
+__device__ __forceinline__ u64* halo_barriers() { return (u64*)(halos() + HALOS); }
 
 // Element e of stored words.
 __device__ __forceinline__ float element(const u32* words, int e) {
@@ -87,7 +87,6 @@ __device__ __forceinline__ void write_words(void* to, const u32* words) {
 // 32 bytes beside those of the next thread, in down and up four rows of a thread's 8 places are 128 adjacent bytes.
 struct Plane {
   const storage_t* from[TENSORS];  // row 0, column 0 of each tensor
-  long long row[TENSORS];          // elements from row to row
   storage_t* y;
   float* sums;
   long long sums_strip;  // elements from strip to strip
@@ -98,18 +97,25 @@ struct Plane {
   }
 };
 
+// Elements of tensor i from row to row: looked up where it is used, as there are too many for registers.
+__device__ __forceinline__ long long row_step(const Params& p, int i) {
+  if (i == 0) return p.x.h;
+  if (i < 4) return p.taps.h;
+  return HAS_LAM && i == 4 ? p.lam.h : p.gate.h;
+}
+
 __device__ __forceinline__ Plane plane_of(const Params& p, int plane, int d) {
   const long long b = plane / p.channels, c = plane % p.channels, g = c / (p.channels / p.groups);
   Plane it;
-  it.from[0] = p.x.data + b * p.x.b + c * p.x.c, it.row[0] = p.x.h;
+  it.from[0] = p.x.data + b * p.x.b + c * p.x.c;
 #pragma unroll
   for (int k = 0; k < 3; ++k)
-    it.from[1 + k] = p.taps.data + b * p.taps.b + d * p.taps.d + g * p.taps.c + k * p.taps.k, it.row[1 + k] = p.taps.h;
+    it.from[1 + k] = p.taps.data + b * p.taps.b + d * p.taps.d + g * p.taps.c + k * p.taps.k;
 #if HAS_LAM
-  it.from[4] = p.lam.data + b * p.lam.b + d * p.lam.d + c * p.lam.c, it.row[4] = p.lam.h;
+  it.from[4] = p.lam.data + b * p.lam.b + d * p.lam.d + c * p.lam.c;
 #endif
 #if HAS_GATE
-  it.from[TENSORS - 1] = p.gate.data + b * p.gate.b + d * p.gate.d + c * p.gate.c, it.row[TENSORS - 1] = p.gate.h;
+  it.from[TENSORS - 1] = p.gate.data + b * p.gate.b + d * p.gate.d + c * p.gate.c;
 #endif
   it.y = p.y.data + b * p.y.b + c * p.y.c;
   it.sums_strip = 8LL * p.height;
@@ -118,22 +124,28 @@ __device__ __forceinline__ Plane plane_of(const Params& p, int plane, int d) {
   return it;
 }
 
+// What the taps of a missing neighbour are taken for: no share at all.
+#if !NORMALIZE
+constexpr u32 MISSING = 0;
+#else
+constexpr u32 MISSING = STORAGE == 0 ? 0xff800000u : STORAGE == 1 ? 0xff80ff80u : 0xfc00fc00u;
+#endif
+
 // As tap_weights, whose comment has the maths, of logits that had 16 bits: powers of two throughout, bounded only where
 // an infinity would leave NaN, because these instructions are most of what a place costs.
-__device__ __forceinline__ Taps weights_of(const Taps& a, bool has_before, bool has_after) {
+__device__ __forceinline__ Taps weights_of(const Taps& a) {
 #if NORMALIZE && STORAGE != 0
   const float log2e = 1.44269504f, most = 59.f;  // products of two powers stay finite
   const Taps t = {a.before * -log2e, a.here * -log2e, a.after * -log2e};
-  const float low = fmin_nan(has_before ? t.before : t.here, fmin_nan(t.here, has_after ? t.after : t.here));
-  const float shift = fmax_nan(low, 0.f), one = exp2_fast(-shift);
-  const float before = has_before ? one + exp2_fast(fmin_nan(t.before - shift, most)) : 1.f;
+  const float shift = fmax_nan(fmin_nan(t.before, fmin_nan(t.here, t.after)), 0.f), one = exp2_fast(-shift);
+  const float before = one + exp2_fast(fmin_nan(t.before - shift, most));
   const float here = one + exp2_fast(fmin_nan(t.here - shift, most));
-  const float after = has_after ? one + exp2_fast(fmin_nan(t.after - shift, most)) : 1.f;
-  const Taps w = {has_before ? here * after : 0.f, before * after, has_after ? before * here : 0.f};
+  const float after = one + exp2_fast(fmin_nan(t.after - shift, most));
+  const Taps w = {here * after, before * after, before * here};
   const float scale = reciprocal(w.before + w.here + w.after);
   return {w.before * scale, w.here * scale, w.after * scale};
 #else
-  return tap_weights(a, has_before, has_after);
+  return tap_weights(a, true, true);
 #endif
 }
 
@@ -143,14 +155,14 @@ struct Place {
   Taps w;
 };
 
-__device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e, bool has_before, bool has_after) {
+__device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e) {
   Place it;
   it.u = element(words[0], e);
 #if HAS_LAM
   it.u *= element(words[4], e);
 #endif
   it.gate = HAS_GATE ? element(words[TENSORS - 1], e) : 1.f;
-  it.w = weights_of({element(words[1], e), element(words[2], e), element(words[3], e)}, has_before, has_after);
+  it.w = weights_of({element(words[1], e), element(words[2], e), element(words[3], e)});
   return it;
 }
 
@@ -164,32 +176,46 @@ struct Restarts {
   }
 };
 
-// Hands the states at the two ends of every warp to its neighbours: put, then a barrier, then get in the next line.
+// Hands the states at the two ends of every warp to its neighbours, without a barrier: what is posted is numbered, and
+// who takes it waits for the number. Two turns are enough: a warp posts the states of a line after it has taken those
+// of the line before, which its neighbour posted when it had taken those of the line before that.
 struct Edges {
-  int turn, warp, lane, threads;  // threads: those that hold places
+  u32 count;  // of posts; every warp's are numbered alike
+  int warp, lane;
+  bool takes;  // has this lane a neighbour in another warp
 
-  __device__ __forceinline__ float* at(int side) const { return edges() + (turn * 2 + side) * (WARPS + 2) + warp + 1; }
-
-  __device__ __forceinline__ void start() {
-    for (int i = threadIdx.x; i < EDGES; i += threads) edges()[i] = 0.f;
-    turn = 0;
+  // After `count` posts. threads: those that hold places.
+  __device__ __forceinline__ void start(u32 posts, int threads) {
+    count = posts;
+    warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    takes = (lane == 0 && warp > 0) || (lane == 31 && warp + 1 < threads / 32);
+    put(0.f, 0.f);
   }
+  __device__ __forceinline__ u64* at(int side, int of) const { return edges() + ((count & 1) * 2 + side) * WARPS + of; }
+
   __device__ __forceinline__ void get(float& before, float& after) const {
-    if (lane == 0) before = at(1)[-1];
-    if (lane == 31) after = at(0)[1];
+    if (takes) {
+      const float state = take(lane == 0 ? at(1, warp - 1) : at(0, warp + 1), count);
+      (lane == 0 ? before : after) = state;
+    }
   }
   __device__ __forceinline__ void put(float first, float last) {
-    turn ^= 1;
-    if (lane == 0) *at(0) = first;
-    if (lane == 31) *at(1) = last;
+    ++count;
+    if (lane == 0 || lane == 31) post(at(lane == 0 ? 0 : 1, warp), lane == 0 ? first : last, count);
   }
-  __device__ __forceinline__ void barrier() const {
-    if (WARPS > 1)
-      named_barrier(1, threads);
-    else
-      __syncwarp();
+  // Again, as states have changed since: not before neighbours have posted the last ones.
+  __device__ __forceinline__ void put_again(float first, float last) {
+    float before, after;
+    get(before, after);
+    put(first, last);
   }
 };
+
+// Zero numbers, before the first post; a barrier has to follow.
+__device__ __forceinline__ void clear_edges() {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < EDGES; i += THREADS) edges()[i] = 0;
+}
 
 // Whole warps that hold `places` of a line; the others of the block rest.
 __device__ __forceinline__ int threads_for(int places, int each) { return ((places + each - 1) / each + 31) / 32 * 32; }
@@ -207,6 +233,7 @@ struct Strip {
   // h: the states from `first` on. Places of a thread are all on one side of every border.
   template <int N>
   __device__ __forceinline__ void exchange(float (&h)[N], int first, int& count) const {
+    __syncwarp();  // what the lanes at its ends took says that others have read what is now written over
     const int turn = count & 1;
     const u32 parity = count >> 1 & 1;
     ++count;
@@ -244,8 +271,17 @@ __device__ __forceinline__ Strip strip_of(int places, int own, int rank) {
   return {places, begin, end, max(0, begin - HALO), min(places, end + HALO), rank};
 }
 
-// Of states between blocks in one scan. Threads that rest count them, too: they may take part in the next.
-__device__ __forceinline__ int exchanges_in(int lines) { return HALO > 0 ? (lines - 1) / (HALO > 0 ? HALO : 1) : 0; }
+// How many lines' states warps have posted, and how often blocks have exchanged theirs, in all scans so far. Threads
+// that rest count, too: they may take part in the next.
+struct Counts {
+  u32 posts;
+  int exchanges;
+
+  __device__ __forceinline__ void add(int lines, bool exchanging) {
+    const int more = exchanging && HALO > 0 ? (lines - 1) / (HALO > 0 ? HALO : 1) : 0;
+    posts += 1 + lines + more, exchanges += more;
+  }
+};
 
 __device__ __forceinline__ void wait_for_everybody() {
 #if CLUSTER > 1

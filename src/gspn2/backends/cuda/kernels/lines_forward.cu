@@ -5,36 +5,35 @@
 #if HPIECE
 template <bool REVERSED>
 __device__ __forceinline__ void scan_horizontal(const Params& p, const Scan& scan, int plane, int d, int rank,
-                                                int exchanges) {
-  HorizontalScan<REVERSED> run;
-  run.plane = plane_of(p, plane, d);
-  run.run(p, scan, rank, exchanges);
+                                                const Counts& counts) {
+  HorizontalScan<REVERSED> run{p, plane_of(p, plane, d)};
+  run.run(scan, rank, counts);
 }
 #endif
 
-KERNEL(THREADS, 1) lines_forward(CONSTANT_PARAMS p) {
+KERNEL(THREADS, BLOCKS) lines_forward(CONSTANT_PARAMS p) {
 #if CLUSTER > 1
   const int rank = (int)cluster_rank();
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; ++i) mbarrier_init(halo_barriers() + i, 1);
     mbarrier_init_fence();
   }
-  cluster_barrier();
 #else
   const int rank = 0;
 #endif
+  clear_edges();
+  wait_for_everybody();
   const int planes = p.batch * p.channels, share = p.knobs[0];
   const int first = (int)blockIdx.x / CLUSTER * share, count = min(share, planes - first);
-  [[maybe_unused]] int exchanges = 0;  // of states between blocks, so far
+  Counts counts{0, 0};
   for (int d = 0; d < p.scans; ++d) {
     const Scan scan = scan_of(p, d);
     if (scan.vertical) {
 #if VPLACES
       for (int q = VSPLIT ? 0 : rank; q < count; q += VSPLIT ? 1 : CLUSTER) {
-        VerticalScan run;
-        run.plane = plane_of(p, first + q, d);
-        run.run(p, scan, rank, exchanges);
-        if (VSPLIT) exchanges += exchanges_in(scan.lines);
+        VerticalScan run{p, plane_of(p, first + q, d)};
+        run.run(scan, rank, counts);
+        counts.add(scan.lines, VSPLIT);
         __syncthreads();
       }
 #endif
@@ -42,10 +41,10 @@ KERNEL(THREADS, 1) lines_forward(CONSTANT_PARAMS p) {
 #if HPIECE
       for (int q = 0; q < count; ++q) {
         if (scan.reversed)
-          scan_horizontal<true>(p, scan, first + q, d, rank, exchanges);
+          scan_horizontal<true>(p, scan, first + q, d, rank, counts);
         else
-          scan_horizontal<false>(p, scan, first + q, d, rank, exchanges);
-        exchanges += exchanges_in(scan.lines);
+          scan_horizontal<false>(p, scan, first + q, d, rank, counts);
+        counts.add(scan.lines, true);
         __syncthreads();
       }
 #endif

@@ -9,7 +9,8 @@ constexpr int VECTOR = 16 / SIZE;          // columns in 16 bytes
 constexpr int VECTORS = HPIECE / 16;       // of a row in a tile
 constexpr int TILE = 32 * HPIECE;          // bytes of one tensor in a warp's tile
 constexpr int HTILE = TENSORS * TILE;
-constexpr int AHEAD = SUMS ? 16 / VECTOR : 1;  // vectors between asking for sums and using them
+constexpr int UNPACKED = WARPS > 9 ? 4 : VECTOR;  // columns at a time: many warps have few registers
+constexpr int AHEAD = 8 / VECTOR;  // vectors between asking for sums and using them
 
 // Where vector v of a row is: permuted so that 8 rows' vectors meet 8 different groups of banks.
 template <int N>
@@ -20,9 +21,9 @@ __device__ __forceinline__ int place_of(int row, int v) {
 
 template <bool REVERSED>
 struct HorizontalScan {
+  const Params& p;
   Plane plane;
   unsigned char* ring;
-  long long y_row;
   Strip strip;
   int width, tiles, all_vectors;
   int warp_row;  // first row of the warp
@@ -48,8 +49,8 @@ struct HorizontalScan {
 
   __device__ __forceinline__ void move_to_lane() {
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i) plane.from[i] += lane_offset<VECTORS>(plane.row[i], VECTOR);
-    plane.y += lane_offset<VECTORS>(y_row, VECTOR);
+    for (int i = 0; i < TENSORS; ++i) plane.from[i] += lane_offset<VECTORS>(row_step(p, i), VECTOR);
+    plane.y += lane_offset<VECTORS>(p.y.h, VECTOR);
   }
 
   __device__ __forceinline__ unsigned char* tile_at(int tile) const { return ring + tile % HBUFFERS * HTILE; }
@@ -61,7 +62,7 @@ struct HorizontalScan {
       if (!strip.has(row)) return;
 #pragma unroll
       for (int i = 0; i < TENSORS; ++i)
-        copy_async_wide(to + i * TILE + place, plane.from[i] + rows * plane.row[i] + column0);
+        copy_async_wide(to + i * TILE + place, plane.from[i] + rows * row_step(p, i) + column0);
     });
   }
 
@@ -69,7 +70,7 @@ struct HorizontalScan {
     const unsigned char* from = tile_at(tile);
     const int column0 = column_of(tile);
     for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
-      if (strip.owns(row)) *(uint4*)(plane.y + rows * y_row + column0) = *(const uint4*)(from + place);
+      if (strip.owns(row)) *(uint4*)(plane.y + rows * p.y.h + column0) = *(const uint4*)(from + place);
     });
   }
 
@@ -99,14 +100,23 @@ struct HorizontalScan {
     }
   }
 
-  // One vector of this thread's row, whose weights are in `places`; they are replaced by those of the next vector.
-  __device__ __forceinline__ void scan_vector(float (&result)[VECTOR], Place (&places)[VECTOR],
-                                              const u32 (&next_words)[TENSORS][4], float& h, Edges& edges,
+  // One vector of this thread's row, added to `result`.
+  __device__ __forceinline__ void scan_vector(float (&result)[VECTOR], u32 (&words)[TENSORS][4], float& h, Edges& edges,
                                               Restarts& restarts, bool starts, bool ends) const {
 #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (starts) words[1][i] = MISSING;
+      if (ends) words[3][i] = MISSING;
+    }
+    // Weights first: what is between two lines is on the way of the states.
+    Place places[UNPACKED];
+#pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
+      if (i % UNPACKED == 0)
+#pragma unroll
+        for (int k = 0; k < UNPACKED; ++k) places[k] = unpack(words, REVERSED ? VECTOR - 1 - i - k : i + k);
       const int e = REVERSED ? VECTOR - 1 - i : i;
-      const Place& it = places[e];
+      const Place& it = places[i % UNPACKED];
       float before = __shfl_up_sync(0xffffffffu, h, 1), after = __shfl_down_sync(0xffffffffu, h, 1);
       edges.get(before, after);
       if (restarts.next()) {
@@ -117,11 +127,8 @@ struct HorizontalScan {
         h = fmaf(it.w.after, ends ? 0.f : after, next);
       }
       edges.put(h, h);
-      edges.barrier();
       const float v_out = HAS_GATE ? h * it.gate : h;
       result[e] = SUMS ? result[e] + v_out : v_out;
-      // These wait for nothing: they fill the time in which states do.
-      places[e] = unpack(next_words, e, !starts, !ends);
     }
   }
 
@@ -141,24 +148,24 @@ struct HorizontalScan {
     }
   }
 
-  __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, int exchanges) {
+  __device__ __forceinline__ void run(const Scan& scan, int rank, Counts counts) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     strip = strip_of(scan.places, p.knobs[1], rank);
     const int first_row = strip.own_begin - HALO;
-    Edges edges{0, warp, lane, threads_for(strip.end - first_row, 1)};
-    if ((int)threadIdx.x >= edges.threads) return;
+    const int threads = threads_for(strip.end - first_row, 1);
+    if ((int)threadIdx.x >= threads) return;
+    Edges edges;
+    edges.start(counts.posts, threads);
     warp_row = first_row + warp * 32;
     const int row = warp_row + lane;
     const bool starts = row == 0, ends = row + 1 == scan.places, inside = strip.has(row);
     ring = shared_memory() + RING + warp * HBUFFERS * HTILE;
-    y_row = p.y.h, width = p.width;
+    width = p.width;
     constexpr int COLUMNS = HPIECE / SIZE;
     tiles = (width + COLUMNS - 1) / COLUMNS, all_vectors = (width + VECTOR - 1) / VECTOR;
     move_to_lane();
-    edges.start();
-    constexpr bool RUNS_AHEAD = HBUFFERS > 1;
-#pragma unroll
-    for (int t = 0; t < (RUNS_AHEAD ? HBUFFERS - 1 : 1); ++t) {
+#pragma unroll 1
+    for (int t = 0; t < HBUFFERS - 1; ++t) {
       if (t < tiles) copy_tile(t);
       copy_commit();
     }
@@ -171,64 +178,39 @@ struct HorizontalScan {
       read_sums(sums[k], row, k);
     }
 #endif
-    copy_wait<RUNS_AHEAD ? HBUFFERS - 2 : 0>();
-    __syncwarp();
-    edges.barrier();
     float h[1] = {0.f};
     Restarts restarts{p.chunk, 0};
     [[maybe_unused]] int until_exchange = HALO;
-    u32 words[TENSORS][4];  // of rows that are not there: whatever is in the tile
-    Place places[VECTOR];
-    auto unpack_vector = [&](int tile) {
-      read_vector(words, tile, vector_of(tile, 0));
-#pragma unroll
-      for (int e = 0; e < VECTOR; ++e) places[e] = unpack(words, e, !starts, !ends);
-    };
-    unpack_vector(0);
     int n = 0;
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
-      if (RUNS_AHEAD) {
-        if (t + HBUFFERS - 1 < tiles) copy_tile(t + HBUFFERS - 1);
-        copy_commit();
-      } else if (t > 0) {
-        copy_tile(t);
-        copy_commit();
-        copy_wait<0>();
-        __syncwarp();
-        unpack_vector(t);
-      }
+      if (t + HBUFFERS - 1 < tiles) copy_tile(t + HBUFFERS - 1);
+      copy_commit();
+      copy_wait<HBUFFERS - 1>();
+      __syncwarp();
       const int vectors = vectors_in(t);
 #pragma unroll 1
       for (int i = 0; i < vectors; ++i, ++n) {
 #if CLUSTER > 1
         if (until_exchange == 0) {
-          strip.exchange(h, row, exchanges);
-          edges.put(h[0], h[0]);
-          edges.barrier();
+          strip.exchange(h, row, counts.exchanges);
+          edges.put_again(h[0], h[0]);
           until_exchange = HALO;
         }
         until_exchange -= VECTOR;
 #endif
         if (!inside) h[0] = 0.f;
-        if (i + 1 < vectors) {
-          read_vector(words, t, vector_of(t, i + 1));
-        } else if (RUNS_AHEAD && t + 1 < tiles) {
-          copy_wait<RUNS_AHEAD ? HBUFFERS - 2 : 0>();
-          __syncwarp();
-          read_vector(words, t + 1, vector_of(t + 1, 0));
-        }
+        u32 words[TENSORS][4];  // of rows that are not there: whatever is in the tile
+        read_vector(words, t, vector_of(t, i));
         float result[VECTOR];
-#if SUMS
 #pragma unroll
         for (int e = 0; e < VECTOR; ++e) {
-          result[e] = __uint_as_float(sums[0][e]);
+          result[e] = SUMS ? __uint_as_float(sums[0][e]) : 0.f;
 #pragma unroll
           for (int k = 1; k < AHEAD; ++k) sums[k - 1][e] = sums[k][e];
         }
-        read_sums(sums[AHEAD - 1], row, n + AHEAD);
-#endif
-        scan_vector(result, places, words, h[0], edges, restarts, starts, ends);
+        if (SUMS) read_sums(sums[AHEAD - 1], row, n + AHEAD);
+        scan_vector(result, words, h[0], edges, restarts, starts, ends);
         write_vector(result, row, t, vector_of(t, i), n);
       }
       __syncwarp();

@@ -1,5 +1,5 @@
 // Down and up: lines are rows. A thread holds VPLACES neighbours of a row. It copies its own pieces of
-// the next lines into a ring that nobody else reads, so data needs no barrier; states do, one a line.
+// the next lines into a ring that nobody else reads, so data needs no barrier, and states are posted (see Edges).
 // Sums are copied and written by whole warps, for their 32 threads' places: 128 adjacent bytes at a time.
 #pragma once
 #include "lines.cuh"
@@ -26,6 +26,7 @@ struct SumUnits {
 };
 
 struct VerticalScan {
+  const Params& p;
   Plane plane;
   unsigned char* ring;
   int lines;
@@ -69,7 +70,7 @@ struct VerticalScan {
           for (int k = 0; k < TENSORS; ++k) copy_async<VBYTES>(to + k * VTHREADS * VBYTES, next[k]);
         }
 #pragma unroll
-        for (int k = 0; k < TENSORS; ++k) next[k] += reversed ? -plane.row[k] : plane.row[k];
+        for (int k = 0; k < TENSORS; ++k) next[k] += reversed ? -row_step(p, k) : row_step(p, k);
       }
 #if SUMS
     if (plane.adds) {
@@ -115,17 +116,21 @@ struct VerticalScan {
     write_words<VWORDS>(y, words);
   }
 
-  __device__ __forceinline__ void unpack_line(Place (&places)[VPLACES], const u32 (&words)[TENSORS][4], bool starts, bool ends) const {
+  __device__ __forceinline__ void unpack_line(Place (&places)[VPLACES], u32 (&words)[TENSORS][4], bool starts, bool ends) const {
+    constexpr u32 FIRST = SIZE < 4 ? 0x0000ffffu : ~0u, LAST = SIZE < 4 ? 0xffff0000u : ~0u;
+    if (starts) words[1][0] = (words[1][0] & ~FIRST) | (MISSING & FIRST);
+    if (ends) words[3][VWORDS - 1] = (words[3][VWORDS - 1] & ~LAST) | (MISSING & LAST);
 #pragma unroll
-    for (int e = 0; e < VPLACES; ++e)
-      places[e] = unpack(words, e, e > 0 || !starts, e < VPLACES - 1 || !ends);
+    for (int e = 0; e < VPLACES; ++e) places[e] = unpack(words, e);
   }
 
-  __device__ __forceinline__ void run(const Params& p, const Scan& scan, int rank, [[maybe_unused]] int exchanges) {
+  __device__ __forceinline__ void run(const Scan& scan, int rank, Counts counts) {
     strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank) : strip_of(scan.places, scan.places, 0);
     const int first = strip.begin + (int)threadIdx.x * VPLACES;
-    Edges edges{0, (int)threadIdx.x / 32, (int)threadIdx.x % 32, threads_for(strip.end - strip.begin, VPLACES)};
-    if ((int)threadIdx.x >= edges.threads) return;
+    const int threads = threads_for(strip.end - strip.begin, VPLACES);
+    if ((int)threadIdx.x >= threads) return;
+    Edges edges;
+    edges.start(counts.posts, threads);
     inside = strip.has(first);
     writes = strip.owns(first);
     [[maybe_unused]] int until_exchange = HALO;
@@ -133,12 +138,11 @@ struct VerticalScan {
     lines = scan.lines, reversed = scan.reversed;
     const long long start = reversed ? lines - 1 : 0;
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i) next[i] = plane.from[i] + start * plane.row[i] + first;
+    for (int i = 0; i < TENSORS; ++i) next[i] = plane.from[i] + start * row_step(p, i) + first;
     y = plane.y + start * p.y.h + first, y_step = reversed ? -p.y.h : p.y.h;
-    edges.start();
+#pragma unroll 1
     for (int g = 0; g < VRING - 1; ++g) copy_group(g);
     copy_wait<VRING - 2>();
-    edges.barrier();
     float h[VPLACES];
 #pragma unroll
     for (int e = 0; e < VPLACES; ++e) h[e] = 0.f;
@@ -156,9 +160,8 @@ struct VerticalScan {
       copy_group(g + VRING - 1);
 #if VSPLIT
       if (until_exchange == 0) {
-        strip.exchange(h, first, exchanges);
-        edges.put(h[0], h[VPLACES - 1]);
-        edges.barrier();
+        strip.exchange(h, first, counts.exchanges);
+        edges.put_again(h[0], h[VPLACES - 1]);
         until_exchange = HALO;
       }
       until_exchange -= VLINES;
@@ -181,7 +184,6 @@ struct VerticalScan {
           advance(h, places, starts ? 0.f : before, ends ? 0.f : after);
         }
         edges.put(h[0], h[VPLACES - 1]);
-        edges.barrier();
         if (writes) write_line(g, i, places, h);
         y += y_step;
         // The next line's weights wait for nothing: they fill the time in which states do.

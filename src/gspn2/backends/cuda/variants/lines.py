@@ -103,7 +103,7 @@ class Layout:
     def shared(self) -> int:
         """Bytes of shared memory, as `kernels/lines.cuh` cuts it."""
         warps = self.threads // LANES
-        head = 4 * (4 * (warps + 2) + 4 * (HALO if self.cluster > 1 else 1)) + 32
+        head = 8 * 4 * warps + 4 * 4 * (HALO if self.cluster > 1 else 1) + 32
         return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
 
     @property
@@ -121,7 +121,7 @@ class Layout:
 
     def fits(self) -> bool:
         problem = self.case.problem
-        most = MOST_WARPS * (2 if self.rows is None and not _sums(self.case) else 1)
+        most = MOST_WARPS * (2 if self.rows is None and not _sums(self.case) else 1) + 1
         if self.threads > LANES * most or self.shared > self.case.device.shared_memory:
             return False
         if self.cluster == 1:
@@ -162,7 +162,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """
 
     def cut(threads: int, cluster: int, split: int) -> Macros:
-        return (("THREADS", threads), ("CLUSTER", cluster), ("VSPLIT", split))
+        return (("THREADS", threads), ("BLOCKS", 1), ("CLUSTER", cluster), ("VSPLIT", split))
 
     def rows(threads: int, places: int, lines: int, ring: int) -> Macros:
         return (("VTHREADS", threads), ("VPLACES", places), ("VLINES", lines), ("VRING", ring))
@@ -196,6 +196,7 @@ def plan_of(layout: Layout) -> Plan:
         (
             *options(case),
             ("THREADS", layout.threads),
+            ("BLOCKS", 1),
             ("CLUSTER", layout.cluster),
             ("VSPLIT", int(layout.split)),
             ("SUMS", int(_sums(case))),
