@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gspn2
+from gspn2.backends.cuda.layouts import record_padding
 from gspn2.nn import FFN, GRN, LPU, DropPath, LayerNorm2d, Mixer, Operands, TokenMixer
 
 pytestmark = pytest.mark.filterwarnings("ignore:gspn2 runs the slow reference")
@@ -129,6 +130,7 @@ def test_operands_are_views_of_one_channels_last_tensor(operands_from, batch):
     assert operands.logits.shape == (batch, 4, 1, 3, 6, 5)
     assert operands.lam.shape == operands.gate.shape == (batch, 4, 4, 6, 5)
     packed = 4 * (4 + 4 + 3) + (4 if operands_from == "input" else 0)
+    assert mixer.padding == 0
     for tensor in (operands.logits, operands.lam, operands.gate):
         assert tensor.stride()[-2:] == (5 * packed, packed)
         assert tensor.untyped_storage().data_ptr() == operands.lam.untyped_storage().data_ptr()
@@ -136,6 +138,27 @@ def test_operands_are_views_of_one_channels_last_tensor(operands_from, batch):
     shared = operands.x.untyped_storage().data_ptr() == operands.lam.untyped_storage().data_ptr()
     assert shared == (operands_from == "input")
     assert operands.x.stride()[1] == 1
+
+
+@pytest.mark.parametrize("operands_from", ["proxy", "input"])
+def test_wide_records_are_padded_to_vectors(operands_from):
+    """As the planner imagines them; parameters and results are what they would be without."""
+    mixer = seeded(Mixer, DIM, 16, operands_from=operands_from)
+    assert sum(mixer.sizes) == 4 * (16 + 16 + 3)
+    assert mixer.padding == record_padding(16, sum(mixer.sizes)) == 4
+    x = image(2, DIM, 6, 5)
+    operands = mixer.operands(x)
+    packed = 4 * (16 + 16 + 3) + 4 + (16 if operands_from == "input" else 0)
+    for tensor in (operands.logits, operands.lam, operands.gate):
+        assert tensor.stride()[-2:] == (5 * packed, packed)
+    assert mixer.to_operands.weight.shape[0] == sum(mixer.sizes)
+    expected = written_out(mixer, x)
+    torch.testing.assert_close(mixer(x), expected)
+    mixer(x).sum().backward()
+    found = mixer.to_operands.weight.grad
+    mixer.zero_grad()
+    written_out(mixer, x).sum().backward()
+    torch.testing.assert_close(found, mixer.to_operands.weight.grad)
 
 
 @pytest.mark.parametrize("operands_from", ["proxy", "input"])

@@ -20,6 +20,10 @@ _FAVORED_TAP = {"down": 0, "up": 2, "right": 2, "left": 0}
 _FAVORED_LOGIT, _OTHER_LOGIT = 0.0, -3.5
 _OPERAND_SPREAD = 0.2
 
+# From so many proxy channels on, if they come in vectors of 16 bytes (of 16 bits each), a pixel of the packed
+# tensor does, too: kernels then read whole vectors of every operand. With fewer the padding would cost more.
+_FEWEST_PADDED, _VECTOR = 16, 8
+
 
 class Operands(NamedTuple):
     """Arguments of `gspn2.propagate` in order: D directions, C proxy channels, G tap groups."""
@@ -52,6 +56,7 @@ class Mixer(nn.Module):
 
     **Memory.** One projection writes one (B, H, W, P) tensor, P = D (proxy_dim [lam] + proxy_dim [gate] + 3
     groups), and `propagate` reads views of it; with operands_from="input" the proxy is in that tensor, too.
+    From 16 proxy channels on P is rounded up to a multiple of 8 if proxy_dim is one; the rest is never read.
     With a channels_last input nothing is copied for its layout, forward or backward, and the output is
     channels_last.
 
@@ -106,6 +111,9 @@ class Mixer(nn.Module):
         per_channel = scans * proxy_dim
         # Channels of the packed tensor: (lam, gate, logits).
         self.sizes = (per_channel * lam, per_channel * gate, scans * groups * 3)
+        aligned = proxy_dim % _VECTOR == 0 and proxy_dim >= _FEWEST_PADDED
+        # Channels of the packed tensor after these, which hold nothing.
+        self.padding = -sum(self.sizes) % _VECTOR if aligned else 0
         self.to_proxy = Pointwise(dim, proxy_dim, bias=bias)
         self.to_operands = Pointwise(proxy_dim if operands_from == "proxy" else dim, sum(self.sizes))
         self.merge = nn.Parameter(torch.empty(scans, proxy_dim))
@@ -156,14 +164,15 @@ class Mixer(nn.Module):
         if self.operands_from == "proxy":
             proxy = self.to_proxy(x)
             packed = pointwise(proxy, weight, bias).permute(0, 2, 3, 1)
-            lam, gate, logits = packed.split(self.sizes, dim=-1)
+            lam, gate, logits, _ = packed.split((*self.sizes, self.padding), dim=-1)
         else:
             proxy_bias = (
                 self.to_proxy.bias if self.to_proxy.bias is not None else bias.new_zeros(self.proxy_dim)
             )
             weight = torch.cat([self.to_proxy.weight, weight])
             packed = pointwise(x, weight, torch.cat([proxy_bias, bias])).permute(0, 2, 3, 1)
-            pixels, lam, gate, logits = packed.split((self.proxy_dim, *self.sizes), dim=-1)
+            sizes = (self.proxy_dim, *self.sizes, self.padding)
+            pixels, lam, gate, logits, _ = packed.split(sizes, dim=-1)
             proxy = pixels.permute(0, 3, 1, 2)
         return Operands(
             x=proxy,
@@ -187,10 +196,12 @@ class Mixer(nn.Module):
     def _operand_rows(self, merge: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (P, source) and bias (P,) of the operands' projection, the gate's rows scaled by `merge`."""
         weight, bias = self.to_operands.weight, self.to_operands.bias
-        if not self.sizes[1]:
-            return weight, bias
-        scale = F.pad(merge.flatten(), (self.sizes[0], self.sizes[2]), value=1.0)
-        return weight * scale[:, None], bias * scale
+        if self.sizes[1]:
+            scale = F.pad(merge.flatten(), (self.sizes[0], self.sizes[2]), value=1.0)
+            weight, bias = weight * scale[:, None], bias * scale
+        if self.padding:
+            weight, bias = F.pad(weight, (0, 0, 0, self.padding)), F.pad(bias, (0, self.padding))
+        return weight, bias
 
     def _per_channel(self, pixels: Tensor) -> Tensor:
         """(B, H, W, D C) -> (B, D, C, H, W), a view."""

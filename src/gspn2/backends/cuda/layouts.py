@@ -38,6 +38,11 @@ def imagined(
     return Case(problem, device, views, backward)
 
 
+def record_padding(channels: int, elements: int) -> int:
+    """Elements that a mixer adds to a pixel of so many, for vectors of 16 bytes (`nn.Mixer.padding`)."""
+    return -elements % 8 if channels % 8 == 0 and channels >= 16 else 0
+
+
 def _shapes(problem: Problem, lam: bool, gate: bool) -> dict[str, tuple[int, ...]]:
     """By name, without (B, ..., H, W)."""
     directions = len(problem.directions)
@@ -61,8 +66,9 @@ def _channels(problem: Problem, lam: bool, gate: bool) -> dict[str, Tensor]:
     widths = [torch.Size(shapes[name]).numel() for name in names]
     pixels = (problem.batch, problem.height, problem.width)
     x = torch.empty(*pixels, problem.channels, dtype=problem.dtype, device="meta")
-    packed = torch.empty(*pixels, sum(widths), dtype=problem.dtype, device="meta")
-    parts = packed.split(widths, dim=3)
+    padding = record_padding(problem.channels, sum(widths))
+    packed = torch.empty(*pixels, sum(widths) + padding, dtype=problem.dtype, device="meta")
+    parts = packed.split((*widths, padding), dim=3)[: len(widths)]
     return {"x": x.movedim(3, 1)} | {
         name: part.unflatten(3, shapes[name]).movedim((1, 2), (-2, -1))
         for name, part in zip(names, parts, strict=True)
