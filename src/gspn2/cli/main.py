@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model on images",
     "eval": "accuracy, speed and confusion matrix of a trained model",
     "predict": "classes of images",
+    "export": "write a trained model for timm, torch.export and ONNX",
     "bench": "measure the operator, mixers and backbones beside others, check, draw",
     "info": "versions, devices and backends",
 }
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
   gspn2 train --data photos/ --model gspn2_tiny --out runs/photos
   gspn2 eval runs/digits
   gspn2 predict runs/photos cat.jpg holiday/
+  gspn2 export runs/photos --out exported
   gspn2 bench all --out bench
   gspn2 info --problem 1,8,512,512
 
@@ -35,6 +37,7 @@ EXAMPLES = """examples:
 
 # Import name: what an extra brings. Anything else that is missing is a bug, and shows as one.
 OPTIONAL = {"timm", "torchvision", "safetensors", "sklearn", "PIL", "rich", "matplotlib", "huggingface_hub"}
+EXTRAS = {"datasets": "datasets", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in OPTIONAL:
+        if package not in OPTIONAL and package not in EXTRAS:
             raise
-        print(f'gspn2 {args.command}: needs {package}: pip install "gspn2[train]"', file=sys.stderr)
+        extra = EXTRAS.get(package, "train")
+        print(f'gspn2 {args.command}: needs {package}: pip install "gspn2[{extra}]"', file=sys.stderr)
         return 2
 
 

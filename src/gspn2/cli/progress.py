@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..training.errors import Interrupted
 from ..training.events import EpochDone, EvalProgress, Event, Notice, RunStarted, StepDone
+from ..training.log import FAULTS
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -64,6 +65,8 @@ class TrainProgress:
             f"done in {_span(result.seconds)}: top-1 {best.top1:.2f}%, top-5 {best.top5:.2f}% "
             f"(epoch {best.epoch})"
         )
+        if result.faults:
+            print(f"left out {len(result.faults)} unreadable images: {result.out / FAULTS}")
         print(f"best weights: {result.best}")
 
     def _start(self, event: RunStarted) -> None:
@@ -71,7 +74,7 @@ class TrainProgress:
         height, width = event.image_size
         self._say(
             f"{event.config.model}: {_count(event.parameters)} parameters, {height} x {width} images, "
-            f"{event.device}, mixed precision {event.amp}"
+            f"{event.device}, mixed precision {event.amp}{_processes(event.processes)}"
         )
         self._say(
             f"{event.config.data}: {event.train_images} training and {event.test_images} test images, "
@@ -147,6 +150,10 @@ def _span(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _processes(count: int) -> str:
+    return f", {count} processes" if count > 1 else ""
 
 
 def _count(number: int) -> str:

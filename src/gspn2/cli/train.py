@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..training.config import FREE_ON_RESUME, TrainConfig
 from ..training.errors import Interrupted, UserError
+from ..training.recipes import RECIPES, recipe_settings
 from .common import floats, guarded, image_size, key_value, optional
 
 EPILOG = """examples:
   gspn2 train --data digits --model test_gspn2 --out runs/digits
+  gspn2 train --recipe in1k-tiny --data imagenet/ --out runs/tiny
+  gspn2 train --recipe in1k-tiny --epochs 100 --print-config > mine.json
+  gspn2 train --recipe mine.json --data 'shards/train-{0000..0127}.tar' --out runs/mine
+  torchrun --nproc-per-node 8 -m gspn2 train --recipe in1k-base --data imagenet/ --out runs/base
+  gspn2 train --recipe finetune --init-from runs/tiny --data photos/ --image-size 384 --out runs/photos
   gspn2 train --data photos/ --model gspn2_tiny --image-size 224 --epochs 100 --out runs/photos
   gspn2 train --data photos/ --model vit_tiny_patch16_224 --pretrained --lr 5e-4 --lr-base-size 512
   gspn2 train --out runs/photos --resume
 
 The output folder gets best.safetensors (the weights that tested best: the moving average, unless it is off),
 last.safetensors (everything needed to resume), log.csv (a row an epoch), log.jsonl (a line a step),
-config.json and summary.json. Ctrl-C and SIGTERM save and stop; --resume goes on with the same numbers to the
-last bit."""
+config.json and summary.json; unreadable.txt lists images that were left out. Ctrl-C and SIGTERM save and
+stop; --resume goes on with the same numbers to the last bit."""
 
 _NUMBER, _COUNT = ("X", float), ("N", int)
 
@@ -31,23 +39,30 @@ _GROUPS: dict[str, list[tuple[str, tuple[str, Callable[[str], Any]], str]]] = {
         (
             "data",
             ("DATA", str),
-            '"digits", or a folder: class folders, or train/ and val/ (or test/) of them',
+            '"digits"; a folder of class folders, or train/ and val/ (or test/) of them; tar shards; '
+            "hf:NAME or hf-stream:NAME; pathfinder:SIZE or maze:SIZE",
         ),
         ("image_size", ("HxW", image_size), "one size or two (default: 32 for digits, else the model's)"),
         ("in_chans", _COUNT, "1 (grey) or 3 (default: 1 for digits, else 3)"),
         ("split_fraction", _NUMBER, "share of each class held out where the data has no split"),
         ("split_seed", _COUNT, "seed of that split"),
+        ("train_images", _COUNT, "images of an epoch, for streams of unknown length and generated images"),
+        ("shuffle_buffer", _COUNT, "images of a stream or of shards that are shuffled among themselves"),
         ("workers", _COUNT, "processes that load images; changes no number"),
     ],
     "model": [
         ("model", ("NAME", str), "any name registered with timm"),
         ("pretrained", ("", bool), "start from timm's pretrained weights"),
+        ("init_from", ("PATH", str), "start from the weights of a run, a checkpoint or an exported folder"),
         ("drop_path", _NUMBER, "stochastic depth"),
         ("channels_last", ("", bool), "channel-innermost memory layout"),
+        ("compile", ("", bool), "run through torch.compile"),
+        ("grad_checkpointing", ("", bool), "recompute activations in the backward pass: less memory"),
     ],
     "recipe": [
         ("epochs", _COUNT, "passes over the training images"),
-        ("batch_size", _COUNT, "images a step"),
+        ("batch_size", _COUNT, "images a step, of all processes together"),
+        ("accumulate", _COUNT, "passes that each process makes of its share of a batch: less memory"),
         ("lr", _NUMBER, "peak learning rate; plain, unless --lr-base-size is given"),
         ("lr_base_size", _COUNT, "scale to lr * batch size / N"),
         ("min_lr", _NUMBER, "last learning rate, as a fraction of the peak"),
@@ -60,6 +75,12 @@ _GROUPS: dict[str, list[tuple[str, tuple[str, Callable[[str], Any]], str]]] = {
         ("mixup", _NUMBER, "alpha, 0 for off"),
         ("cutmix", _NUMBER, "alpha, 0 for off"),
         ("ema_decay", ("X", optional(float)), "moving average of the weights, or none"),
+        ("mesa", _NUMBER, "weight of MESA, 0 for off"),
+        ("mesa_start", _NUMBER, "epochs before MESA begins"),
+        ("teacher", ("NAME", str), "distil from a model of timm's with weights, or a run of ours"),
+        ("teacher_weight", _NUMBER, "share of the loss that is the teacher's"),
+        ("teacher_temperature", _NUMBER, "softens what teacher and student say"),
+        ("teacher_hard", ("", bool), "learn the teacher's likeliest class"),
         ("amp", ("auto|off|bf16", str), "mixed precision; auto: bf16 on CUDA"),
         ("seed", _COUNT, "of everything random"),
         ("device", ("NAME", str), "auto, cpu, cuda, cuda:1 ..."),
@@ -74,6 +95,7 @@ _GROUPS: dict[str, list[tuple[str, tuple[str, Callable[[str], Any]], str]]] = {
     "run": [
         ("out", ("DIR", str), "folder of the run (default: runs/MODEL-DATA)"),
         ("checkpoint_every", _COUNT, "also save every N steps within an epoch"),
+        ("tensorboard", ("", bool), "also log for TensorBoard"),
     ],
 }
 
@@ -81,6 +103,16 @@ _GROUPS: dict[str, list[tuple[str, tuple[str, Callable[[str], Any]], str]]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gspn2 train`."""
     parser.epilog = EPILOG
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"settings to begin with: {', '.join(RECIPES)}, or a JSON file; what is given here goes first",
+    )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the settings as JSON, for --recipe, and stop",
+    )
     groups = {title: parser.add_argument_group(title) for title in _GROUPS}
     for title, options in _GROUPS.items():
         for name, (metavar, kind), text in options:
@@ -111,7 +143,8 @@ def _add(
     """An option without a default of its own: only what was typed gets into the settings."""
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
-        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        # --no-X undoes what a recipe has switched on.
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
     default = getattr(TrainConfig(), name)
     if default is not None:
@@ -126,26 +159,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from ..training.engine import stored_config, train
-    from .progress import TrainProgress
-
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
     if args.model_arg:
         given["model_args"] = dict(args.model_arg)
+    if args.recipe is not None:
+        given = {**recipe_settings(args.recipe), **given}
     config = TrainConfig(**given)
+    if args.print_config:
+        print(json.dumps(config.to_json(), indent=2))
+        return 0
+    from ..training.engine import stored_config, train
+    from .progress import TrainProgress
+
     if args.resume:
         stored = stored_config(config.out_dir)
         if stored is not None:
             config = merge(stored, given, config.out_dir)
         elif "data" not in given:
             raise UserError(f"out: no run to resume in {config.out_dir}")
+    is_main = int(os.environ.get("RANK", 0)) == 0
     with TrainProgress() as progress:
         try:
             result = train(config, on_event=progress, resume=args.resume, overwrite=args.overwrite)
         except Interrupted as stop:
-            progress.interrupted(stop, f"gspn2 train --out {_quoted(config.out_dir)} --resume")
+            if is_main:
+                progress.interrupted(stop, f"gspn2 train --out {_quoted(config.out_dir)} --resume")
             return 128 + stop.signum
-    progress.finished(result)
+    if is_main:
+        progress.finished(result)
     return 0
 
 

@@ -29,9 +29,9 @@ from .distributed import World, joined
 from .errors import CheckpointError, Interrupted, TrainingFailed, UserError
 from .evaluate import Evaluation, evaluate
 from .events import EpochDone, EvalProgress, Event, Notice, OnEvent, RunStarted, StepDone
-from .failure import FAILED_BATCH, FAULTS, save_failed_batch, write_faults
+from .failure import FAILED_BATCH, save_failed_batch, write_faults
 from .learner import Batch, Learner
-from .log import EPOCHS, STEPS, EpochRow, RunLog, read_history
+from .log import EPOCHS, FAULTS, STEPS, EpochRow, RunLog, read_history
 from .losses import make_teacher
 from .model import amp_dtype, build_model, pick_device, start_weights
 from .rng import seed_everything

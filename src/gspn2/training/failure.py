@@ -13,8 +13,8 @@ from .batches import train_loader
 from .checkpoint import replacing, write_safetensors
 from .image_sets import ImageSet, StreamSet
 from .learner import Learner
+from .log import FAULTS
 
-FAULTS = "unreadable.txt"
 FAILED_BATCH = "failed_batch.safetensors"
 
 

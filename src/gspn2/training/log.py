@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 EPOCHS, STEPS = "log.csv", "log.jsonl"
+FAULTS = "unreadable.txt"
+"""What is wrong with images that were left out, a line each."""
 
 
 @dataclass(frozen=True)
