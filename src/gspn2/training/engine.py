@@ -220,6 +220,8 @@ class Run:
         result = self._result()
         if self.world.is_main:
             write_json(self.out / SUMMARY, self._summary(result))
+        # Whoever leaves first would take the connection away from the others.
+        self.world.wait()
         return result
 
     def _one_epoch(self) -> None:
