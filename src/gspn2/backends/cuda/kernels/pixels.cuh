@@ -12,6 +12,7 @@
 //   INTERLEAVED with OWN_TAPS, 1: the three taps of a channel are adjacent; 0: the channels of a tap are
 //   TAP_GROUPS  groups of taps that a block meets (without OWN_TAPS)
 //   TAP_LINES   lines of taps that are normalised together, at least 2 (without OWN_TAPS)
+//   TAP_WORDS   1: three 16-bit taps lie in two aligned words, which are the tensor's (without OWN_TAPS)
 //   THREADS     of a block, exactly; MIN_BLOCKS of them on a multiprocessor
 //   ROLES, SPLIT  blocks of a cluster (sm_90) share the work: 1, 2 or 4 roles; 1: each role's lines are split
 //   HALO        places recomputed on either side of a split, and lines between two exchanges; 0 without SPLIT
@@ -19,6 +20,9 @@
 #include "common.cuh"
 
 #define CLUSTER (ROLES > 1 || SPLIT)
+#ifndef TAP_WORDS
+#define TAP_WORDS 0
+#endif
 
 constexpr int V = VECTOR / (int)sizeof(storage_t);  // channels of a vector
 constexpr int WORDS = VECTOR / 4;
@@ -108,17 +112,18 @@ __device__ __forceinline__ void store_vector(storage_t* to, const float* e) {
   __stwb((u32*)to, v.word[0]);
 #endif
 }
+__device__ __forceinline__ void store_part(float* to, const float* e) {
+#if VECTOR / 4 * (STORAGE == 0 ? 1 : 2) >= 4
+  __stwb((float4*)to, make_float4(e[0], e[1], e[2], e[3]));
+#elif VECTOR / 4 * (STORAGE == 0 ? 1 : 2) == 2
+  __stwb((float2*)to, make_float2(e[0], e[1]));
+#else
+  __stwb(to, e[0]);
+#endif
+}
 __device__ __forceinline__ void store_sums(float* to, const float* e) {
 #pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-#if VECTOR / 4 * (STORAGE == 0 ? 1 : 2) >= 4
-    __stwb((float4*)to + part, make_float4(e[4 * part], e[4 * part + 1], e[4 * part + 2], e[4 * part + 3]));
-#elif VECTOR / 4 * (STORAGE == 0 ? 1 : 2) == 2
-    __stwb((float2*)to, make_float2(e[0], e[1]));
-#else
-    __stwb(to, e[0]);
-#endif
-  }
+  for (int part = 0; part < PARTS; part++) store_part(to + part * F, e + part * F);
 }
 
 // From a thread's own values to those of a thread beside it, or to the zeros at the start of the row if there is no
@@ -215,7 +220,11 @@ struct TapStages {
   int places, first, all;  // of the block; place along the line of the first; places of the whole line
   int begin, end;         // lines of this phase
   int item[TAP_ITEMS];    // which (line, group, place) this thread turns
+#if TAP_WORDS
+  u32 raw[TAP_ITEMS][2];  // a word each of its own item and of that of the lane beside it
+#else
   storage_t raw[TAP_ITEMS][3];
+#endif
 
   __device__ __forceinline__ void start(const Params& p, const Scan& s, const Run& r, int b, int d, int group_,
                                         int begin_, int end_, Weights* shared) {
@@ -239,11 +248,36 @@ struct TapStages {
     if (places <= 0 || first_line < begin || first_line >= end) return;
 #pragma unroll
     for (int i = 0; i < TAP_ITEMS; i++) {
-      const int row = max(item[i], 0) >> 16, l = max(item[i], 0) & 0xffff;
-      const int at = min(first_line + row / TAP_GROUPS, end - 1);
-      const storage_t* a = data + at * line + (first + l) * place + row % TAP_GROUPS * group;
+#if TAP_WORDS
+      // Two lanes read the two words of an item: one request for each item.
+      const int odd = threadIdx.x & 1, beside = __shfl_xor_sync(0xffffffffu, item[i], 1);
+#pragma unroll
+      for (int which = 0; which < 2; which++)
+        raw[i][which] = __ldg((const u32*)((u64)address(which == odd ? item[i] : beside, first_line) & ~3ull) + odd);
+#else
+      const storage_t* a = address(item[i], first_line);
       raw[i][0] = __ldg(a), raw[i][1] = __ldg(a + k), raw[i][2] = __ldg(a + 2 * k);
+#endif
     }
+  }
+  __device__ __forceinline__ const storage_t* address(int what, int first_line) const {
+    const int row = max(what, 0) >> 16, l = max(what, 0) & 0xffff;
+    const int at = min(first_line + row / TAP_GROUPS, end - 1);
+    return data + at * line + (first + l) * place + row % TAP_GROUPS * group;
+  }
+
+  // The three values of an item, from all lanes at once.
+  __device__ __forceinline__ Taps arrived(int i) const {
+#if TAP_WORDS
+    const int odd = threadIdx.x & 1;
+    const u32 other = __shfl_xor_sync(0xffffffffu, odd ? raw[i][0] : raw[i][1], 1);
+    const u32 a = odd ? other : raw[i][0], b = odd ? raw[i][1] : other;
+    // Lines and places are whole words apart.
+    const bool late = (u64)(data + (max(item[i], 0) >> 16) % TAP_GROUPS * group) & 2;
+    return late ? Taps{high(a), low(b), high(b)} : Taps{low(a), high(a), low(b)};
+#else
+    return {widen(raw[i][0]), widen(raw[i][1]), widen(raw[i][2])};
+#endif
   }
 
   __device__ __forceinline__ void turn(int stage) {
@@ -251,8 +285,8 @@ struct TapStages {
     for (int i = 0; i < TAP_ITEMS; i++) {
       const int row = item[i] >> 16, l = item[i] & 0xffff;
       const int at = begin + stage * TAP_LINES + row / TAP_GROUPS;
+      const Taps a = arrived(i);
       if (item[i] < 0 || at < begin || at >= end) continue;
-      const Taps a = {widen(raw[i][0]), widen(raw[i][1]), widen(raw[i][2])};
       const Taps w = tap_weights(a, first + l > 0, first + l + 1 < all);
       weights[((stage & 1) * TAP_LINES * TAP_GROUPS + row) * places + l] = {w.before, w.here, w.after, 0.f};
     }

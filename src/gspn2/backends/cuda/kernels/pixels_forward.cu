@@ -117,6 +117,38 @@ struct Phase {
   void* sums;
 };
 
+// Float32 sums over directions, in scratch: [B][channel block][PARTS][H][W][VECTORS] Floats, for what the lanes of a
+// warp read or write together to be whole sectors. Of float32 storage they are in y until they are complete.
+struct PartSums {
+  float* at;
+  long long line, place, part;
+
+  __device__ __forceinline__ void start(const Params& p, void* scratch, const Scan& s, const Self& me, int begin,
+                                        int first) {
+    const long long row = (long long)p.width * VECTORS * F;
+    const long long step = s.vertical ? row : VECTORS * F;
+    line = s.reversed ? -step : step, place = s.vertical ? VECTORS * F : row, part = row * p.height;
+    const long long block = blockIdx.x / (ROLES * layout_of(p).splits);
+    at = (float*)scratch + block * PARTS * part + me.vector * F + (s.reversed ? (s.lines - 1) * step : 0) +
+         begin * line + first * place;
+  }
+  __device__ __forceinline__ void start(const Stream& y) {
+    at = (float*)y.at, line = y.line, place = y.place, part = F;
+  }
+  __device__ __forceinline__ void load(int q, float* e) const {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+      const Floats f = *(const Floats*)(at + q * place + i * part);
+#pragma unroll
+      for (int v = 0; v < F; v++) e[i * F + v] = f.e[v];
+    }
+  }
+  __device__ __forceinline__ void store(int q, const float* e) const {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) store_part(at + q * place + i * part, e + i * F);
+  }
+};
+
 // What a thread needs of a line.
 struct Line {
   float u[PLACES][V];  // lam x
@@ -151,7 +183,7 @@ struct Scanner {
 #if ON_CHIP
   int sum[PLACES], sum_line, sum_part;
 #elif SUM
-  Sums read, write;
+  PartSums read, write;
 #endif
 
   __device__ __forceinline__ void start(const Params& p, const Layout& layout, const Self& me, const Phase& phase) {
@@ -185,9 +217,9 @@ struct Scanner {
     sum_part = home.part;
 #elif SUM
     if (STORAGE == 0 && phase.sums == nullptr)
-      read = {(float*)y.at, y.line, y.place};
+      read.start(y);
     else
-      read = sums_of(p, phase.sums, s, me.b, me.channel, phase.begin, place);
+      read.start(p, phase.sums, s, me, phase.begin, place);
     write = read;
 #endif
   }
@@ -209,7 +241,7 @@ struct Scanner {
       if (add)
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
-          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * F,
+          copy_async<4 * F>(ring_sum(slot, q) + part * THREADS, read.at + q * read.place + part * read.part,
                             own[q] ? 4 * F : 0);
 #endif
     }
@@ -336,7 +368,7 @@ struct Scanner {
         store_floats((Floats*)(shared_memory() + sum[q] - sum_line), sum_part / (int)sizeof(Floats), out);
 #elif SUM
       else
-        store_sums(write.at + q * write.place, out);
+        write.store(q, out);
 #endif
     }
     y.at += y.line;
@@ -481,6 +513,32 @@ __device__ __forceinline__ void hand_over(const Params& p, const Layout& layout,
 }
 #endif
 
+#if ROLES == 4 && !ON_CHIP
+// y = the vertical directions' sums + the horizontal ones', shared out over the blocks of the cluster.
+__device__ __forceinline__ void add_sums(const Params& p, const Layout& layout, const Self& me) {
+  const Scan rows = {p.height, p.width, true, false};
+  const long long pixels = (long long)p.height * p.width;
+  const int rank = me.role * layout.splits + me.split, step = ROLES * layout.splits * (THREADS / VECTORS);
+  if (!me.present || me.column >= THREADS / VECTORS) return;
+  for (long long i = rank * (THREADS / VECTORS) + me.column; i < pixels; i += step) {
+    const int row = i / p.width, column = i - (long long)row * p.width;
+    const Stream y = stream_of(p.y, rows, me.b, 0, me.channel, row, column);
+    PartSums vertical, horizontal;
+    if (STORAGE == 0)
+      vertical.start(y);
+    else
+      vertical.start(p, p.scratch[0], rows, me, row, column);
+    horizontal.start(p, p.scratch[1], rows, me, row, column);
+    float a[V], b[V];
+    vertical.load(0, a);
+    horizontal.load(0, b);
+#pragma unroll
+    for (int v = 0; v < V; v++) a[v] += b[v];
+    store_vector(y.at, a);
+  }
+}
+#endif
+
 #if ON_CHIP && ROLES == 4
 // y = the vertical directions' sums + the horizontal ones': each block does one quarter of the image, of which it has
 // one of the two, and reads the other in the block that has it at the same place.
@@ -568,6 +626,6 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
 #if ROLES == 4 && ON_CHIP
   add_quarters(p, layout, me);
 #elif ROLES == 4
-  add_axes(p, p.y, layout, me);
+  add_sums(p, layout, me);
 #endif
 }

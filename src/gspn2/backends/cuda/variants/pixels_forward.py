@@ -9,9 +9,9 @@ from .pixels_layout import (
     MOST_THREADS,
     Tiling,
     blocks_of,
+    channel_blocks,
     defines,
     first_fitting,
-    image_sums,
     launch,
     own_taps,
     reasons,
@@ -40,7 +40,15 @@ def plan(case: Case, tiling: Tiling) -> Plan:
     size = _shared_memory(case, tiling)
     macros = (*defines(case, tiling, size), ("ON_CHIP", int(tiling.on_chip)))
     kernel = Kernel("pixels_forward.cu", "pixels_forward", macros)
-    return Plan("pixels", (launch(case, tiling, kernel, size),), image_sums(case, tiling), reasons(tiling))
+    return Plan("pixels", (launch(case, tiling, kernel, size),), _scratch(case, tiling), reasons(tiling))
+
+
+def _scratch(case: Case, tiling: Tiling) -> tuple[int, int]:
+    """Bytes of float32 sums over directions, for whole channel blocks: of all, or of either axis."""
+    channels = channel_blocks(case, tiling) * tiling.vectors * tiling.vector // case.itemsize
+    problem = case.problem
+    image = 4 * problem.batch * channels * problem.height * problem.width * (not tiling.on_chip)
+    return image * (sums(case) and case.itemsize < 4), image * (tiling.roles == 4)
 
 
 def _shared_memory(case: Case, tiling: Tiling) -> int:

@@ -218,6 +218,7 @@ def defines(case: Case, tiling: Tiling, shared_memory: int) -> tuple[tuple[str, 
         ("INTERLEAVED", int(own and case.views["taps"].c == 3)),
         ("TAP_GROUPS", tap_groups(case, tiling.vector, tiling.vectors)),
         ("TAP_LINES", tiling.tap_lines),
+        ("TAP_WORDS", int(_tap_words(case))),
         ("ROLES", tiling.roles),
         ("SPLIT", int(tiling.splits > 1)),
         ("HALO", tiling.halo),
@@ -225,6 +226,22 @@ def defines(case: Case, tiling: Tiling, shared_memory: int) -> tuple[tuple[str, 
         ("SUM", int(sums(case))),
         ("THREADS", tiling.threads),
         ("MIN_BLOCKS", blocks_at_once(case, tiling, shared_memory)),
+    )
+
+
+def _tap_words(case: Case) -> bool:
+    """Do three shared taps of 16 bits always lie in two aligned words that hold nothing but taps?"""
+    problem, view = case.problem, case.views["taps"]
+    if case.itemsize != 2 or own_taps(case) or view.k != 1 or view.alignment < 4:
+        return False
+    sizes = {"b": problem.batch, "h": problem.height, "w": problem.width}
+    directions = len(problem.directions)
+    return (
+        # An even number of triples: the last ends with a word.
+        directions * problem.groups % 2 == 0
+        and (view.c == 3 or problem.groups == 1)
+        and (view.d == 3 * problem.groups or directions == 1)
+        and not any(getattr(view, axis) % 2 for axis, size in sizes.items() if size > 1)
     )
 
 
