@@ -366,7 +366,7 @@ PART = Part(
     "Beside attention",
     "What mixes the tokens of one layer: the four-direction scan on the operands of a mixer with an "
     f"{PROXY}th of the channels as proxy, and scaled dot-product attention on q, k, v by every backend of "
-    "PyTorch; then both as sub-layers with their projections, and as whole blocks. `forward` is inference, "
-    "`train` forward and backward. Linear attention scans tokens once, in reading order.",
+    "PyTorch; then both as sub-layers with their projections, and as whole blocks. Forward is inference, "
+    "train forward and backward. Linear attention scans tokens once, in reading order.",
     cases,
 )

@@ -165,6 +165,7 @@ class Runner:
         copied = it.bytes / bandwidth if bandwidth else 0.0
         computed = it.flops / rates["matrix_tflop_per_s"] / 1e9
         floor = max(copied, computed)
+        cache = cache_bytes(self.device)
         return {
             **times,
             "bytes": it.bytes,
@@ -174,7 +175,7 @@ class Runner:
             "tflop_per_s": it.flops / seconds / 1e12,
             "floor_ms": floor,
             "over_floor": times["ms"] / floor if floor else None,
-            "fits_in_cache": it.bytes <= cache_bytes(self.device),
+            **({"fits_in_cache": it.bytes <= cache} if cache else {}),
             **it.facts,
         }
 

@@ -71,9 +71,8 @@ def contenders(scan: Scan, device: torch.device) -> list[Contender]:
 PART = Part(
     "sweep",
     "Runtime against size",
-    "One direction, forward and backward, against resolution (1 x 16 channels), batch (8 channels of 256 x "
-    "256), channels (one image of 256 x 256) and both (n images of n channels, 128 x 128). The compact "
-    f"proxy scans an {PROXY}th of the channels, without the projections; the local variant restarts every "
-    f"{CHUNK} lines. The baseline runs whole scans.",
+    "One direction, forward and backward, against resolution, batch, channels and both at once; a case's "
+    f"facts give its size. The compact proxy scans an {PROXY}th of the channels, without the projections; "
+    f"the local variant restarts every {CHUNK} lines. The baseline runs whole scans.",
     cases,
 )

@@ -1,0 +1,182 @@
+"""docs/benchmarks.md, made from result files by `gspn2 bench docs`; never edited by hand."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from . import paper
+from .case import parts
+from .figures import images_per_second, of
+from .ladder import RUNGS
+from .results import Row, broken, find, timed
+from .tables import method, where
+from .terminal import digits, milliseconds
+
+HEAD = """# Benchmarks
+
+Every figure on this page comes from a result file in `benchmarks/results/`; `gspn2 bench docs` writes the
+page, and a test keeps the two in step. To measure your own machine:
+
+```
+pip install "gspn2[bench]"
+gspn2 bench all --out bench
+```
+
+That takes 15 minutes on a GPU, 2 on a laptop without one, and ends with `bench/report.html`: all numbers,
+pictures, and the paper's figures beside them. `gspn2 bench list` shows the cases, `gspn2 bench ladder
+throughput` runs some of them, `--resume` goes on where a run was stopped, and `gspn2 bench compare
+before/results.json bench/results.json` says what has become slower.
+"""
+
+BASELINE = """## The baseline
+
+GSPN-1 launches a kernel for each line: a flat grid of 512 threads over planes with W contiguous, scanned
+along W, with the state in memory in the storage type. The bench has its own kernels for that, forward and
+backward, written from the description (`src/gspn2/bench/kernels/gspn1.cu`), so that everybody can measure
+against it. That it is no straw man is checked against times measured from the released kernel on an H200:
+the bench prints its own times as a fraction of those wherever it runs on such a GPU. Without a GPU a loop
+over lines in PyTorch stands in for it, and is called so.
+"""
+
+
+def text(contents: Sequence[dict[str, Any]]) -> str:
+    """The document, a section a result file."""
+    sections = [_section(content) for content in contents]
+    return "\n".join([HEAD, BASELINE, *sections])
+
+
+def _section(content: dict[str, Any]) -> str:
+    machine, rows = content["machine"], content["cases"]
+    title = f"## {machine.get('device') or machine['processor']}"
+    told = f"`{content['run']['command']}` on {where(machine)}. {method(content)}"
+    found = [title, _wrapped(told), _rates(content)]
+    for part in parts().values():
+        mine = of(rows, part.name)
+        if mine:
+            found += [f"### {part.title}", _wrapped(part.about), _TABLES[part.name](mine)]
+    problems = [f"{row['bench']}: {row['case']}: {it}" for row in rows for it in broken(row)]
+    if problems:
+        found += ["### Without a result", "\n".join(f"- {it}" for it in problems)]
+    left_out = content["run"].get("left_out") or []
+    if left_out:
+        found.append(_wrapped(f"Left out when time was up: {'; '.join(left_out)}."))
+    return "\n\n".join(it.rstrip() for it in found if it) + "\n"
+
+
+def _rates(content: dict[str, Any]) -> str:
+    told = [
+        f"copy {digits(it['copy_gb_per_s'])} GB/s, matrix product {digits(it['matrix_tflop_per_s'])} TFLOP/s "
+        f"({it['matrix_dtype']}, {it['matrix_side']} x {it['matrix_side']}) on the "
+        f"{'GPU' if kind == 'cuda' else 'CPU'}"
+        for kind, it in content["rates"].items()
+    ]
+    return f"Measured in the same run: {'; '.join(told)}." if told else ""
+
+
+def _ladder(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        forward = [it for it in timed(row) if it["pass"] == "forward"]
+        size = row["facts"]["size"]
+        theirs = paper.LADDER.get((size[0], size[1])) if size[2] == 1024 else None
+        for it in forward:
+            old = theirs[RUNGS.index(it["name"])] if theirs and it["name"] in RUNGS else None
+            lines.append(
+                [
+                    row["case"],
+                    it["name"],
+                    milliseconds(it["ms"]),
+                    f"{forward[0]['ms'] / it['ms']:.1f}x",
+                    f"{100 * it['share']:.1f}%",
+                    f"{it['ms'] / it['released_ms']:.2f}" if "released_ms" in it else "-",
+                    f"{old:g}" if old else "-",
+                    f"{theirs[0] / old:.1f}x" if theirs and old else "-",
+                ]
+            )
+    heads = ["B x C x H x W", "rung", "ms", "over the first", "of copy", "of the released kernel's time"]
+    return _table([*heads, f"paper ({paper.DEVICE}), ms", "over the first"], lines, left=2)
+
+
+def _throughput(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["case"] if row["facts"]["size"] == row["facts"]["paper_size"] else _size(row),
+            it["name"],
+            it["pass"],
+            milliseconds(it["ms"]),
+            digits(it["gb_per_s"]),
+            f"{100 * it['share']:.1f}%",
+            _yes(it.get("fits_in_cache")),
+            " / ".join(map(str, row["facts"]["paper_gb_per_s"])),
+        ]
+        for row in rows
+        for it in timed(row)
+    ]
+    heads = ["B x C x H x W", "", "pass", "ms", "GB/s", "of copy", "would fit in the cache"]
+    return _table([*heads, f"paper ({paper.DEVICE}): GSPN-1 / GSPN-2 GB/s at the full size"], lines, left=3)
+
+
+def _times(rows: Sequence[Row]) -> str:
+    """A row a case and pass, a column a contender."""
+    names = list(dict.fromkeys(it["name"] for row in rows for it in timed(row)))
+    lines = []
+    for row in rows:
+        for which in dict.fromkeys(it["pass"] for it in timed(row)):
+            found = [find(row, name, which) for name in names]
+            lines.append(
+                [row["case"], which, *("-" if it is None else milliseconds(it["ms"]) for it in found)]
+            )
+    absent = dict.fromkeys(
+        f"{it['name']} ({it['absent']})" for row in rows for it in row.get("contenders", []) if "absent" in it
+    )
+    note = (
+        f"\n{_wrapped('Milliseconds. Not there: ' + '; '.join(absent) + '.')}\n"
+        if absent
+        else "\nMilliseconds.\n"
+    )
+    return _table(["", "pass", *names], lines, left=2) + note
+
+
+def _models(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["case"],
+            it["name"],
+            it["pass"],
+            f"{it['images']}",
+            digits(images_per_second(it)),
+            f"{it['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in it else "-",
+        ]
+        for row in rows
+        for it in timed(row)
+    ]
+    return _table(["", "model", "", "batch", "images/s", "peak memory"], lines, left=3)
+
+
+_TABLES = {
+    "ladder": _ladder,
+    "throughput": _throughput,
+    "sweep": _times,
+    "cpu": _times,
+    "attention": _times,
+    "models": _models,
+}
+
+
+def _yes(value: bool | None) -> str:
+    return "-" if value is None else "yes" if value else "no"
+
+
+def _size(row: Row) -> str:
+    return "x".join(map(str, row["facts"]["size"]))
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    rule = ["---" if i < left else "---:" for i in range(len(heads))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *lines))
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,305 @@
+"""The report: one HTML file that loads nothing, and its pictures as SVG and PNG.
+
+Every sentence with a figure in it is made here from the result file; the template holds only the layout.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import string
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from . import figures, paper
+from .case import Part, parts
+from .figures import images_per_second, of
+from .ladder import RUNGS
+from .results import Row, broken, find, timed
+from .tables import HEADS, cells, facts_of, method, where
+from .terminal import digits, milliseconds
+
+FIGURES = {
+    "ladder": ["ladder"],
+    "throughput": ["throughput", "roofline"],
+    "sweep": ["sweep"],
+    "cpu": ["cpu"],
+    "attention": ["attention"],
+    "models": ["models", "proxies"],
+}
+"""Pictures of each part."""
+
+
+def write(content: dict[str, Any], out: Path) -> Path:
+    """Write report.html and the pictures into `out`; returns the path of the report.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, str] = {}
+    for name, svg, png in figures.draw(content):
+        (out / f"{name}.svg").write_bytes(svg)
+        (out / f"{name}.png").write_bytes(png)
+        pictures[name] = _inline(name, svg.decode())
+    path = out / "report.html"
+    path.write_text(html(content, pictures), encoding="utf-8")
+    return path
+
+
+def html(content: dict[str, Any], pictures: dict[str, str]) -> str:
+    """The whole page.
+
+    Args:
+        content: of a result file.
+        pictures: SVG elements by name.
+    """
+    template = importlib.resources.files(__package__).joinpath("report.html.in").read_text(encoding="utf-8")
+    rows = content["cases"]
+    sections = [_section(part, of(rows, part.name), pictures) for part in parts().values()]
+    return string.Template(template).substitute(
+        title=escape(_device(content["machine"])),
+        headline=escape(f"GSPN-2 on {_device(content['machine'])}"),
+        lead=escape(_lead(content)),
+        numbers="".join(
+            f"<li><b>{escape(value)}</b><span>{escape(text)}</span></li>" for value, text in headlines(rows)
+        ),
+        problems=_problems(rows),
+        contents="".join(
+            f'<a href="#{part.name}">{escape(part.title)}</a>'
+            for part in parts().values()
+            if of(rows, part.name)
+        ),
+        sections="\n".join(section for section in sections if section),
+        method=escape(method(content)),
+        about="".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
+            for name, value in {**content["machine"], **_rates(content)}.items()
+        ),
+    )
+
+
+def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The few numbers to remember, and what they are."""
+    found: list[tuple[str, str]] = []
+    for row in of(list(rows), "ladder")[:1]:
+        first = next((it for it in timed(row) if it["name"].startswith("baseline")), None)
+        last = find(row, "shipped", "forward")
+        if first and last:
+            what = "GSPN-1's way" if first["name"] == "baseline" else "a loop over lines in PyTorch"
+            size = _size(row)
+            found.append((f"{first['ms'] / last['ms']:.0f}x", f"as fast as {what}, forward at {size}"))
+    shares = [
+        (it["share"], row)
+        for row in rows
+        if row["bench"] in ("ladder", "throughput", "sweep")
+        for it in timed(row)
+        if it["pass"] == "forward" and not it["name"].startswith("baseline")
+    ]
+    if shares:
+        share, row = max(shares, key=lambda pair: pair[0])
+        found.append((f"{100 * share:.0f}%", f"of copy bandwidth at best, forward at {_size(row)}"))
+    found += _beside_attention(rows)
+    found += [
+        (f"{images_per_second(it):.0f}", f"images per second, {it['name']}, {row['case'].split(', ')[1]}")
+        for row in of(list(rows), "models")
+        if "models" in row["facts"] and row["facts"]["pixels"] == 224
+        for it in timed(row)
+        if it["name"] == "gspn2_tiny" and it["pass"] == "inference"
+    ][:1]
+    return found[:4]
+
+
+def _beside_attention(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """At the most tokens that attention was measured with."""
+    best: tuple[int, float, str] | None = None
+    for row in of(list(rows), "attention"):
+        ours = find(row, "GSPN-2, sub-layer", "forward")
+        other = find(row, "attention, sub-layer", "forward")
+        if ours and other and (best is None or row["facts"]["tokens"] > best[0]):
+            best = (row["facts"]["tokens"], other["ms"] / ours["ms"], row["case"])
+    if best is None:
+        return []
+    tokens, ratio, name = best
+    return [
+        (f"{digits(ratio)}x", f"as fast as attention, sub-layers with projections, {tokens} tokens ({name})")
+    ]
+
+
+def _section(part: Part, rows: Sequence[Row], pictures: dict[str, str]) -> str:
+    if not rows:
+        return ""
+    shown = "".join(
+        f'<figure class="card">{pictures[name]}</figure>' for name in FIGURES[part.name] if name in pictures
+    )
+    beside = _PAPER.get(part.name)
+    theirs = beside(rows) if beside else ""
+    tables = "".join(_case(row) for row in rows)
+    return (
+        f'<section id="{part.name}"><h2>{escape(part.title)}</h2><p>{escape(part.about)}</p>{shown}{theirs}'
+        f"<details><summary>All numbers ({len(rows)})</summary>{tables}</details></section>"
+    )
+
+
+def _case(row: Row) -> str:
+    """A case's table, and what has no number."""
+    head = f"<h3>{escape(row['case'])} <small>{escape(facts_of(row))}</small></h3>"
+    if "failed" in row:
+        return f'{head}<p class="bad">Failed: {escape(row["failed"])}</p>'
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in cells(row))
+    heads = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
+    notes = "".join(
+        f'<p class="bad">{escape(it["name"])} {escape(it.get("pass", ""))}: wrong, so no speed: '
+        f"{escape(it['wrong'])}</p>"
+        if "wrong" in it
+        else f'<p class="soft">{escape(it["name"])}: {escape(it["absent"])}</p>'
+        for it in row["contenders"]
+        if "ms" not in it
+    )
+    table = f'<div class="wide"><table><tr>{heads}</tr>{body}</table></div>' if body else ""
+    return head + table + notes
+
+
+def _paper_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    return f'<h3>{escape(title)}</h3><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _paper_ladder(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        times = paper.LADDER.get(tuple(row["facts"]["size"][:2]))
+        if times is None or row["facts"]["size"][2] != 1024:
+            continue
+        first = find(row, RUNGS[0], "forward")
+        for rung, theirs in zip(RUNGS, times, strict=True):
+            ours = find(row, rung, "forward")
+            here = f"{milliseconds(ours['ms'])}" if ours else "-"
+            factor = f"{first['ms'] / ours['ms']:.1f}x" if ours and first else "-"
+            lines.append([row["case"], rung, f"{theirs:g}", f"{times[0] / theirs:.1f}x", here, factor])
+    heads = ["", "rung", "paper, ms", "paper, factor", "here, ms", "here, factor"]
+    return _paper_table(f"Beside the paper's ladder ({paper.DEVICE})", heads, lines)
+
+
+def _paper_throughput(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        old, new = row["facts"]["paper_gb_per_s"]
+        if row["facts"]["size"] != row["facts"]["paper_size"]:
+            continue
+        ours = [it for it in timed(row) if it["pass"] == "forward"]
+        found = {it["name"]: f"{digits(it['gb_per_s'])} ({100 * it['share']:.1f}%)" for it in ours}
+        here = [
+            found.get(name, "-") for name in ("baseline", "per-channel taps, right", "per-channel taps, down")
+        ]
+        lines.append([row["case"], f"{old}", f"{new}", *here])
+    heads = ["B x C x H x W", "paper GSPN-1", "paper GSPN-2", "here, baseline", "here, right", "here, down"]
+    return _paper_table(f"GB/s beside the paper's table ({paper.DEVICE}; share of copy)", heads, lines)
+
+
+def _paper_attention(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if not row["case"].startswith("SigLIP2-B, 1024"):
+            continue
+        attention = [
+            it["ms"] for it in timed(row) if it["name"].startswith("SDPA") and it["pass"] == "forward"
+        ]
+        pairs = {
+            "module": (min(attention, default=None), _forward(row, "GSPN-2, scan")),
+            "block": (_forward(row, "attention, block"), _forward(row, "GSPN-2, block")),
+        }
+        for what, (theirs, ours) in pairs.items():
+            old, new = paper.SIGLIP[what]
+            here = ["-" if it is None else milliseconds(it) for it in (theirs, ours)]
+            factor = f"{theirs / ours:.1f}x" if theirs and ours else "-"
+            lines.append([what, f"{old:g}", f"{new:g}", f"{old / new:.1f}x", *here, factor])
+    heads = [
+        "",
+        "paper: attention, ms",
+        "propagation, ms",
+        "factor",
+        "here: attention, ms",
+        "propagation, ms",
+        "factor",
+    ]
+    return _paper_table("SigLIP2-Base, 1024 pixels, batch 32, beside the paper", heads, lines)
+
+
+def _paper_models(rows: Sequence[Row]) -> str:
+    names = {"gspn2_tiny": "GSPN-2-T", "deit_small_patch16_224": "DeiT-S", "convnext_tiny": "ConvNeXt-T"}
+    row = next((row for row in rows if row["case"] == "T, 224 pixels"), None)
+    if row is None:
+        return ""
+    lines = []
+    for name, theirs in names.items():
+        it = find(row, name, "inference")
+        lines.append([theirs, str(paper.BACKBONES[theirs]), f"{images_per_second(it):.0f}" if it else "-"])
+    heads = ["", f"paper ({paper.DEVICE}), images/s", "here, images/s"]
+    return _paper_table("Inference at 224 beside the paper's figure", heads, lines)
+
+
+_PAPER = {
+    "ladder": _paper_ladder,
+    "throughput": _paper_throughput,
+    "attention": _paper_attention,
+    "models": _paper_models,
+}
+
+
+def _forward(row: Row, name: str) -> float | None:
+    it = find(row, name, "forward")
+    return None if it is None else it["ms"]
+
+
+def _problems(rows: Sequence[Row]) -> str:
+    found = [f"{row['bench']}: {row['case']}: {text}" for row in rows for text in broken(row)]
+    if not found:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    return f'<section class="problems"><h2>Not right</h2><ul>{items}</ul></section>'
+
+
+def _lead(content: dict[str, Any]) -> str:
+    rows = content["cases"]
+    times = sum(len(timed(row)) for row in rows)
+    run = content["run"]
+    text = (
+        f"{times} times in {len(rows)} cases, measured with {run['command']} on {where(content['machine'])}."
+    )
+    if run.get("left_out"):
+        text += f" {len(run['left_out'])} cases were left out because time was up."
+    return text
+
+
+def _rates(content: dict[str, Any]) -> dict[str, str]:
+    return {
+        f"{kind}: copy, matrix product": f"{digits(it['copy_gb_per_s'])} GB/s, "
+        f"{digits(it['matrix_tflop_per_s'])} TFLOP/s ({it['matrix_dtype']})"
+        for kind, it in content["rates"].items()
+    }
+
+
+def _device(machine: dict[str, Any]) -> str:
+    return str(machine.get("device") or machine["processor"])
+
+
+def _size(row: Row) -> str:
+    return " x ".join(map(str, row["facts"].get("size", [row["case"]])))
+
+
+def _inline(name: str, svg: str) -> str:
+    """The SVG element alone, with ids of its own: pictures of one page must not share any."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(xlink:href="#|href="#|url\(#)(?=[\w-])', rf"\g<1>{name}-", svg)
+    head, rest = svg.split(">", 1)
+    size = re.search(r'viewBox="0 0 ([\d.]+)', head)
+    # As wide as the page allows, but never blown up.
+    style = f' style="max-width: {1.3 * float(size[1]):.0f}px"' if size else ""
+    return re.sub(r' (width|height)="[^"]+"', "", head) + style + ">" + rest

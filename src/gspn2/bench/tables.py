@@ -1,0 +1,100 @@
+"""What the report and the document share: rows of tables, and sentences on machine and method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .results import Row, timed
+from .terminal import digits, first_times, milliseconds
+
+HEADS = ("", "pass", "ms", "+-", "GB/s", "of copy", "of the floor", "over the first", "more")
+
+
+def cells(row: Row) -> list[list[str]]:
+    """The timed passes of a case, by `HEADS`."""
+    first = first_times(row.get("contenders", []))
+    return [_cells(it, first[it["pass"]]) for it in timed(row)]
+
+
+def _cells(it: Row, first: float) -> list[str]:
+    low, high = it["quartiles"]
+    computes = it["bytes"] and it["flops"] / it["bytes"] > 200
+    return [
+        it["name"],
+        it["pass"],
+        milliseconds(it["ms"]),
+        f"{50 * (high - low) / it['ms']:.1f}%",
+        digits(it["gb_per_s"]),
+        "-" if computes else f"{100 * it['share']:.1f}%",
+        f"{100 / it['over_floor']:.1f}%" if it["over_floor"] else "-",
+        f"{first / it['ms']:.2f}x" if first != it["ms"] else "",
+        _more(it),
+    ]
+
+
+def _more(it: Row) -> str:
+    found = []
+    if "images" in it:
+        found.append(f"{digits(it['images'] / it['ms'] * 1e3)} images/s")
+    if "peak_bytes" in it:
+        found.append(f"{it['peak_bytes'] / 2**30:.2f} GiB")
+    if "released_ms" in it:
+        found.append(f"{it['ms'] / it['released_ms']:.2f} of the released kernel's {it['released_ms']:g} ms")
+    if it.get("fits_in_cache"):
+        found.append("would fit in the cache")
+    if "note" in it:
+        found.append(it["note"])
+    return "; ".join(found)
+
+
+def facts_of(row: Row) -> str:
+    """Sizes and what else defines a case, in a line."""
+    shown = {
+        key: value
+        for key, value in row["facts"].items()
+        if key not in ("rungs", "paper_gb_per_s", "paper_size", "models", "series", "value", "proxies")
+    }
+    return ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in shown.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {it}" for name, it in value.items())
+    return str(value)
+
+
+def where(machine: dict[str, Any]) -> str:
+    """The machine and the versions that matter there."""
+    facts = [machine["processor"], f"{machine['threads']} threads"]
+    if "device" in machine:
+        facts = [f"one {machine['device']}", f"driver {machine['driver']}", f"CUDA {machine['cuda']}"]
+    facts += [f"Python {machine['python']}", f"PyTorch {machine['torch']}"]
+    commit = f"commit {machine['commit']}" + (" with changes" if machine["uncommitted_changes"] else "")
+    return ", ".join([*facts, commit, machine["date"]])
+
+
+def method(content: dict[str, Any]) -> str:
+    """How it was measured, in words."""
+    on_gpu = content["run"]["device"] == "cuda"
+    clock = (
+        "device events around CUDA graphs of many launches, which leaves the host out; the baseline and what "
+        "autograd runs are launched from the host, as they are in use"
+        if on_gpu
+        else "the host's clock"
+    )
+    inputs = (
+        "Inputs are random, larger than the cache or rotated through more memory than it holds."
+        if on_gpu
+        else "Inputs are random; where they are few, four sets are used in rotation."
+    )
+    return (
+        "Every result is checked before it is timed, the operator against a reference in float64 with "
+        "memory poisoned before and two runs compared; what is wrong gets no speed. Contenders of a case "
+        f"run in turn with each other and with a large copy; times are medians by {clock}, and +- is half "
+        f"the distance of the quartiles. {inputs} GB/s counts every input read once and every output "
+        "written once; the floor is the larger of the time in which as many bytes are copied and the time "
+        "of as many operations at the rate of a large matrix product, both measured in the same run. "
+        "Clocks are left alone."
+    )
