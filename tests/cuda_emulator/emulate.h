@@ -71,6 +71,7 @@ EMULATED void copy_async(void* shared, const void* global, int bytes = SIZE) {
   static_assert(SIZE == 4 || SIZE == 8 || SIZE == 16, "copy_async moves 4, 8 or 16 bytes");
   emulator::copy_async(shared, global, SIZE, bytes);
 }
+EMULATED int opaque(int v) { return v; }
 EMULATED void copy_async_wide(void* shared, const void* global) { copy_async<16>(shared, global); }
 EMULATED void copy_async_wide(void* shared, const void* global, int bytes) { copy_async<16>(shared, global, bytes); }
 EMULATED u64 cache_policy(bool read_once) { return read_once; }

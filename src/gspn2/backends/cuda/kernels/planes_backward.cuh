@@ -14,6 +14,7 @@
 //   HAS_SUMS    1: several directions, so that dx is a sum over launches
 //   WANTS       gradients that are asked for: 1 dx, 2 dtaps, 4 dlam, 8 dgate, added up
 //   HAS_HIDDEN  1: the hidden state is at hand (`y` of forward): nothing is kept or computed again
+//   OWN_STATES  with it: 1, it is float32, in scratch memory
 //   SPLIT       1: the blocks of a cluster share a line. Each has places beyond its own on either side, HALO of them:
 //               what it computes there goes wrong by one place a line from the outside, and is put right after every
 //               segment by the block that owns it
@@ -22,9 +23,14 @@
 //   warps), 2 elements of a row in scratch planes, 3 blocks of a line, 4 places that each of them owns, 5 channels of
 //   a cluster.
 // Scratch: 0 partial sums of dx (`Sums`), 1 kept states, 2 float32 gradients of shared weights, one part for each
-//   cluster of a group: [parts][B][G][3][H][row], if there is more than one; planes_backward_taps.cu adds them.
+//   cluster of a group: [parts][B][G][3][H][row], if there is more than one; planes_backward_taps.cu adds them;
+//   3 states (`states_of`), where OWN_STATES.
 #pragma once
 #include "common.cuh"
+
+#ifndef OWN_STATES
+#define OWN_STATES 0
+#endif
 
 constexpr int N = PLACES, S = SEGMENT;
 constexpr int SIZE = sizeof(storage_t);
@@ -33,7 +39,8 @@ constexpr int EACH = 16 / SIZE;  // elements of 16 bytes, the unit of asynchrono
 // Operands in shared memory. Those of both walks over a segment have two stages, so that the next segment's arrive
 // meanwhile; those of the walk back only are fetched during the walk forward, into one.
 constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DY = TAPS + 3, GATE = DY + 1, HIDDEN = GATE + HAS_GATE;
-constexpr int SUM = HIDDEN + HAS_HIDDEN, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, OPERANDS = SUM + SUMS;
+constexpr int HIDDENS = !HAS_HIDDEN ? 0 : OWN_STATES && STORAGE != 0 ? 2 : 1;
+constexpr int SUM = HIDDEN + HIDDENS, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, OPERANDS = SUM + SUMS;
 constexpr int DOUBLE = HAS_HIDDEN ? OPERANDS : DY, UNITS = DOUBLE + OPERANDS;
 
 constexpr bool WANTS_X = WANTS & 1, WANTS_TAPS = WANTS & 2, WANTS_LAM = WANTS & 4, WANTS_GATE = WANTS & 8;

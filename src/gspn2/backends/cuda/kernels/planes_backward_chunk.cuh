@@ -3,6 +3,11 @@
 #pragma once
 #include "planes_backward_line.cuh"
 
+#ifndef FORWARD
+#define FORWARD 0
+#endif
+constexpr bool RISING = FORWARD != REVERSED;  // are columns walked over in the order of memory?
+
 // One chunk of each of a thread's rows.
 struct Rows {
   Packed<EACH> row[N];
@@ -17,9 +22,8 @@ __device__ __forceinline__ void put_column(Rows& rows, Column& other, int e, con
 #if STORAGE == 0
     rows.row[n].words[e] = __float_as_uint(v[n]);
 #else
-    // Back to front in scan order: of a pair, the second column comes first, or the first if reversed.
-    if ((e & 1) == REVERSED)
-      rows.row[n].words[e / 2] = REVERSED ? narrow_pair(other.pending[n], v[n]) : narrow_pair(v[n], other.pending[n]);
+    if ((e & 1) == RISING)
+      rows.row[n].words[e / 2] = RISING ? narrow_pair(other.pending[n], v[n]) : narrow_pair(v[n], other.pending[n]);
     else
       other.pending[n] = v[n];
 #endif
@@ -30,8 +34,8 @@ __device__ __forceinline__ void put_column(Rows& rows, Column& other, int e, con
 __device__ __forceinline__ void put_halves(Rows& upper, Rows& lower, Column& other, int e, const float (&v)[N]) {
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    if ((e & 1) == REVERSED) {
-      const Pair halves = REVERSED ? split(other.pending[n], v[n]) : split(v[n], other.pending[n]);
+    if ((e & 1) == RISING) {
+      const Pair halves = RISING ? split(other.pending[n], v[n]) : split(v[n], other.pending[n]);
       upper.row[n].words[e / 2] = halves.upper, lower.row[n].words[e / 2] = halves.lower;
     } else {
       other.pending[n] = v[n];

@@ -68,6 +68,11 @@ __device__ __forceinline__ unsigned char* sums_of(const Params& p, int b, int c,
   const long long plane = (long long)p.height * p.knobs[2];
   return (unsigned char*)p.scratch[0] + ((long long)half * p.batch * p.channels + (long long)b * p.channels + c) * plane * 2;
 }
+// The same of the states in scratch memory.
+__device__ __forceinline__ unsigned char* states_of(const Params& p, int b, int c, int half) {
+  const long long plane = (long long)p.height * p.knobs[2];
+  return (unsigned char*)p.scratch[3] + ((long long)half * p.batch * p.channels + (long long)b * p.channels + c) * plane * SIZE;
+}
 __device__ __forceinline__ const unsigned char* source_of(const Params& p, int op, int b, int group, int c) {
   const int d = p.knobs[0];
   if (op == X) return plane_of(p.x, b, 0, c, 0);
@@ -75,7 +80,7 @@ __device__ __forceinline__ const unsigned char* source_of(const Params& p, int o
   if (op < DY) return plane_of(p.taps, b, d, group, op - TAPS);
   if (op == DY) return plane_of(p.dy, b, 0, c, 0);
   if (HAS_GATE && op == GATE) return plane_of(p.gate, b, d, c, 0);
-  if (HAS_HIDDEN && op == HIDDEN) return plane_of(p.y, b, 0, c, 0);
+  if (HAS_HIDDEN && op < SUM) return OWN_STATES ? states_of(p, b, c, op - HIDDEN) : plane_of(p.y, b, 0, c, 0);
   if (STORAGE == 0) return plane_of(p.dx, b, 0, c, 0);
   return sums_of(p, b, c, op - SUM);
 }
@@ -86,7 +91,7 @@ __device__ __forceinline__ int source_pitch(const Params& p, int op) {
   if (op < DY) return (int)p.taps.h;
   if (op == DY) return (int)p.dy.h;
   if (HAS_GATE && op == GATE) return (int)p.gate.h;
-  if (HAS_HIDDEN && op == HIDDEN) return (int)p.y.h;
+  if (HAS_HIDDEN && op < SUM) return OWN_STATES ? p.knobs[2] : (int)p.y.h;
   return STORAGE == 0 ? (int)p.dx.h : p.knobs[2];
 }
 

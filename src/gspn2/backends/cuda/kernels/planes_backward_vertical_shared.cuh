@@ -82,12 +82,15 @@ __device__ __forceinline__ void sum_channels(const Params& p, const Work& w, con
       write_taps(p, t, sinks, row, dw);
     } else if (t.own) {
       const long long offset = (long long)row * p.knobs[2] + t.place;
+      u32 words[3][N];
 #pragma unroll
       for (int n = 0; n < N; n++) {
-        part_of(p, t, 0)[offset + n] = dw[n].before;
-        part_of(p, t, 1)[offset + n] = dw[n].here;
-        part_of(p, t, 2)[offset + n] = dw[n].after;
+        words[0][n] = __float_as_uint(dw[n].before);
+        words[1][n] = __float_as_uint(dw[n].here);
+        words[2][n] = __float_as_uint(dw[n].after);
       }
+#pragma unroll
+      for (int k = 0; k < 3; k++) write_words((unsigned char*)(part_of(p, t, k) + offset), words[k]);
     }
   }
 }

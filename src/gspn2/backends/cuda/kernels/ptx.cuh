@@ -51,6 +51,13 @@ __device__ __forceinline__ float fmax_nan(float a, float b) {
   return r;
 }
 
+// The same value, of which the compiler knows nothing: what is made from it is made where it is used, and takes no register
+// before.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // Starts bringing the 128 bytes around p into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

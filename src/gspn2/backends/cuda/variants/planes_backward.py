@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..geometry import Case, Kernel, Launch, Plan, View, options
 from . import planes_backward_pieces
+from .planes_backward_pieces import Pieces, Walk
 
 NAME = "planes"
 SOURCE, FUNCTION = "planes_backward.cu", "planes_backward"
@@ -49,9 +50,7 @@ def why_not(case: Case) -> str | None:
         if reason is not None:
             return reason
     for direction in dict.fromkeys(case.problem.directions):
-        if _has_hidden(case) and direction in ("right", "left"):
-            continue
-        if _best(case, direction) is None:
+        if _best_pieces(case, direction) is None and _best(case, direction) is None:
             places = Sizes.of(case, direction).places
             most = _most_blocks(case)
             blocks = "a block" if most == 1 else f"{most} blocks"
@@ -62,27 +61,30 @@ def why_not(case: Case) -> str | None:
     return None
 
 
-def plan(case: Case, choice: Mapping[str, Cut] | None = None) -> Plan:
+def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = None) -> Plan:
     """One launch for each direction, in order: each adds its part of dx to that of those before.
 
     Args:
         case: one that is taken.
-        choice: for some directions another cut out of `cuts` than the one expected to be fastest; of no
-            effect on right and left where the state is at hand.
+        choice: for some directions another cut out of `cuts` than the one expected to be fastest, or, of
+            those of `walks`, one out of `planes_backward_pieces.pieces` each.
     """
     problem = case.problem
-    if _has_hidden(case) and problem.directions[0] in ("right", "left"):
-        pieces = planes_backward_pieces.best(case)
-        assert pieces is not None
-        why = planes_backward_pieces.reason(problem.directions[0], pieces)
-        launch = planes_backward_pieces.launch(case, pieces)
-        return Plan(NAME, (launch,), (), ("gradients of planes, from their states", why))
     launches = []
-    kept = parts = 0
-    reasons = ["gradients of planes, one direction a launch"]
+    kept = parts = states = 0
+    reasons = ["gradients of planes, one direction after another"]
     for index, direction in enumerate(problem.directions):
-        cut = (choice or {}).get(direction) or _best(case, direction)
+        cut = (choice or {}).get(direction) or _best_pieces(case, direction) or _best(case, direction)
         assert cut is not None
+        if isinstance(cut, tuple):
+            launches += planes_backward_pieces.launches(case, index, cut)
+            reasons += planes_backward_pieces.reasons(direction, cut)
+            if len(cut) > 1:
+                states = 4 * problem.batch * problem.channels * problem.height * _row(case)
+            if _sums_channels(case):
+                parts = max(parts, problem.channels // problem.groups)
+                launches.append(_add_parts(case, index, problem.channels // problem.groups))
+            continue
         if not _has_hidden(case):
             line = 4 * (-(-cut.sizes.places // 4) * 4)
             segments = -(-cut.sizes.lines // cut.segment)
@@ -99,7 +101,22 @@ def plan(case: Case, choice: Mapping[str, Cut] | None = None) -> Plan:
         )
     plane = 4 * problem.batch * problem.height * _row(case)
     sums = plane * problem.channels if _has_partial_sums(case) else 0
-    return Plan(NAME, tuple(launches), (sums, kept, parts * 3 * plane * problem.groups), tuple(reasons))
+    scratch = (sums, kept, parts * 3 * plane * problem.groups, states)
+    return Plan(NAME, tuple(launches), scratch, tuple(reasons))
+
+
+def walks(case: Case, direction: str) -> list[Walk]:
+    """The walks over a horizontal scan in long pieces of rows."""
+    return planes_backward_pieces.walks(
+        case, direction, at_hand=_is_at_hand(case), shared=_sums_channels(case), row=_row(case)
+    )
+
+
+def _best_pieces(case: Case, direction: str) -> tuple[Pieces, ...] | None:
+    """How they are cut; None of vertical scans, and where short pieces have to do."""
+    if direction in ("down", "up"):
+        return None
+    return planes_backward_pieces.best(case, walks(case, direction))
 
 
 def _add_parts(case: Case, index: int, parts: int) -> Launch:
@@ -220,13 +237,16 @@ def _sums_channels(case: Case) -> bool:
 
 
 def _has_hidden(case: Case) -> bool:
+    """Does a vertical scan find its states?"""
+    return _is_at_hand(case) and case.problem.directions[0] in ("down", "up")
+
+
+def _is_at_hand(case: Case) -> bool:
     """Is the state at hand, in rows as those of the other tensors?"""
     if "y" not in case.views or "gate" in case.views or len(case.problem.directions) > 1:
         return False
     if _sums_channels(case):
         return False  # the sum over channels needs the room of the states
-    if case.problem.directions[0] in ("right", "left") and planes_backward_pieces.best(case) is None:
-        return False
     return _unsuitable(case, "y", case.views["y"]) is None
 
 

@@ -1,7 +1,8 @@
-"""Backward of one horizontal scan of planes whose states are at hand: `kernels/planes_backward_pieces.cu`.
+"""Backward of horizontal scans of planes in long pieces of rows: `kernels/planes_backward_pieces.cuh`.
 
-A block, or each block of a cluster, has some rows of a plane and walks back over them once. Its warps copy
-pieces of their rows into tiles. `variants.planes_backward` asks here for right and left.
+A block, or each block of a cluster, has some rows of a plane and walks over them, its warps copying pieces of
+their rows into tiles: forward, to leave the states in scratch memory (not where the output of forward is the
+states), and back from them. `variants.planes_backward` asks here for right and left.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, options
-
-SOURCE, FUNCTION = "planes_backward_pieces.cu", "planes_backward_pieces"
 
 LANES = 32
 
@@ -24,14 +23,47 @@ MOST_THREADS = 512
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
 
-Macros = tuple[tuple[str, int], ...]
+GRADIENTS = ("dx", "dtaps", "dlam", "dgate")
+"""In the order of the bits of the macro WANTS."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One launch: what it does, not how.
+
+    Args:
+        direction: "right" or "left".
+        forward: it finds the states; otherwise it walks back from them.
+        own_states: they are float32 and in scratch memory; otherwise forward's output.
+        shared: the gradient of taps is left in parts, to be summed over channels.
+        row: elements of a row in scratch memory.
+    """
+
+    direction: str
+    forward: bool
+    own_states: bool
+    shared: bool
+    row: int
+
+    def states(self, case: Case) -> int:
+        """Operands that hold states: a float32 number is two halves beside 16-bit storage."""
+        return 0 if self.forward else 2 if self.own_states and case.itemsize < 4 else 1
+
+    def operands(self, case: Case) -> int:
+        """OPERANDS of the kernel, or USED of them."""
+        read = 4 + ("lam" in case.views)
+        if self.forward:
+            return read
+        sums = 0 if len(case.problem.directions) == 1 else 4 // case.itemsize
+        return read + 1 + ("gate" in case.views) + self.states(case) + sums
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """One way of cutting the rows of a plane.
+    """How a walk is cut.
 
     Args:
+        walk: what is cut.
         strips: blocks of a cluster.
         own: rows of a plane that each of them owns.
         piece: bytes of a row in a tile.
@@ -40,6 +72,7 @@ class Pieces:
         shared: bytes of shared memory of a block.
     """
 
+    walk: Walk
     strips: int
     own: int
     piece: int
@@ -48,10 +81,24 @@ class Pieces:
     shared: int
 
 
-def pieces(case: Case) -> Iterator[Pieces]:
+def walks(case: Case, direction: str, *, at_hand: bool, shared: bool, row: int) -> list[Walk]:
+    """What one direction takes.
+
+    Args:
+        at_hand: the output of forward is the states.
+        shared: the gradient of taps is a sum over channels.
+        row: elements of a row in scratch memory.
+    """
+    found = []
+    if not at_hand and ("dtaps" in case.views or "dgate" in case.views):
+        found.append(Walk(direction, True, True, False, row))
+    return [*found, Walk(direction, False, not at_hand, shared, row)]
+
+
+def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
     """Every way worth a thought that fits."""
     height = case.problem.height
-    row = case.problem.width * case.itemsize
+    bytes_of_row = case.problem.width * case.itemsize
     for strips in range(1, 9 if case.device.capability >= (9, 0) else 2):
         own = -(-height // strips)
         if strips > 1 and (own < 2 * HALO or -(-height // own) != strips):
@@ -62,66 +109,102 @@ def pieces(case: Case) -> Iterator[Pieces]:
             continue
         for piece in (32, 64, 128):
             for buffers in (1, 2):
-                if piece > 32 and piece // 2 * buffers >= row:
+                if piece > 32 and piece // 2 * buffers >= bytes_of_row:
                     continue
-                shared = _shared(case, strips, threads, piece, buffers)
+                shared = _shared(case, walk, strips, threads, piece, buffers)
                 if shared <= case.device.shared_memory:
-                    yield Pieces(strips, own, piece, buffers, threads, shared)
+                    yield Pieces(walk, strips, own, piece, buffers, threads, shared)
 
 
-def best(case: Case) -> Pieces | None:
-    """The one to run; None if none fits."""
-    return min(pieces(case), key=lambda cut: _cost(case, cut), default=None)
+def best(case: Case, walks: list[Walk]) -> tuple[Pieces, ...] | None:
+    """The walks as they are cut; None if one of them fits in no way."""
+    found = []
+    for walk in walks:
+        cut = min(pieces(case, walk), key=lambda cut: _cost(case, cut), default=None)
+        if cut is None:
+            return None
+        found.append(cut)
+    return tuple(found)
 
 
-def launch(case: Case, cut: Pieces) -> Launch:
-    """The one launch of a scan with index 0."""
+def launches(case: Case, index: int, cuts: tuple[Pieces, ...]) -> list[Launch]:
+    """The launches of the scan with this index."""
+    return [launch(case, index, cut) for cut in cuts]
+
+
+def launch(case: Case, index: int, cut: Pieces) -> Launch:
+    """One walk of the scan with this index."""
     problem = case.problem
-    knobs = (0, cut.threads, 0, cut.strips, cut.own, 1)
+    knobs = (index, cut.threads, cut.walk.row, cut.strips, cut.own, 1)
     blocks = problem.batch * problem.channels * cut.strips
-    kernel = Kernel(SOURCE, FUNCTION, _defines(case, cut))
-    return Launch(kernel, blocks, cut.threads, cut.shared, cut.strips, knobs)
+    return Launch(_kernel(case, cut), blocks, cut.threads, cut.shared, cut.strips, knobs)
 
 
-def reason(direction: str, cut: Pieces) -> str:
-    """A sentence for people."""
-    return (
-        f"{direction}: {cut.strips} blocks a line, {cut.threads} threads with a row each, "
-        f"{cut.buffers} tiles with {cut.piece} bytes of a row"
-    )
-
-
-def representative_kernels() -> list[tuple[Kernel, bool]]:
-    """Kernels that the tests compile, and whether each is hot (must not spill)."""
-
-    def kernel(storage: int, threads: int, piece: int, buffers: int, **other: int) -> Kernel:
-        macros = {"STORAGE": storage, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, **_FIXED}
-        macros |= {"REVERSED": 0, "THREADS": threads, "MIN_BLOCKS": 1, "WIDE": 1, "WANTS": 7}
-        macros |= {"SPLIT": 0, "CLUSTER": 0, "PIECE": piece, "BUFFERS": buffers} | other
-        return Kernel(SOURCE, FUNCTION, tuple(macros.items()))
-
-    cluster = {"SPLIT": 1, "CLUSTER": 1}
+def reasons(direction: str, cuts: tuple[Pieces, ...]) -> list[str]:
+    """Sentences for people."""
     return [
-        (kernel(1, 224, 64, 2), True),
-        (kernel(0, 256, 64, 2, REVERSED=1), True),
-        (kernel(1, 224, 64, 2, **cluster), True),
-        (kernel(1, 160, 64, 1, MIN_BLOCKS=3, REVERSED=1, **cluster), False),
-        (kernel(0, 224, 64, 2, **cluster), True),
-        (kernel(0, 160, 128, 1, **cluster), True),
-        (kernel(2, 64, 64, 2, NORMALIZE=1, HAS_LAM=0, WANTS=3), False),
+        f"{direction}, {'forward' if cut.walk.forward else 'back'}: {cut.strips} blocks a line, "
+        f"{cut.threads} threads with a row each, {cut.buffers} tiles with {cut.piece} bytes of a row"
+        for cut in cuts
     ]
 
 
-_FIXED = {"HORIZONTAL": 1, "PLACES": 1, "SEGMENT": HALO, "RAGGED": 0, "SHARED": 0}
-_FIXED |= {"HAS_SUMS": 0, "HAS_HIDDEN": 1}
+def representative_kernels() -> list[tuple[Kernel, bool]]:
+    """Kernels that the tests compile, and whether each is hot (must not spill).
+
+    The first of a source runs on every device, clusters on sm_90 and newer.
+    """
+
+    def kernel(forward: int, storage: int, threads: int, piece: int, buffers: int, **other: int) -> Kernel:
+        macros = {"STORAGE": storage, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, **_FIXED}
+        macros |= {"SHARED": 0, "HAS_SUMS": 0, "HAS_HIDDEN": 1 - forward, "OWN_STATES": forward}
+        macros |= {"REVERSED": 0, "THREADS": threads, "MIN_BLOCKS": 1, "WIDE": 1, "WANTS": 7 * (1 - forward)}
+        macros |= {"SPLIT": 0, "CLUSTER": 0, "PIECE": piece, "BUFFERS": buffers} | other
+        return Kernel(*_source(bool(forward)), tuple(macros.items()))
+
+    cluster = {"SPLIT": 1, "CLUSTER": 1}
+    four = {"NORMALIZE": 1, "HAS_GATE": 1, "HAS_SUMS": 1, "OWN_STATES": 1, "WANTS": 15, **cluster}
+    return [
+        (kernel(0, 1, 224, 64, 2), True),
+        (kernel(0, 0, 256, 64, 2, REVERSED=1), True),
+        (kernel(0, 1, 224, 64, 2, **cluster), True),
+        (kernel(0, 1, 160, 64, 1, MIN_BLOCKS=3, REVERSED=1, **cluster), True),
+        (kernel(0, 0, 160, 64, 1, MIN_BLOCKS=3, **cluster), True),
+        (kernel(0, 0, 160, 128, 1, **cluster), True),
+        (kernel(0, 1, 288, 64, 1, **four), True),
+        (kernel(0, 1, 288, 64, 1, **four, SHARED=1, REVERSED=1), True),
+        (kernel(1, 1, 256, 64, 2, NORMALIZE=1), True),
+        (kernel(1, 1, 160, 64, 2, MIN_BLOCKS=2, NORMALIZE=1, **cluster), True),
+        (kernel(0, 0, 64, 32, 2, **four, SHARED=1), False),
+        (kernel(0, 2, 64, 64, 2, NORMALIZE=1, HAS_LAM=0, WANTS=3), False),
+        (kernel(1, 0, 32, 64, 2, NORMALIZE=1, HAS_LAM=0, WIDE=0, REVERSED=1), False),
+    ]
 
 
-def _shared(case: Case, strips: int, threads: int, piece: int, buffers: int) -> int:
+_FIXED = {"HORIZONTAL": 1, "PLACES": 1, "SEGMENT": HALO, "RAGGED": 0}
+
+
+def _source(forward: bool) -> tuple[str, str]:
+    name = "planes_backward_states" if forward else "planes_backward_pieces"
+    return f"{name}.cu", name
+
+
+def _shared(case: Case, walk: Walk, strips: int, threads: int, piece: int, buffers: int) -> int:
     """Bytes of shared memory, as the kernel cuts it."""
-    operands = 6 + ("lam" in case.views)
-    tile = (operands * LANES + 2) * piece + -(-4 * (LANES + 2) // 16) * 16
+    operands, states = walk.operands(case), walk.states(case)
+    tile = (operands * LANES + 2 * states) * piece + -(-4 * states * (LANES + 2) // 16) * 16
     mail = 16 * HALO if strips > 1 else 0
     return threads // LANES * buffers * tile + 16 * (threads // LANES + 2) + mail + 32 + 16 * operands
+
+
+def _traffic(case: Case, walk: Walk) -> int:
+    """Bytes of one place to and from memory."""
+    size, lam, gate = case.itemsize, "lam" in case.views, "gate" in case.views
+    if walk.forward:
+        return size * (4 + lam) + 4
+    sums = 8 if len(case.problem.directions) > 1 else size
+    states = 4 if walk.own_states else size
+    return size * (5 + 2 * lam + 2 * gate) + states + sums + (12 if walk.shared else 3 * size)
 
 
 def _cost(case: Case, cut: Pieces) -> float:
@@ -140,28 +223,41 @@ def _cost(case: Case, cut: Pieces) -> float:
     if cut.buffers == 1:
         line += 2000 / columns
     issued = 55 * warps * busy / 4
-    numbers = 2 * (5 + ("lam" in case.views))
-    taken = numbers * case.itemsize * cut.own * busy / 18 * {32: 2.5, 64: 1.2, 128: 1}[cut.piece]
+    taken = _traffic(case, cut.walk) * cut.own * busy / 18 * {32: 2.5, 64: 1.2, 128: 1}[cut.piece]
     return -(-blocks // max(1, at_once)) * problem.width * max(line + issued / 3, issued, taken)
 
 
 def _resident(case: Case, cut: Pieces) -> int:
     """Blocks that a multiprocessor holds."""
     shared = (case.device.shared_memory + RESERVED) // (cut.shared + RESERVED)
-    return max(1, min(shared, MOST_THREADS // cut.threads))
+    return max(1, min(shared, _most_threads(case, cut.walk) // cut.threads))
 
 
-def _defines(case: Case, cut: Pieces) -> Macros:
-    return (
-        *options(case),
-        *_FIXED.items(),
-        ("REVERSED", int(case.problem.directions[0] == "left")),
-        ("THREADS", cut.threads),
-        ("MIN_BLOCKS", _resident(case, cut)),
-        ("WIDE", int(cut.threads > LANES)),
-        ("WANTS", sum(1 << i for i, name in enumerate(("dx", "dtaps", "dlam")) if name in case.views)),
-        ("SPLIT", int(cut.strips > 1)),
-        ("CLUSTER", int(cut.strips > 1)),
-        ("PIECE", cut.piece),
-        ("BUFFERS", cut.buffers),
-    )
+def _most_threads(case: Case, walk: Walk) -> int:
+    """Threads of a multiprocessor that leave each of them the registers that it takes."""
+    if walk.forward:
+        return 768
+    return 512 if walk.states(case) < 2 else 384
+
+
+def _kernel(case: Case, cut: Pieces) -> Kernel:
+    walk, views = cut.walk, case.views
+    macros = dict(options(case)) | _FIXED
+    if walk.forward:
+        macros |= {"HAS_GATE": 0}
+    macros |= {
+        "REVERSED": int(walk.direction == "left"),
+        "THREADS": cut.threads,
+        "MIN_BLOCKS": _resident(case, cut),
+        "WIDE": int(cut.threads > LANES),
+        "SHARED": int(walk.shared),
+        "HAS_SUMS": int(len(case.problem.directions) > 1 and not walk.forward),
+        "WANTS": 0 if walk.forward else sum(1 << i for i, name in enumerate(GRADIENTS) if name in views),
+        "HAS_HIDDEN": int(not walk.forward),
+        "OWN_STATES": int(walk.own_states),
+        "SPLIT": int(cut.strips > 1),
+        "CLUSTER": int(cut.strips > 1),
+        "PIECE": cut.piece,
+        "BUFFERS": cut.buffers,
+    }
+    return Kernel(*_source(walk.forward), tuple(macros.items()))
