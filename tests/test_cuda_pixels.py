@@ -1,17 +1,24 @@
-"""The sizes that `pixels` decides: shared memory, over more of them than kernels can be run for."""
+"""The sizes that `pixels` decides, and backward in the ways of cutting that it chooses for large images."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from cuda_emulator import compiler
+from cuda_emulator.emulator import Inputs, case_of, run_plan
+from cuda_emulator.problems import BF16, Small, truth
 from gspn2.backends import Problem
 from gspn2.backends.cuda.geometry import Case, Device
 from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.variants import pixels, pixels_backward
+from gspn2.backends.cuda.variants.pixels_backward import Warps
+from gspn2.backends.cuda.variants.pixels_layout import vector_of
 from gspn2.backends.problem import DIRECTIONS
+from helpers import relative_l2
 
 CHANNELS = (2, 3, 4, 5, 6, 7, 8, 12, 20, 24, 33, 40)
 IMAGES = ((1, 1), (5, 7), (37, 140), (63, 65), (130, 33), (301, 259))
@@ -43,3 +50,73 @@ def test_regions_of_shared_memory_are_aligned(dtype: torch.dtype) -> None:
         sizes = pixels_backward.regions(case, tiling)
         assert all(size % 16 == 0 for size in sizes), (case.problem, sizes)
         assert sum(sizes) == pixels.plan(case).launches[0].shared
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a block is cut: its vectors, those of them that a warp has, places of a thread, and so on."""
+
+    vectors: int = 1
+    lanes: int = 1
+    places: int = 1
+    roles: int = 2
+    splits: int = 1
+    lines: int = 4
+
+    def tiling(self, case: Case) -> Warps:
+        vector = vector_of(case)
+        assert vector is not None
+        runs = (-(-case.problem.width // self.splits), -(-case.problem.height // self.splits))
+        halo = self.lines if self.splits > 1 else 0
+        strips = -(-(max(runs) + 2 * halo) * self.lanes // (32 * self.places))
+        threads = 32 * self.vectors // self.lanes * strips
+        return Warps(
+            vector,
+            self.vectors,
+            self.places,
+            self.roles,
+            self.splits,
+            runs,
+            threads,
+            halo,
+            self.lines,
+            self.lines,
+            False,
+            self.lanes,
+        )
+
+
+PACKED = "channel_innermost"
+CUTS = (
+    # Lines of several warps, and places of several lanes of a warp.
+    (Small(9, 70, channels=8, dtype=BF16, layout=PACKED), Cut()),
+    (Small(9, 70, channels=16, dtype=BF16, layout=PACKED, chunk=3), Cut(2, 2, 2)),
+    (Small(9, 45, channels=16, dtype=BF16, layout=PACKED), Cut(2, 2, 1, roles=4)),
+    (Small(21, 45, channels=32, groups=2, dtype=BF16, layout=PACKED), Cut(4, 2, 2, roles=1)),
+    (Small(11, 45, channels=8, groups=8, dtype=BF16, layout=PACKED), Cut()),
+    # Lines of several blocks.
+    (Small(20, 45, channels=8, dtype=BF16, layout=PACKED, chunk=7), Cut(2, 2, 1, splits=3)),
+    (Small(11, 40, channels=4, groups=4, layout=PACKED), Cut(splits=2, roles=4)),
+    (Small(13, 75, channels=8, dtype=BF16, layout=PACKED), Cut(places=2, splits=2, roles=1, lines=2)),
+    (Small(15, 50, channels=3, layout=PACKED), Cut(3, splits=2)),
+)
+
+
+@pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++ 12, on Linux")
+@pytest.mark.parametrize(("small", "cut"), CUTS, ids=str)
+def test_ways_of_cutting_backward(small: Small, cut: Cut) -> None:
+    torch.set_num_threads(1)
+    inputs = small.case()
+    problem = small.problem(inputs)
+    expected = truth(inputs, problem)
+    given = Inputs(inputs.x, inputs.logits, inputs.lam, inputs.gate, inputs.dy, small.needs)
+    found = []
+    for seed in (0, 3):
+        case, tensors = case_of(given, problem, small.device)
+        run_plan(pixels_backward.plan(case, cut.tiling(case)), problem, tensors, seed, small.device)
+        found.append(tensors)
+    tolerance = 3e-6 if small.dtype == torch.float32 else 2.5e-3
+    for name, right in expected.items():
+        if name != "y":
+            assert relative_l2(found[0][name], right) <= tolerance, name
+            assert torch.equal(found[0][name], found[1][name]), f"{name} depends on the order of threads"

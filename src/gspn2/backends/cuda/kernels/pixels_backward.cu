@@ -3,8 +3,11 @@
 // A block takes a direction in two passes. The first scans forward and keeps the state before every SEGMENT-th line,
 // in scratch. The second goes through the segments from the last to the first: it computes a segment's states again
 // from the kept one, into shared memory, and then runs the adjoint over its lines backwards. What it needs of the
-// lines comes through one ring, in the order in which it is used: x and lam on the way forward; x, lam, gate, dy and
-// the sum of dx so far on the way back.
+// lines comes through a ring that is a segment long, and stays there for the way back; a line of the segment before
+// takes the place of one that is done with.
+//
+// Neighbouring places are in the same warp and meet by shuffle; where a line is longer than a warp, there is a barrier
+// a line, and what the warps' outer places have is in shared memory.
 //
 // With two roles, one block takes the forward direction of an axis and its partner the backward one. Their adjoints
 // start at opposite ends and meet in the middle, so the first writes sums of dx where the second then adds to them.
@@ -14,8 +17,9 @@
 // end of each segment. DIRECT: that is the whole group, and the gradient is finished here; otherwise these sums go to
 // scratch, and pixels_taps adds up those of a group's blocks.
 //
-// More macros: SEGMENT lines (also TAP_LINES; also HALO with SPLIT), DEPTH of the ring, SUM 1 if there is more than one
-// direction, DIRECT; NEED_DX, NEED_DTAPS, NEED_DLAM, NEED_DGATE the gradients that are asked for.
+// More macros: SEGMENT lines (also TAP_LINES; also HALO with SPLIT), LANES of a warp that are beside each other in
+// channels, WHOLE 1 if channels come in whole blocks, SUM 1 if there is more than one direction, DIRECT; NEED_DX,
+// NEED_DTAPS, NEED_DLAM, NEED_DGATE the gradients that are asked for.
 // Knobs: those of Layout; 4 places of all kept lines of a direction.
 // Scratch: 0 float32 sums of dx (16-bit storage), 1 those of the horizontal directions (four roles), 2 kept states,
 // 3 sums of tap gradients (not DIRECT).
@@ -39,6 +43,10 @@ struct Phase {
   int first_segment;  // kept states that belong to lines before these
 };
 
+__device__ __forceinline__ void line_barrier() {
+  if (STRIPS > 1) __syncthreads();
+}
+
 // Pass 1: the states before every segment but the first, in scratch.
 __device__ __forceinline__ void keep_states(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
                                             const Segments& segments, int& exchanged) {
@@ -54,17 +62,14 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
   stages.turn(0);
   stages.fetch(1);
 #endif
-#pragma unroll
-  for (int line = 0; line < DEPTH; line++) {
-    if (line < stop) walk.copy_inputs(line), walk.move_inputs<1>();
+#pragma unroll 1
+  for (int line = 0; line < AHEAD; line++) {
+    if (line < stop) walk.copy_inputs(line * INPUTS * LINE), walk.move_inputs(1);
     copy_commit();
   }
   float h[PLACES][V];
   clear(h);
-#pragma unroll
-  for (int q = 0; q < PLACES; q++) store_floats(states(0, q), PITCH, h[q]);
-  __syncthreads();
-    int since = 0, slot = 0, until = 0, segment = 0;
+  int since = 0, slot = 0, until = 0, segment = 0;
 #pragma unroll 1
   for (int line = 0; line <= stop; line++) {
     if (line == segments.boundary) until = 0;
@@ -72,70 +77,74 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
       until = SEGMENT;
 #if SPLIT
       exchange_halos<HALO_AT>(p, layout, me, walk.run, walk.place, exchanged, h);
-#pragma unroll
-      for (int q = 0; q < PLACES; q++) store_floats(states(line & 1, q), PITCH, h[q]);
-      __syncthreads();
 #endif
-      float* to = walk.kept + (long long)segment++ * walk.kept_line;
-#pragma unroll
-      for (int q = 0; q < PLACES; q++)
-        if (walk.own[q] && line > 0) store_sums(to + q * p.channels, h[q]);
+      if (line > 0) walk.keep(segment, h);
+      segment++;
     }
     until--;
     if (line == stop) break;
 #if !OWN_TAPS
-    if (line % SEGMENT == TAP_TURN) {
+    // Not before the second line of a stage: until there is a barrier, others may be at the stage before, whose weights
+    // these replace.
+    if (line % SEGMENT == SEGMENT / 2) {
       stages.turn(line / SEGMENT + 1);
       stages.fetch(line / SEGMENT + 2);
     }
 #endif
-    copy_wait<DEPTH - 1>();
-    walk.step(slot, line % (2 * SEGMENT), line & 1, (line + 1) & 1, since == 0, h);
+    // Also between two exchanges with other splits.
+    if (STRIPS == 1 && (!OWN_TAPS || SPLIT) && line % SEGMENT == 0) __syncthreads();
+    const int slot_at = slot * INPUTS * LINE;
+    copy_wait<AHEAD - 1>();
+    float u[PLACES][V], before[V], after[V];
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) walk.input(slot_at, q, u[q]);
+    walk.show_edges(line & 1, h[0], h[PLACES - 1]);
+    line_barrier();
+    walk.beside_edges(line & 1, h[0], h[PLACES - 1], before, after);
+    walk.step(slot_at, line % (2 * SEGMENT), since == 0, u, before, after, h);
     since = since + 1 == p.chunk ? 0 : since + 1;
-    if (line + DEPTH < stop) walk.copy_inputs(slot), walk.move_inputs<1>();
+    if (line + AHEAD < stop) walk.copy_inputs(slot_at), walk.move_inputs(1);
     copy_commit();
-    slot = slot + 1 == DEPTH ? 0 : slot + 1;
-    __syncthreads();
+    slot = slot + 1 == AHEAD ? 0 : slot + 1;
   }
   copy_wait<0>();
   __syncthreads();
 }
 
-// Which line's operands are set on their way next: a segment's lines forwards, then backwards, then the segment before.
+// Which line is set on its way next: a segment's lines forwards, then those of the segment before. A segment's lines
+// take the slots in the order in which the segment after leaves them, which is every other time from the last on.
 struct Queue {
-  int first, end, segment, k, left;
-  bool back;
+  int first, end, segment, line;
+  int kept, parity;  // kept states of the segment, and where they go
 
   __device__ __forceinline__ void start(const Phase& phase) {
-    const int segments = segments_of(phase.end - phase.begin);
-    segment = phase.first_segment + segments - 1;
-    first = phase.begin + (segments - 1) * SEGMENT;
+    segment = segments_of(phase.end - phase.begin) - 1;
+    first = line = phase.begin + segment * SEGMENT;
     end = phase.end;
-    left = 2 * (phase.end - phase.begin);
-    k = 0;
-    back = false;
+    kept = phase.first_segment + segment;
+    parity = 0;
   }
 
-  __device__ __forceinline__ void copy(Walker& walk, int slot, bool add, int channels) {
-    if (left > 0) {
-      left--;
-      walk.copy_inputs(slot);
-      if (!back) {
-        if (k == 0 && first > 0) walk.copy_kept(slot, segment, channels);
-        back = k + 1 == SEGMENT || first + k + 1 == end;
-        if (!back) walk.move_inputs<1>(), k++;
+  __device__ __forceinline__ void copy(Walker& walk, int slot, bool add) {
+    if (segment >= 0) {
+      walk.copy_line(slot, add);
+      if (line == first) walk.copy_kept(parity, kept, first == 0);
+      if (line + 1 < end) {
+        line++;
+        walk.move_read(1);
       } else {
-        walk.copy_adjoint(slot, add);
-        back = k > 0;
-        if (back)
-          walk.move_inputs<-1>(), k--;
-        else
-          walk.move_inputs<-SEGMENT>(), segment--, first -= SEGMENT;
+        walk.move_read(first - SEGMENT - line);
+        end = first;
+        first -= SEGMENT;
+        line = first;
+        segment--, kept--, parity ^= 1;
       }
     }
     copy_commit();
   }
 };
+
+__device__ __forceinline__ int slot_of(int k, int parity) { return parity ? SEGMENT - 1 - k : k; }
 
 #if !OWN_TAPS
 // A segment's tap gradients: summed over the block's vectors of a group, in order.
@@ -149,12 +158,15 @@ __device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layou
   for (int i = threadIdx.x; i < all; i += THREADS) {
     const int row = i / places, j = walk.run.own + i - row * places;
     const int k = row / TAP_GROUPS, g = row % TAP_GROUPS, l = j - walk.run.start;
-    const int q = l % PLACES, thread = l / PLACES * VECTORS + g * GROUP_VECTORS;
+    const int q = l % PLACES, column = l / PLACES;
+    const int thread = column / (32 / LANES) * (32 * ROW_WARPS) + column % (32 / LANES) * LANES;
     float sum[3] = {0.f, 0.f, 0.f};
 #pragma unroll
-    for (int v = 0; v < GROUP_VECTORS; v++)
-#pragma unroll
-      for (int tap = 0; tap < 3; tap++) sum[tap] += *gradient(k, tap, q, thread + v);
+    for (int v = 0; v < GROUP_VECTORS; v++) {
+      const int vector = g * GROUP_VECTORS + v;
+      const Weights part = *gradient(k, q, thread + vector / LANES * 32 + vector % LANES);
+      sum[0] += part.before, sum[1] += part.here, sum[2] += part.after;
+    }
 #if DIRECT
     const int group = channel_block * TAP_GROUPS + g;
     const storage_t* a = stream_of(p.taps, walk.s, me.b, d, group, first + k, j).at;
@@ -176,146 +188,144 @@ __device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layou
 }
 #endif
 
-// What one line's places hand to the places of the line before, their own thread's and, published, their neighbours'.
-// `to` is filled with the former. With shared taps g itself is published, for the weights are known to all.
-struct Handed {
-  float to[PLACES][V];
-
-  __device__ __forceinline__ void add(int q, int v, const Taps& w, float g, float* before, float* after) {
-    to[q][v] = fmaf(w.here, g, to[q][v]);
-    if (q > 0)
-      to[q > 0 ? q - 1 : 0][v] = fmaf(w.before, g, to[q > 0 ? q - 1 : 0][v]);
-    else
-      before[v] = OWN_TAPS ? w.before * g : g;
-    if (q + 1 < PLACES)
-      to[q + 1 < PLACES ? q + 1 : q][v] = fmaf(w.after, g, to[q + 1 < PLACES ? q + 1 : q][v]);
-    else
-      after[v] = OWN_TAPS ? w.after * g : g;
-  }
-};
-
-__device__ __forceinline__ Floats* after_row(int parity) {
-  return (Floats*)(shared_memory() + AFTER_AT) + parity * PARTS * PITCH + VECTORS + threadIdx.x;
+// What a place hands to the places of the line before: `to` the thread's own, and one beside them on either side.
+__device__ __forceinline__ void hand(int q, int v, const Taps& w, float g, float (&to)[PLACES][V], float* before,
+                                     float* after) {
+  to[q][v] = fmaf(w.here, g, to[q][v]);
+  if (q > 0)
+    to[q > 0 ? q - 1 : 0][v] = fmaf(w.before, g, to[q > 0 ? q - 1 : 0][v]);
+  else
+    before[v] = w.before * g;
+  if (q + 1 < PLACES)
+    to[q + 1 < PLACES ? q + 1 : q][v] = fmaf(w.after, g, to[q + 1 < PLACES ? q + 1 : q][v]);
+  else
+    after[v] = w.after * g;
 }
 
-// One line of the adjoint: states row `k` is that of the line before, row `k + 1` this line's, in whose place g is
-// published. `carried` is what the next line handed to this one, then what the thread's places hand to the line before.
-__device__ __forceinline__ void adjoint_line(bool add, bool last_sum, Walker& walk, int slot, int row, int k,
+// One line of the adjoint: `slot_at` has its operands, row `k` of the states is that of the line before. `carried` is
+// what the next line handed to this one, then what this one hands to the line before.
+__device__ __forceinline__ void adjoint_line(const Phase& phase, Walker& walk, int slot, int row, int k, int parity,
                                              bool restart, float (&carried)[PLACES][V]) {
-  Handed handed;
-  clear(handed.to);
-  float first[V], last[V];
+  const int slot_at = slot * SLOT, here_at = states_at(k + 1, parity), from_at = states_at(k, parity);
+  float g[PLACES][V];
 #pragma unroll
   for (int q = 0; q < PLACES; q++) {
-    float in[V], g[V], h[V], e[V], out[V];
-    unpack(*ring(slot, DY, q), in);
-    load_floats(states(k + 1, q), PITCH, h);
+    float in[V], e[V];
+    unpack(*operand(slot_at, DY, q), in);
 #if HAS_GATE
-    unpack(*ring(slot, GATE, q), e);
+    unpack(*operand(slot_at, GATE, q), e);
 #else
 #pragma unroll
     for (int v = 0; v < V; v++) e[v] = 1.f;
 #endif
 #pragma unroll
     for (int v = 0; v < V; v++) {
-      out[v] = h[v] * in[v];
-      g[v] = fmaf(e[v], in[v], carried[q][v]);
-      // A place that is none takes no part: what was handed to it may be 0 * inf.
-      if (PLACES > 1 && !walk.exists[q]) g[v] = 0.f;
+      g[q][v] = fmaf(e[v], in[v], carried[q][v]);
+      if (q > 0 && !walk.exists[q]) g[q][v] = 0.f;  // what was handed to no place may be 0 * inf
     }
-    if (NEED_DGATE && walk.own[q]) store_vector(walk.dgate.at + q * walk.dgate.place, out);
+    if (NEED_DGATE && walk.own[q]) {
+      load_floats(floats(here_at, q), THREADS, e);
+#pragma unroll
+      for (int v = 0; v < V; v++) e[v] *= in[v];
+      store_vector(walk.dgate.at + q * walk.dgate.place, e);
+    }
+  }
 
-    // dw_k = g h_(j + k), of the line before.
-    float before[V], here[V], after[V];
-    load_floats(q > 0 ? states(k, q > 0 ? q - 1 : 0) : states(k, PLACES - 1) + walk.before_at, PITCH, before);
-    load_floats(states(k, q), PITCH, here);
-    load_floats(q + 1 < PLACES ? states(k, q + 1 < PLACES ? q + 1 : q) : states(k, 0) + walk.after_at, PITCH, after);
+  // What goes to the places of the line before: the thread's own, and one beside them on either side.
+  float before[V], after[V], to_before[V], to_after[V];
+  float h[PLACES][V];
+#pragma unroll
+  for (int q = 0; q < PLACES; q++) load_floats(floats(from_at, q), THREADS, h[q]);
+  walk.beside_states(from_at, h, before, after);
+#pragma unroll
+  for (int q = 0; q < PLACES; q++)
+#pragma unroll
+    for (int v = 0; v < V; v++) carried[q][v] = 0.f;
 #if OWN_TAPS
+#pragma unroll
+  for (int q = 0; q < PLACES; q++) {
     float raw[3 * V], gradients[3 * V];
-    walk.raw_taps(slot, q, raw);
+    walk.raw_taps(slot_at, q, raw);
     const bool has_before = walk.place + q > 0, has_after = walk.place + q + 1 < walk.s.places;
 #pragma unroll
     for (int v = 0; v < V; v++) {
       const Taps a = own_taps(raw, v);
-      Taps d = {0.f, 0.f, 0.f};
-      if (!restart) d = tap_gradient(a, {g[v] * before[v], g[v] * here[v], g[v] * after[v]}, has_before, has_after);
-      gradients[INTERLEAVED ? 3 * v : v] = d.before;
-      gradients[INTERLEAVED ? 3 * v + 1 : V + v] = d.here;
-      gradients[INTERLEAVED ? 3 * v + 2 : 2 * V + v] = d.after;
-      handed.add(q, v, tap_weights(a, has_before, has_after), g[v], first, last);
+      const float left = q > 0 ? h[q > 0 ? q - 1 : 0][v] : before[v];
+      const float right = q + 1 < PLACES ? h[q + 1 < PLACES ? q + 1 : q][v] : after[v];
+      Taps dw = {0.f, 0.f, 0.f};
+      if (!restart)
+        dw = tap_gradient(a, {g[q][v] * left, g[q][v] * h[q][v], g[q][v] * right}, has_before, has_after);
+      gradients[INTERLEAVED ? 3 * v : v] = dw.before;
+      gradients[INTERLEAVED ? 3 * v + 1 : V + v] = dw.here;
+      gradients[INTERLEAVED ? 3 * v + 2 : 2 * V + v] = dw.after;
+      const Taps w = tap_weights(a, has_before, has_after);
+      hand(q, v, w, g[q][v], carried, to_before, to_after);
     }
     if (NEED_DTAPS && walk.own[q])
 #pragma unroll
       for (int t = 0; t < 3; t++)
         store_vector(walk.dtaps.at + q * walk.dtaps.place + t * walk.dtap_vector, gradients + t * V);
+  }
 #else
-    float dw[3] = {0.f, 0.f, 0.f}, weight[3];
-    walk.weights(slot, row, q, weight);
+#pragma unroll
+  for (int q = 0; q < PLACES; q++) {
+    float weight[3];
+    walk.weights(slot_at, row, q, weight);
+    Weights dw = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int v = 0; v < V; v++) {
-      dw[0] = fmaf(g[v], before[v], dw[0]);
-      dw[1] = fmaf(g[v], here[v], dw[1]);
-      dw[2] = fmaf(g[v], after[v], dw[2]);
-      handed.add(q, v, Walker::weight_of(weight, v), g[v], first, last);
+      dw.before = fmaf(g[q][v], q > 0 ? h[q > 0 ? q - 1 : 0][v] : before[v], dw.before);
+      dw.here = fmaf(g[q][v], h[q][v], dw.here);
+      dw.after = fmaf(g[q][v], q + 1 < PLACES ? h[q + 1 < PLACES ? q + 1 : q][v] : after[v], dw.after);
+      hand(q, v, Walker::weight_of(weight, v), g[q][v], carried, to_before, to_after);
     }
-#pragma unroll
-    for (int tap = 0; tap < 3; tap++)
-      if (NEED_DTAPS) *gradient(k, tap, q, threadIdx.x) = restart ? 0.f : dw[tap];
+    if (restart) dw = {0.f, 0.f, 0.f, 0.f};
+    if (NEED_DTAPS) *gradient(k, q, threadIdx.x) = dw;
+  }
 #endif
+  walk.show_edges(k & 1, to_before, to_after);
 
-    // du = g: to x through lam, to lam through x.
-    unpack(*ring(slot, 0, q), in);
-#if HAS_LAM
+  // du = g: to x through lam, to lam through x.
 #pragma unroll
-    for (int v = 0; v < V; v++) out[v] = g[v] * in[v];
-    if (NEED_DLAM && walk.own[q]) store_vector(walk.dlam.at + q * walk.dlam.place, out);
-    unpack(*ring(slot, 1, q), e);
+  for (int q = 0; q < PLACES; q++) {
+    if (!walk.own[q]) continue;
+    float e[V], out[V];
+#if HAS_LAM
+    if (NEED_DLAM) {
+      unpack(*operand(slot_at, 0, q), e);
+#pragma unroll
+      for (int v = 0; v < V; v++) e[v] *= g[q][v];
+      store_vector(walk.dlam.at + q * walk.dlam.place, e);
+    }
+    if (NEED_DX) unpack(*operand(slot_at, 1, q), e);
 #else
 #pragma unroll
     for (int v = 0; v < V; v++) e[v] = 1.f;
 #endif
-    if (!NEED_DX || !walk.own[q]) continue;
+    if (!NEED_DX) continue;
 #pragma unroll
     for (int v = 0; v < V; v++) out[v] = 0.f;
-    if (SUM && add) load_floats(ring_sum(slot, q), THREADS, out);
+    if (SUMS_COME && phase.add) load_floats(floats(sums_at(slot), q), THREADS, out);
 #pragma unroll
-    for (int v = 0; v < V; v++) out[v] = fmaf(g[v], e[v], out[v]);
-    if (!SUM || last_sum)
+    for (int v = 0; v < V; v++) out[v] = fmaf(g[q][v], e[v], out[v]);
+    if (!SUM || phase.last)
       store_vector(walk.dx.at + q * walk.dx.place, out);
     else
-      store_sums(walk.write.at + q * walk.write.place, out);
+#pragma unroll
+      for (int part = 0; part < PARTS; part++)
+        Walker::store_part(walk.write.at + q * walk.write.place + part * PART_STEP, out + part * F);
   }
   walk.next_written();
-  store_floats(states(k + 1, 0), PITCH, first);
-  if (OWN_TAPS)
-    store_floats(after_row(k & 1), PITCH, last);
-  else if (PLACES > 1)
-    store_floats(states(k + 1, PLACES - 1), PITCH, last);
-#pragma unroll
-  for (int q = 0; q < PLACES; q++)
-#pragma unroll
-    for (int v = 0; v < V; v++) carried[q][v] = handed.to[q][v];
-}
-
-// After the barrier: what the neighbours hand over, too.
-__device__ __forceinline__ void receive(const Walker& walk, int row, int k, bool restart, float (&carried)[PLACES][V]) {
+  line_barrier();
   if (restart) {
     clear(carried);
     return;
   }
-  float from_before[V], from_after[V];
-  load_floats((OWN_TAPS ? after_row(k & 1) : states(k + 1, PLACES - 1)) + walk.before_at, PITCH, from_before);
-  load_floats(states(k + 1, 0) + walk.after_at, PITCH, from_after);
-  float w_after = 1.f, w_before = 1.f;
-#if !OWN_TAPS
-  w_after = w_before = 0.f;
-  if (walk.exists[0] && walk.place > walk.run.start) w_after = walk.weights_of(row, -1)->after;
-  if (walk.exists[0] && walk.place + PLACES < walk.run.stop) w_before = walk.weights_of(row, PLACES)->before;
-#endif
+  walk.beside_edges(k & 1, to_before, to_after, before, after);
 #pragma unroll
   for (int v = 0; v < V; v++) {
-    carried[0][v] = fmaf(w_after, from_before[v], carried[0][v]);
-    carried[PLACES - 1][v] = fmaf(w_before, from_after[v], carried[PLACES - 1][v]);
+    carried[0][v] += before[v];
+    carried[PLACES - 1][v] += after[v];
   }
 }
 
@@ -323,13 +333,15 @@ __device__ __forceinline__ void receive(const Walker& walk, int row, int k, bool
 __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
                                         const Phase& phase, void* sums, int& exchanged, float (&carried)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
-  int slot = 0;
   Queue queue;
   queue.start(phase);
   walk.start_inputs(p, me, d, queue.first);
-  walk.start_adjoint(p, me, d, phase.end - 1, sums);
+  walk.start_adjoint(p, me, d, queue.first, sums);
+  walk.start_written(p, me, d, phase.end - 1, sums);
+  // The last segment may be short; what it leaves of the ring is for the one before.
+  const int rest = lines - (segments_of(lines) - 1) * SEGMENT;
 #pragma unroll 1
-  for (int i = 0; i < DEPTH; i++) queue.copy(walk, i, phase.add, p.channels);
+  for (int i = 0; i < SEGMENT; i++) queue.copy(walk, i < rest ? i : SEGMENT - 1 - (i - rest), phase.add);
 #if !OWN_TAPS
   TapStages stages;
   stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), phase.begin,
@@ -338,50 +350,52 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
   stages.turn(segments_of(lines) - 1);
   stages.fetch(segments_of(lines) - 2);
 #endif
+  int parity = 0;  // of the kept states; the order of slots changes with it
 #pragma unroll 1
-  for (int segment = segments_of(lines) - 1; segment >= 0; segment--) {
+  for (int segment = segments_of(lines) - 1; segment >= 0; segment--, parity ^= 1) {
     const int begin = segment * SEGMENT, first = phase.begin + begin, count = min(SEGMENT, lines - begin);
 #if SPLIT
     exchange_halos<HALO_AT>(p, layout, me, walk.run, walk.place, exchanged, carried);
 #endif
     float h[PLACES][V];
-    copy_wait<DEPTH - 1>();
+    copy_wait<SEGMENT - 1>();
+    // Weights, and states before the segment, are seen by other threads from here on; and what other splits sent has
+    // been read before they send again.
+    if (!OWN_TAPS || STRIPS > 1 || SPLIT) __syncthreads();
 #pragma unroll
-    for (int q = 0; q < PLACES; q++) {
-      load_floats(ring_sum(slot, q), THREADS, h[q]);
-      if (first == 0)
-#pragma unroll
-        for (int v = 0; v < V; v++) h[q][v] = 0.f;
-      store_floats(states(0, q), PITCH, h[q]);
-    }
-    __syncthreads();
+    for (int q = 0; q < PLACES; q++) load_floats(floats(kept_at(parity), q), THREADS, h[q]);
     const int row = (segment & 1) * SEGMENT;
     u32 restarts = 0;
     for (int k = 0, since = first % p.chunk; k < count; k++, since = since + 1 == p.chunk ? 0 : since + 1)
       restarts |= (u32)(since == 0) << k;
 #pragma unroll 1
     for (int k = 0; k < count; k++) {
-      copy_wait<DEPTH - 1>();
-      walk.step(slot, row + k, k, k + 1, restarts >> k & 1, h);
-      queue.copy(walk, slot, phase.add, p.channels);
-      slot = slot + 1 == DEPTH ? 0 : slot + 1;
-      __syncthreads();
+      const int slot = slot_of(k, parity);
+      copy_wait<SEGMENT - 1>();
+      float u[PLACES][V], before[V], after[V];
+#pragma unroll
+      for (int q = 0; q < PLACES; q++) walk.input(slot * SLOT, q, u[q]);
+      if (k > 0) line_barrier();
+      walk.beside_states(states_at(k, parity), h, before, after);
+      walk.step(slot * SLOT, row + k, restarts >> k & 1, u, before, after, h);
+#pragma unroll
+      for (int q = 0; q < PLACES; q++) store_floats(floats(states_at(k + 1, parity), q), THREADS, h[q]);
+      // Another group, of nothing, so that the wait for a line always leaves as many.
+      copy_commit();
     }
+    // The way back reads the last but one line of states, and before the next barrier nobody writes one.
 #if !OWN_TAPS
     stages.turn(segment - 1);
     stages.fetch(segment - 2);
 #endif
 #pragma unroll 1
     for (int k = count - 1; k >= 0; k--) {
-      const bool restart = restarts >> k & 1;
-      copy_wait<DEPTH - 1>();
-      adjoint_line(phase.add, phase.last, walk, slot, row + k, k, restart, carried);
-      queue.copy(walk, slot, phase.add, p.channels);
-      slot = slot + 1 == DEPTH ? 0 : slot + 1;
-      __syncthreads();
-      receive(walk, row + k, k, restart, carried);
+      const int slot = slot_of(k, parity);
+      adjoint_line(phase, walk, slot, row + k, k, parity, restarts >> k & 1, carried);
+      queue.copy(walk, slot, phase.add);
     }
 #if !OWN_TAPS
+    __syncthreads();
     reduce_taps(p, layout, me, walk, d, first, count);
 #endif
   }
@@ -418,16 +432,7 @@ __device__ __forceinline__ void run_direction(const Params& p, const Layout& lay
 
 KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
   const Layout layout = layout_of(p);
-  const Self me = self_of(p, layout);
-  // Zeros beside the first and the last thread.
-  for (int i = threadIdx.x; i < (SEGMENT + 1) * PLACES * PARTS + OWN_TAPS * 2 * PARTS; i += THREADS) {
-    Floats zero;
-#pragma unroll
-    for (int e = 0; e < F; e++) zero.e[e] = 0.f;
-    Floats* row = (Floats*)(shared_memory() + STATES_AT) + i * PITCH;
-#pragma unroll
-    for (int v = 0; v < VECTORS; v++) row[v] = row[VECTORS + THREADS + v] = zero;
-  }
+  const Self me = thread_of(p, layout);
 #if SPLIT
   start_halos<HALO_AT>();
 #endif

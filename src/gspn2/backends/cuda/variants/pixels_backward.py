@@ -2,37 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, options
 from .pixels_layout import (
+    LARGEST_CLUSTER,
     MOST_THREADS,
+    SECTOR,
     Tiling,
     blocks_of,
     channel_blocks,
+    cluster_of,
     defines,
-    first_fitting,
     image_sums,
     launch,
     own_taps,
     reasons,
-    rounded,
+    sums,
     tap_groups,
+    vector_of,
 )
-
-DEEPEST = 8
-"""Lines of a ring at most."""
 
 MOST_TAPS = 8
 """Of a thread: taps that wait in its registers."""
 
+WIDEST = 64
+"""Bytes of a pixel that a block takes of an operand at most."""
 
-def tiling_of(case: Case) -> Tiling | None:
+
+@dataclass(frozen=True)
+class Warps(Tiling):
+    """A tiling in whole warps.
+
+    Args:
+        lanes: of a warp, beside each other in channels; the others are at other places.
+    """
+
+    lanes: int
+
+    @property
+    def strips(self) -> int:
+        """Warps that share a line."""
+        return self.threads // 32 * self.lanes // self.vectors
+
+
+def tiling_of(case: Case) -> Warps | None:
     """The tiling, or None if a line is too long for a block."""
-    return first_fitting(case, _fit)
+    vector = vector_of(case)
+    assert vector is not None
+    for vectors in _widths(case, vector):
+        roles, splits = cluster_of(case, vector, vectors)
+        while True:
+            tiling = _fit(case, vector, vectors, roles, splits)
+            if tiling is not None:
+                return tiling
+            if roles * splits * 2 > LARGEST_CLUSTER or case.device.capability < (9, 0):
+                break
+            splits *= 2
+    return None
 
 
-def plan(case: Case, tiling: Tiling) -> Plan:
+def _widths(case: Case, vector: int) -> list[int]:
+    """Vectors that a block may have, the most wanted first: as many as leave every multiprocessor a block.
+
+    What limits the kernel are requests to the second-level cache, and one brings the vectors of a warp
+    that lie beside each other. No group of taps is cut.
+    """
+    problem, device = case.problem, case.device
+    vectors = problem.channels * case.itemsize // vector
+    wanted = min(max(1, WIDEST // vector), 1 << (vectors - 1).bit_length())
+    while wanted > 1:
+        roles, splits = cluster_of(case, vector, wanted)
+        if (
+            10 * problem.batch * blocks_of(case, vector, wanted) * roles * splits
+            >= 9 * device.multiprocessors
+        ):
+            break
+        wanted //= 2
+    if own_taps(case) or problem.groups == 1:
+        return [n for n in (16, 8, 4, 2, 1) if n <= wanted]
+    group = vectors // problem.groups
+    fitting = [n for n in range(1, 17) if group % n == 0 or (n % group == 0 and vectors % n == 0)]
+    return sorted(fitting, key=lambda n: (n < wanted, abs(n - wanted)))
+
+
+def plan(case: Case, tiling: Warps) -> Plan:
     """One launch; another that adds up what several blocks have of the gradients of shared taps."""
     problem = case.problem
     blocks = channel_blocks(case, tiling)
@@ -41,7 +95,14 @@ def plan(case: Case, tiling: Tiling) -> Plan:
         (f"NEED_{name.upper()}", int(name in case.views)) for name in ("dx", "dtaps", "dlam", "dgate")
     )
     size = _shared_memory(case, tiling)
-    macros = (*defines(case, tiling, size), ("SEGMENT", tiling.tap_lines), ("DIRECT", int(direct)), *needs)
+    whole = problem.channels * case.itemsize % (tiling.vector * tiling.vectors) == 0
+    own = (
+        ("SEGMENT", tiling.tap_lines),
+        ("LANES", tiling.lanes),
+        ("WHOLE", int(whole)),
+        ("DIRECT", int(direct)),
+    )
+    macros = (*defines(case, tiling, size), *own, *needs)
     kernel = Kernel("pixels_backward.cu", "pixels_backward", macros)
     axes = []
     if {"down", "up"} & set(problem.directions):
@@ -70,80 +131,86 @@ def _kept_lines(lines: int, tiling: Tiling) -> int:
     return -(-middle // tiling.tap_lines) + -(-(lines - middle) // tiling.tap_lines)
 
 
-def _shared_memory(case: Case, tiling: Tiling) -> int:
+def _shared_memory(case: Case, tiling: Warps) -> int:
     """Bytes of a block."""
     return sum(regions(case, tiling))
 
 
-def regions(case: Case, tiling: Tiling) -> tuple[int, ...]:
+def regions(case: Case, tiling: Warps) -> tuple[int, ...]:
     """Bytes of what a block has in shared memory, in the order of the kernel's constants.
 
     Each starts where the one before ends, at a multiple of 16: most hold vectors of as many bytes.
     """
-    own, threads, places, vectors = own_taps(case), tiling.threads, tiling.places, tiling.vectors
-    floats = 4 * tiling.vector // case.itemsize
-    pitch = -(-(threads + 2 * vectors) // 4) * 4
-    ring = tiling.depth * _slot(case, tiling)
-    states = (tiling.tap_lines + 1) * floats * places * pitch
-    after = own * 2 * floats * pitch
-    halo = (tiling.splits > 1) * (16 + 4 * tiling.halo * floats * vectors)
-    gradients = (not own) * tiling.tap_lines * 12 * places * threads
-    groups = tap_groups(case, tiling.vector, vectors)
-    weights = (not own) * 2 * tiling.tap_lines * groups * tiling.longest * 16
-    return ring, states, after, halo, gradients, weights
+    own, threads, vectors, lines = own_taps(case), tiling.threads, tiling.vectors, tiling.tap_lines
+    channels = tiling.vector // case.itemsize
+    floats = 4 * channels * tiling.places * threads
+    operands = 2 + ("lam" in case.views) + ("gate" in case.views) + 3 * own
+    ring = lines * operands * tiling.places * threads * tiling.vector
+    sums_ = lines * floats * (sums(case) and "dx" in case.views)
+    states = (2 + lines) * floats
+    edges = (tiling.strips > 1) * channels * threads * tiling.lanes // 2
+    halo = (tiling.splits > 1) * (16 + 16 * channels * tiling.halo * vectors)
+    gradients = (not own and channels < 4) * lines * tiling.places * threads * 16
+    weights = (not own) * 2 * lines * tap_groups(case, tiling.vector, vectors) * tiling.longest * 16
+    return ring, sums_, states, edges, halo, gradients, weights
 
 
-def _slot(case: Case, tiling: Tiling) -> int:
-    """Bytes of a line in the ring: operands, dy and sums of dx."""
-    operands = 2 + ("lam" in case.views) + ("gate" in case.views) + 3 * own_taps(case)
-    return tiling.threads * tiling.places * tiling.vector * (operands + 4 // case.itemsize)
-
-
-def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tiling | None:
-    """The tiling with as few places a thread as possible, or None if a line is too long."""
+def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Warps | None:
+    """The tiling with few idle threads, whose segments are as long as shared memory allows."""
     problem, device = case.problem, case.device
     runs = (-(-problem.width // splits), -(-problem.height // splits))
     blocks = problem.batch * blocks_of(case, vector, vectors) * roles * splits
-    many = blocks >= device.multiprocessors
     memory = device.shared_memory
-    # Shared memory of a block, lines of the ring and of a segment at least. Short segments cost memory and,
-    # in splits, exchanges: a shorter ring is better.
-    choices = [(memory, 5, 4), (memory, 3, 4), (memory, 2, 2)]
-    if many:
-        # Blocks that are on a multiprocessor together hide each other's latency.
-        together = min(3, -(-blocks // device.multiprocessors))
-        choices.insert(0, ((memory + 1024) // together - 1024, 3, 4))
-    for memory, depth, fewest in choices:
-        # With narrow vectors a second place shares out what is done once a thread.
-        for places in (2, 1, 4) if many and vector <= 8 else (1, 2, 4):
-            for lines in _segments(case, vector, vectors, places):
-                halo = lines if splits > 1 else 0
-                threads = -(-(max(runs) + 2 * halo) // places) * vectors
-                if threads > MOST_THREADS or lines < fewest or (splits > 1 and min(runs) < halo):
-                    continue
-                size = rounded(threads)
-                tiling = Tiling(vector, vectors, places, roles, splits, runs, size, halo, lines, depth, False)
-                if _shared_memory(case, tiling) <= memory:
-                    return _deepened(case, tiling, memory)
+    # Blocks that are on a multiprocessor together hide each other's latency.
+    together = max(1, min(3, -(-blocks // device.multiprocessors)))
+    choices = [((memory + 1024) // together - 1024, 4), (memory, 4), (memory, 2)]
+    for most, fewest in dict.fromkeys(choices):
+        for lines in _segments(case, vector, vectors):
+            halo = lines if splits > 1 else 0
+            if lines < fewest or (splits > 1 and min(runs) < halo):
+                continue
+            shapes = _shapes(case, vector, vectors, lines, max(runs) + 2 * halo)
+            for lanes, places, threads in shapes:
+                tiling = Warps(
+                    vector, vectors, places, roles, splits, runs, threads, halo, lines, lines, False, lanes
+                )
+                if threads <= MOST_THREADS and _shared_memory(case, tiling) <= most:
+                    return tiling
     return None
 
 
-def _deepened(case: Case, tiling: Tiling, memory: int) -> Tiling:
-    """With a ring that reaches as far ahead as shared memory allows: a line takes less time than memory."""
-    while tiling.depth < DEEPEST:
-        deeper = replace(tiling, depth=tiling.depth + 1)
-        if _shared_memory(case, deeper) > memory:
-            break
-        tiling = deeper
-    return tiling
+def _shapes(case: Case, vector: int, vectors: int, lines: int, longest: int) -> list[tuple[int, int, int]]:
+    """Lanes beside each other in channels, places of a thread, threads of a block: the most wanted first."""
+    found = []
+    taps = 0 if own_taps(case) else lines * tap_groups(case, vector, vectors)
+    for lanes in (1, 2, 4, 8, 16):
+        for places in (1, 2, 4):
+            if vectors % lanes or places * vector > 32 or taps * places > MOST_TAPS * vectors:
+                continue
+            strips = -(-longest * lanes // (32 * places))
+            found.append((lanes, places, 32 * vectors // lanes * strips))
+    # Few idle threads; then wide requests, then 8 values a thread.
+    return sorted(
+        found,
+        key=lambda s: (
+            s[1] * s[2] // 64,
+            -min(s[0] * vector, WIDEST),
+            abs(s[1] * vector // case.itemsize - 8),
+        ),
+    )
 
 
-def _segments(case: Case, vector: int, vectors: int, places: int) -> list[int]:
+def _segments(case: Case, vector: int, vectors: int) -> list[int]:
     """Lines of a segment, whose taps are normalised together, the most wanted first."""
+    problem = case.problem
     most = 8
     if not own_taps(case):
-        most = MOST_TAPS * vectors // (places * tap_groups(case, vector, vectors))
-    return [lines for lines in (8, 6, 4, 2) if lines <= max(2, most)]
+        most = max(2, MOST_TAPS * vectors // tap_groups(case, vector, vectors))
+    image = 4 * problem.batch * problem.channels * problem.height * problem.width
+    if problem.channels * case.itemsize < SECTOR and image > case.device.cache:
+        # A part of each sector is other operands; with less on its way more of it is in the cache later.
+        most = 2
+    return [lines for lines in (4, 8, 6, 2) if lines <= most]
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
@@ -152,14 +219,38 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1))
     own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1))
     alone = (("ROLES", 1), ("SPLIT", 0), ("HALO", 0))
-    wide = (("VECTOR", 16), ("VECTORS", 2), ("PLACES", 1), ("THREADS", 128), ("MIN_BLOCKS", 2))
-    packed = (("VECTOR", 8), ("VECTORS", 4), ("PLACES", 1), ("THREADS", 256), ("MIN_BLOCKS", 1))
-    long = (("VECTOR", 8), ("VECTORS", 2), ("PLACES", 2), ("THREADS", 320), ("MIN_BLOCKS", 1))
+    wide = (
+        ("VECTOR", 16),
+        ("VECTORS", 2),
+        ("PLACES", 2),
+        ("LANES", 2),
+        ("WHOLE", 1),
+        ("THREADS", 128),
+        ("MIN_BLOCKS", 2),
+    )
+    packed = (
+        ("VECTOR", 8),
+        ("VECTORS", 4),
+        ("PLACES", 2),
+        ("LANES", 4),
+        ("WHOLE", 1),
+        ("THREADS", 256),
+        ("MIN_BLOCKS", 1),
+    )
+    long = (
+        ("VECTOR", 16),
+        ("VECTORS", 1),
+        ("PLACES", 1),
+        ("LANES", 1),
+        ("WHOLE", 0),
+        ("THREADS", 288),
+        ("MIN_BLOCKS", 1),
+    )
     gradients = tuple((f"NEED_{name}", 1) for name in ("DX", "DTAPS", "DLAM", "DGATE"))
     kernels = []
     for taps in (shared, own):
-        for size, direct, lines in ((wide, 0, 8), (packed, 1, 8), (long, 0, 4)):
-            rest = (("TAP_LINES", lines), ("SEGMENT", lines), ("DEPTH", 3), ("DIRECT", direct), *gradients)
+        for size, direct, lines in ((wide, 0, 4), (packed, 1, 8), (long, 0, 4)):
+            rest = (("TAP_LINES", lines), ("SEGMENT", lines), ("DIRECT", direct), *gradients)
             macros = (*plain, *taps, *size, *alone, *rest)
             kernels.append((Kernel("pixels_backward.cu", "pixels_backward", macros), True))
     kernels.append((Kernel("pixels_taps.cu", "pixels_taps", plain[:4]), False))
