@@ -37,6 +37,9 @@ MOST_FLOPS = {"cuda": 6e15, "cpu": 4e11}
 """Attention that needs more is left out: at best ten seconds a call."""
 TRAINED_FLOPS = {"cuda": 1e14, "cpu": 5e10}
 """Backward is measured up to here."""
+LONG_FLOPS = 1e15
+"""Attention that needs more is run once, and only by the fastest backends."""
+FASTEST = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 QUERIES = 32
 """Attention is checked on so many of them."""
 PROXY = 8
@@ -121,7 +124,8 @@ def cases(device: torch.device) -> Iterator[Case]:
             facts,
             lambda device, layer=layer: contenders(layer, device),  # type: ignore[misc]
             extra=layer.extra,
-            rounds=5,
+            rounds=1 if layer.flops > LONG_FLOPS else 5,
+            seconds=60 if layer.flops > LONG_FLOPS else 10,
         )
 
 
@@ -216,6 +220,8 @@ def _module(
     """A layer with parameters, on tokens (B, N, dim)."""
     dtype = dtype_on(device)
     _refuse_if_too_long(attention_flops, device)
+    if attention_flops > LONG_FLOPS:
+        raise Absent("its attention alone stands for it at this size")
     module = module.to(device, dtype)
     x, dy = (torch.randn(layer.batch, layer.tokens, layer.dim, device=device, dtype=dtype) for _ in range(2))
     x.requires_grad_()
@@ -242,6 +248,8 @@ def _sdpa(layer: Layer, device: torch.device, backend: SDPBackend) -> dict[str, 
     if device.type == "cpu" and backend not in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
         raise Absent("a CUDA kernel")
     _refuse_if_too_long(layer.flops, device)
+    if layer.flops > LONG_FLOPS and backend not in FASTEST:
+        raise Absent("flash and cuDNN stand for attention at this size")
     scores = layer.batch * layer.heads * layer.tokens**2 * dtype_on(device).itemsize
     if backend == SDPBackend.MATH and scores > MOST_SCORES.get(device.type, 0):
         raise Absent(f"its score matrix would take {scores / 2**30:.0f} GiB")

@@ -58,6 +58,7 @@ class Case:
         contenders: made when the case is run; memory is allocated then.
         extra: can be left out when time is short.
         rounds: samples of each number, or None for the run's.
+        seconds: about what it takes, so that a run with a limit does not begin what it cannot end.
         host: measured on the CPU, whatever the run's device is.
     """
 
@@ -67,6 +68,7 @@ class Case:
     contenders: Callable[[torch.device], list[Contender]]
     extra: bool = False
     rounds: int | None = None
+    seconds: float = 10.0
     host: bool = False
 
     @property

@@ -88,7 +88,8 @@ def _case(name: str, models: tuple[str, ...], settings: list[Setting], extra: bo
     def contenders(device: torch.device) -> list[Contender]:
         return [Contender(it, lambda it=it: _model(it, settings, device)) for it in models]  # type: ignore[misc]
 
-    return Case("models", name, facts, contenders, extra=extra, rounds=5)
+    seconds = 40.0 * len(models) if settings[0].compiled else 4.0 * len(models)
+    return Case("models", name, facts, contenders, extra=extra, rounds=5, seconds=seconds)
 
 
 def _proxies(setting: Setting) -> Case:

@@ -63,14 +63,15 @@ class Results:
             self.rows.append(row)
         self.content["rates"] = old["rates"]
 
-    def begin(self, bench: str, case: str, facts: dict[str, Any]) -> bool:
-        """Note that a case begins; False if it has been run."""
-        if any(row["bench"] == bench and row["case"] == case for row in self.rows):
-            return False
+    def holds(self, bench: str, case: str) -> bool:
+        """Has the case been run?"""
+        return any(row["bench"] == bench and row["case"] == case for row in self.rows)
+
+    def begin(self, bench: str, case: str, facts: dict[str, Any]) -> None:
+        """Note that a case begins."""
         commit = self.content["machine"]["commit"]
         self.rows.append({"bench": bench, "case": case, "facts": facts, "commit": commit, "began": True})
         self.save()
-        return True
 
     def end(self, found: Row) -> Row:
         """Put what was found in the place of what began; the row as it is written."""

@@ -35,7 +35,7 @@ class Settings:
         device: where.
         rounds: samples of each number.
         seconds: for the samples of a case; then it stops at three. None for the device's usual.
-        minutes: of the run; cases that would begin later are left out. None for no limit.
+        minutes: of the run; cases that would end later are left out. None for no limit.
     """
 
     device: torch.device
@@ -214,13 +214,14 @@ def run(cases: Sequence[Case], settings: Settings, results: Results, watcher: Wa
     left_out: list[str] = []
     for case in ordered:
         spent = (time.monotonic() - began) / 60
-        if settings.minutes is not None and spent > settings.minutes:
-            left_out.append(case.key)
-            watcher.skipped(case, f"the {settings.minutes:g} minutes are over")
-            continue
-        if not results.begin(case.bench, case.name, case.facts):
+        if results.holds(case.bench, case.name):
             watcher.skipped(case, "measured before")
             continue
+        if settings.minutes is not None and spent + case.seconds / 60 > settings.minutes:
+            left_out.append(case.key)
+            watcher.skipped(case, f"{settings.minutes:g} minutes are not enough")
+            continue
+        results.begin(case.bench, case.name, case.facts)
         watcher.began(case)
         device = torch.device("cpu") if case.host else settings.device
         runner = runners.setdefault(device.type, Runner(replace(settings, device=device)))
