@@ -26,9 +26,10 @@ in float32 those of the sums."""
 # blocks have exchanged states 18 and 9 times when these come back: they wait in another phase than before.
 PROBLEMS = (
     Small(151, 128, channels=1, dtype=BF16),
-    Small(40, 152, channels=2, groups=2, directions=("left", "up"), chunk=11, lam=False),
+    Small(40, 152, channels=4, groups=2, dtype=BF16, directions=("left", "up"), chunk=11, lam=False),
     Small(21, 144, channels=1, directions=("down",), normalize=False, gate=False),
-    Small(37, 76, channels=1, directions=("down", "right", "up"), chunk=9),
+    Small(37, 76, channels=2, directions=("down", "right", "up"), chunk=9),
+    Small(293, 40, channels=2, directions=("right", "down", "left"), chunk=19, dtype=BF16),
     Small(139, 24, channels=2, directions=("left",), gate=False, chunk=50, dtype=FP16),
 )
 
@@ -36,7 +37,7 @@ PROBLEMS = (
 def features(number: int, layout: Layout) -> set[tuple[object, ...]]:
     """What a layout has that others do not: together they are all branches of the kernel."""
     rows, columns = layout.rows, layout.columns
-    found: set[tuple[object, ...]] = {("problem", number)}
+    found: set[tuple[object, ...]] = {("problem", number), ("channels", number, layout.channels)}
     if rows is not None:
         found |= {
             ("rows over", layout.cluster, layout.split),
@@ -46,6 +47,7 @@ def features(number: int, layout: Layout) -> set[tuple[object, ...]]:
     if columns is not None:
         found |= {
             ("columns over", layout.cluster),
+            ("few registers", layout.threads > 9 * lines.LANES, layout.channels),
             ("piece", layout.case.itemsize, columns.piece),
             ("buffers", columns.buffers),
         }
@@ -88,7 +90,7 @@ def chosen() -> list[tuple[int, Layout]]:
 
 def name(layout: Layout) -> str:
     rows, columns = layout.rows, layout.columns
-    parts = [f"{layout.cluster}x{layout.threads}"]
+    parts = [f"{layout.cluster}x{layout.threads}"] + ["pairs"] * (layout.channels > 1)
     parts += ["split"] if layout.split else []
     parts += [f"rows-{rows.places}-{rows.ring}"] if rows else []
     parts += [f"columns-{columns.piece}-{columns.buffers}"] if columns else []

@@ -62,6 +62,10 @@ EMULATED void global_store(T* p, T v, const char* what) {
   emulator::check_global(p, sizeof(T), sizeof(T), emulator::WRITE, what);
   *p = v;
 }
+EMULATED u32 max_halves(u32 a, u32 b) {
+  const u32 high = (a >> 16 > b >> 16 ? a : b) & 0xffff0000u;
+  return high | ((a & 0xffffu) > (b & 0xffffu) ? a & 0xffffu : b & 0xffffu);
+}
 EMULATED void prefetch(const void*) {}
 EMULATED uint4 load_stream(const void* p) { return global_load((const uint4*)p, "load_stream"); }
 EMULATED void store_stream(void* p, uint4 v) { global_store((uint4*)p, v, "store_stream"); }
@@ -83,7 +87,7 @@ EMULATED void copy_wait() {
 
 EMULATED void named_barrier(int id, int threads) { emulator::block_barrier(id, threads, 0); }
 EMULATED void post(u64* slot, float value, u32 count) { emulator::post(slot, value, count); }
-EMULATED float take(const u64* slot, u32 count) { return emulator::take(slot, count); }
+EMULATED float take(const u64* slot, u32 count, bool wanted) { return wanted ? emulator::take(slot, count) : NAN; }
 EMULATED void mbarrier_init(u64* bar, int count) { emulator::mbarrier_init(bar, count); }
 EMULATED void mbarrier_init_fence() { emulator::mbarrier_init_fence(); }
 EMULATED void mbarrier_arrive(u64* bar) { emulator::mbarrier_arrive(bar, 0, "mbarrier_arrive"); }

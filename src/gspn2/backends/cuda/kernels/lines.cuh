@@ -5,6 +5,8 @@
 //   CLUSTER    blocks of a cluster (1: none). They share the lines of a plane, one plane after another; but rows
 //              (down, up) are scanned a plane a block unless VSPLIT
 //   VSPLIT     1: rows are cut over the blocks, too
+//   CHANNELS   neighbouring ones, of one group, that a thread scans side by side: taps are read and normalised once
+//   POSTS      1: warps of a block meet without a barrier (see Edges)
 //   SUMS       1: more than one direction, whose sum travels in float32
 //   VTHREADS, VPLACES, VLINES, VRING   down and up: threads that hold places, places of each, lines copied together,
 //              groups of these in a ring; VPLACES 0: no such direction
@@ -16,12 +18,15 @@
 
 constexpr int SIZE = sizeof(storage_t);
 constexpr int WARPS = THREADS / 32;
-constexpr int TENSORS = 4 + HAS_LAM + HAS_GATE;  // x, three taps, lam, gate: in this order
+constexpr int OWN = 1 + HAS_LAM + HAS_GATE;       // tensors of a channel: x, lam, gate, in this order
+constexpr int TENSORS = 3 + CHANNELS * OWN;       // three taps, then those of each channel
 constexpr int HALO = CLUSTER > 1 ? 16 : 0;       // places beyond a block's own, and lines between exchanges
 
 // Shared memory: the warps' edges, then what blocks of a cluster send each other, then rings.
-constexpr int EDGES = 2 * 2 * WARPS;                   // of 8 bytes: [turn][side][warp]
-constexpr int HALOS = 2 * 2 * (HALO > 0 ? HALO : 1);   // floats: [turn][side][row]
+constexpr int TURN = WARPS > 16 ? 512 : 256;            // bytes: [warp][side] of 8 bytes
+constexpr int EDGES = CHANNELS * 2 * TURN / 8;         // [channel][turn]
+constexpr int SIDE = CHANNELS * HALO;                  // floats that come from one side: [channel][row]
+constexpr int HALOS = 2 * 2 * (HALO > 0 ? SIDE : 1);   // [turn][side]
 constexpr int RING = (8 * EDGES + 4 * HALOS + 32 + 127) / 128 * 128;
 
 __device__ __forceinline__ u64* edges() { return (u64*)shared_memory(); }
@@ -89,37 +94,44 @@ struct Plane {
   const storage_t* from[TENSORS];  // row 0, column 0 of each tensor
   storage_t* y;
   float* sums;
-  long long sums_strip;  // elements from strip to strip
+  long long sums_strip, sums_channel;  // elements from strip to strip, from channel to channel
   bool adds, last;       // is there a sum of earlier directions; does this direction complete it
 
-  __device__ __forceinline__ float* sum_at(int r, int column) const {
-    return sums + column / 8 * sums_strip + (long long)r * 8 + column % 8;
+  __device__ __forceinline__ float* sum_at(int channel, int r, int column) const {
+    return sums + channel * sums_channel + column / 8 * sums_strip + (long long)r * 8 + column % 8;
   }
 };
 
 // Elements of tensor i from row to row: looked up where it is used, as there are too many for registers.
 __device__ __forceinline__ long long row_step(const Params& p, int i) {
-  if (i == 0) return p.x.h;
-  if (i < 4) return p.taps.h;
-  return HAS_LAM && i == 4 ? p.lam.h : p.gate.h;
+  if (i < 3) return p.taps.h;
+  const int own = (i - 3) % OWN;
+  return own == 0 ? p.x.h : HAS_LAM && own == 1 ? p.lam.h : p.gate.h;
 }
 
-__device__ __forceinline__ Plane plane_of(const Params& p, int plane, int d) {
+// task: an image's channel, or CHANNELS of them from one that it divides.
+__device__ __forceinline__ Plane plane_of(const Params& p, int task, int d) {
+  const int plane = task * CHANNELS;
   const long long b = plane / p.channels, c = plane % p.channels, g = c / (p.channels / p.groups);
   Plane it;
-  it.from[0] = p.x.data + b * p.x.b + c * p.x.c;
 #pragma unroll
   for (int k = 0; k < 3; ++k)
-    it.from[1 + k] = p.taps.data + b * p.taps.b + d * p.taps.d + g * p.taps.c + k * p.taps.k;
+    it.from[k] = p.taps.data + b * p.taps.b + d * p.taps.d + g * p.taps.c + k * p.taps.k;
+#pragma unroll
+  for (int i = 0; i < CHANNELS; ++i) {
+    const storage_t** from = it.from + 3 + i * OWN;
+    from[0] = p.x.data + b * p.x.b + (c + i) * p.x.c;
 #if HAS_LAM
-  it.from[4] = p.lam.data + b * p.lam.b + d * p.lam.d + c * p.lam.c;
+    from[1] = p.lam.data + b * p.lam.b + d * p.lam.d + (c + i) * p.lam.c;
 #endif
 #if HAS_GATE
-  it.from[TENSORS - 1] = p.gate.data + b * p.gate.b + d * p.gate.d + c * p.gate.c;
+    from[OWN - 1] = p.gate.data + b * p.gate.b + d * p.gate.d + (c + i) * p.gate.c;
 #endif
+  }
   it.y = p.y.data + b * p.y.b + c * p.y.c;
   it.sums_strip = 8LL * p.height;
-  it.sums = (float*)p.scratch[0] + (long long)plane * ((p.width + 7) / 8) * it.sums_strip;
+  it.sums_channel = (p.width + 7) / 8 * it.sums_strip;
+  it.sums = (float*)p.scratch[0] + plane * it.sums_channel;
   it.adds = d > 0, it.last = d + 1 == p.scans;
   return it;
 }
@@ -132,15 +144,21 @@ constexpr u32 MISSING = STORAGE == 0 ? 0xff800000u : STORAGE == 1 ? 0xff80ff80u 
 #endif
 
 // As tap_weights, whose comment has the maths, of logits that had 16 bits: powers of two throughout, bounded only where
-// an infinity would leave NaN, because these instructions are most of what a place costs.
+// an infinity would leave NaN, because these instructions are most of what a place costs. ORDINARY: no logit is below
+// -20, so that nothing needs a bound or a common factor.
+template <bool ORDINARY>
 __device__ __forceinline__ Taps weights_of(const Taps& a) {
 #if NORMALIZE && STORAGE != 0
   const float log2e = 1.44269504f, most = 59.f;  // products of two powers stay finite
   const Taps t = {a.before * -log2e, a.here * -log2e, a.after * -log2e};
-  const float shift = fmax_nan(fmin_nan(t.before, fmin_nan(t.here, t.after)), 0.f), one = exp2_fast(-shift);
-  const float before = one + exp2_fast(fmin_nan(t.before - shift, most));
-  const float here = one + exp2_fast(fmin_nan(t.here - shift, most));
-  const float after = one + exp2_fast(fmin_nan(t.after - shift, most));
+  float one = 1.f, shift = 0.f;
+  if (!ORDINARY) {
+    shift = fmax_nan(fmin_nan(t.before, fmin_nan(t.here, t.after)), 0.f);
+    one = exp2_fast(-shift);
+  }
+  const float before = one + exp2_fast(ORDINARY ? t.before : fmin_nan(t.before - shift, most));
+  const float here = one + exp2_fast(ORDINARY ? t.here : fmin_nan(t.here - shift, most));
+  const float after = one + exp2_fast(ORDINARY ? t.after : fmin_nan(t.after - shift, most));
   const Taps w = {here * after, before * after, before * here};
   const float scale = reciprocal(w.before + w.here + w.after);
   return {w.before * scale, w.here * scale, w.after * scale};
@@ -149,69 +167,131 @@ __device__ __forceinline__ Taps weights_of(const Taps& a) {
 #endif
 }
 
+// Do all lanes of the warp have none but ordinary logits in the first WORDS words of each tap? As integers, these are
+// the positive numbers, and negative ones up to -20.
+template <int WORDS>
+__device__ __forceinline__ bool ordinary([[maybe_unused]] const u32 (&words)[TENSORS][4]) {
+#if NORMALIZE && STORAGE != 0
+  constexpr u32 LEAST = STORAGE == 1 ? 0xc1a0u : 0xcd00u;
+  u32 largest = 0;
+#pragma unroll
+  for (int k = 0; k < 3; ++k)
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) largest = max_halves(largest, words[k][i]);
+  return __all_sync(0xffffffffu, (largest & 0xffffu) <= LEAST && largest >> 16 <= LEAST);
+#else
+  return false;
+#endif
+}
+
 // What one place of one line needs, unpacked.
 struct Place {
-  float u, gate;
+  float u[CHANNELS], gate[CHANNELS];
   Taps w;
 };
 
+template <bool ORDINARY>
 __device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e) {
   Place it;
-  it.u = element(words[0], e);
-#if HAS_LAM
-  it.u *= element(words[4], e);
-#endif
-  it.gate = HAS_GATE ? element(words[TENSORS - 1], e) : 1.f;
-  it.w = weights_of({element(words[1], e), element(words[2], e), element(words[3], e)});
+#pragma unroll
+  for (int i = 0; i < CHANNELS; ++i) {
+    const int x = 3 + i * OWN;
+    it.u[i] = element(words[x], e);
+    if (HAS_LAM) it.u[i] *= element(words[x + HAS_LAM], e);
+    it.gate[i] = HAS_GATE ? element(words[x + OWN - 1], e) : 1.f;
+  }
+  it.w = weights_of<ORDINARY>({element(words[0], e), element(words[1], e), element(words[2], e)});
   return it;
 }
 
-// Counts lines to the next restart; true where one is.
+// Counts lines to the next restart.
 struct Restarts {
   int chunk, until;
-  __device__ __forceinline__ bool next() {
-    const bool now = until == 0;
-    until = (now ? chunk : until) - 1;
-    return now;
+  // Those among the next `lines`: bit i is line i.
+  __device__ __forceinline__ u32 among(int lines) {
+    u32 found = 0;
+#pragma unroll 1
+    for (; until < lines; until += chunk) found |= 1u << until;
+    until -= lines;
+    return found;
   }
 };
 
-// Hands the states at the two ends of every warp to its neighbours, without a barrier: what is posted is numbered, and
-// who takes it waits for the number. Two turns are enough: a warp posts the states of a line after it has taken those
-// of the line before, which its neighbour posted when it had taken those of the line before that.
+// Hands the states at the two ends of every warp to its neighbours: put, sync, then get in the next line. Two turns, as
+// a warp may put those of the next line while its neighbour still gets these.
+// POSTS: without a barrier. What is put is numbered, and who gets it waits for the number. Two turns are enough here, too:
+// a warp puts the states of a line after it has got those of the line before, which its neighbour put when it had got
+// those of the line before that.
 struct Edges {
-  u32 count;  // of posts; every warp's are numbered alike
-  int warp, lane;
-  bool takes;  // has this lane a neighbour in another warp
+  u32 count;                    // of puts; every warp's are numbered alike
+  u32 slot;                     // byte of this lane's last put, or what would be it: [turn][warp][side]
+  int lane, threads, get_from;  // those that hold places; bytes from where it puts to where its neighbour does
+  bool puts, gets;
 
-  // After `count` posts. threads: those that hold places.
-  __device__ __forceinline__ void start(u32 posts, int threads) {
-    count = posts;
-    warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    takes = (lane == 0 && warp > 0) || (lane == 31 && warp + 1 < threads / 32);
-    put(0.f, 0.f);
+  // After `before` puts.
+  __device__ __forceinline__ void start(u32 before, int of_threads) {
+    const int warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32, count = before, threads = of_threads;
+    const bool first = lane < 16, beside = first ? warp > 0 : warp + 1 < threads / 32;
+    puts = lane == 0 || lane == 31;
+    gets = puts && beside;
+    slot = (count & 1) * TURN + (warp * 2 + !first) * 8;
+    get_from = beside ? (first ? -8 : 8) : 0;
+    const float none[CHANNELS][1] = {};
+    put(none);
   }
-  __device__ __forceinline__ u64* at(int side, int of) const { return edges() + ((count & 1) * 2 + side) * WARPS + of; }
+  __device__ __forceinline__ unsigned char* at(int channel, int offset) const {
+    return shared_memory() + 2 * TURN * channel + (int)slot + offset;
+  }
 
-  __device__ __forceinline__ void get(float& before, float& after) const {
-    if (takes) {
-      const float state = take(lane == 0 ? at(1, warp - 1) : at(0, warp + 1), count);
-      (lane == 0 ? before : after) = state;
+  // The states beside this thread's own: of other lanes, or other warps.
+  template <int N>
+  __device__ __forceinline__ void get(float (&before)[CHANNELS], float (&after)[CHANNELS], const float (&h)[CHANNELS][N]) const {
+#pragma unroll
+    for (int i = 0; i < CHANNELS; ++i) {
+      before[i] = __shfl_up_sync(0xffffffffu, h[i][N - 1], 1), after[i] = __shfl_down_sync(0xffffffffu, h[i][0], 1);
+      float state = 0.f;
+#if POSTS
+      state = take((const u64*)at(i, get_from), count, gets);
+#else
+      if (gets) state = *(const float*)at(i, get_from);
+#endif
+      if (gets && lane == 0) before[i] = state;
+      if (gets && lane == 31) after[i] = state;
     }
   }
-  __device__ __forceinline__ void put(float first, float last) {
-    ++count;
-    if (lane == 0 || lane == 31) post(at(lane == 0 ? 0 : 1, warp), lane == 0 ? first : last, count);
+  template <int N>
+  __device__ __forceinline__ void put(const float (&h)[CHANNELS][N]) {
+    ++count, slot ^= TURN;
+#pragma unroll
+    for (int i = 0; i < CHANNELS; ++i) {
+      if (!puts) continue;
+      const float state = lane == 0 ? h[i][0] : h[i][N - 1];
+#if POSTS
+      post((u64*)at(i, 0), state, count);
+#else
+      *(float*)at(i, 0) = state;
+#endif
+    }
+#if !POSTS
+    if (WARPS > 1)
+      named_barrier(1, threads);
+    else
+      __syncwarp();
+#endif
   }
-  // Again, as states have changed since: not before neighbours have posted the last ones.
-  __device__ __forceinline__ void put_again(float first, float last) {
-    float before, after;
-    get(before, after);
-    put(first, last);
+  // Again, as states have changed since: not before neighbours have put the last ones.
+  template <int N>
+  __device__ __forceinline__ void put_again(const float (&h)[CHANNELS][N]) {
+#if POSTS
+    float before[CHANNELS], after[CHANNELS];
+    get(before, after, h);
+#endif
+    put(h);
   }
 };
 
-// Zero numbers, before the first post; a barrier has to follow.
+// Zero numbers, before the first put; a barrier has to follow.
 __device__ __forceinline__ void clear_edges() {
 #pragma unroll 1
   for (int i = threadIdx.x; i < EDGES; i += THREADS) edges()[i] = 0;
@@ -230,36 +310,40 @@ struct Strip {
   __device__ __forceinline__ bool owns(int place) const { return place >= own_begin && place < own_end; }
 
 #if CLUSTER > 1
+  template <int N, typename Body>
+  static __device__ __forceinline__ void for_states(float (&h)[CHANNELS][N], float* at, Body body) {
+#pragma unroll
+    for (int i = 0; i < CHANNELS; ++i)
+#pragma unroll
+      for (int e = 0; e < N; ++e) body(at + i * HALO + e, h[i][e]);
+  }
+
   // h: the states from `first` on. Places of a thread are all on one side of every border.
   template <int N>
-  __device__ __forceinline__ void exchange(float (&h)[N], int first, int& count) const {
+  __device__ __forceinline__ void exchange(float (&h)[CHANNELS][N], int first, int& count) const {
     __syncwarp();  // what the lanes at its ends took says that others have read what is now written over
     const int turn = count & 1;
     const u32 parity = count >> 1 & 1;
     ++count;
     // What comes from the block before this one is side 0.
-    float* mine = halos() + turn * 2 * HALO;
+    float* mine = halos() + turn * 2 * SIDE;
     u64* bar = halo_barriers() + turn * 2;
     const bool has_before = own_begin > 0, has_after = own_end < places;
     if (threadIdx.x == 0) {
-      if (has_before) mbarrier_arrive_expect(bar, 4 * HALO);
-      if (has_after) mbarrier_arrive_expect(bar + 1, 4 * (end - own_end));
+      if (has_before) mbarrier_arrive_expect(bar, 4 * SIDE);
+      if (has_after) mbarrier_arrive_expect(bar + 1, 4 * CHANNELS * (end - own_end));
     }
     if (has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
-#pragma unroll
-      for (int e = 0; e < N; ++e) store_counted<1>(mine + HALO + first + e - own_begin, bar + 1, rank - 1, h + e);
+      for_states(h, mine + SIDE + first - own_begin, [&](float* at, float& state) { store_counted<1>(at, bar + 1, rank - 1, &state); });
     if (has_after && first >= own_end - HALO && first < own_end)
-#pragma unroll
-      for (int e = 0; e < N; ++e) store_counted<1>(mine + first + e - (own_end - HALO), bar, rank + 1, h + e);
+      for_states(h, mine + first - (own_end - HALO), [&](float* at, float& state) { store_counted<1>(at, bar, rank + 1, &state); });
     if (has_before && first >= begin && first < own_begin) {
       mbarrier_wait(bar, parity);
-#pragma unroll
-      for (int e = 0; e < N; ++e) h[e] = mine[first + e - begin];
+      for_states(h, mine + first - begin, [](const float* at, float& state) { state = *at; });
     }
     if (has_after && first >= own_end && first < end) {
       mbarrier_wait(bar + 1, parity);
-#pragma unroll
-      for (int e = 0; e < N; ++e) h[e] = mine[HALO + first + e - own_end];
+      for_states(h, mine + SIDE + first - own_end, [](const float* at, float& state) { state = *at; });
     }
     __syncwarp();
   }

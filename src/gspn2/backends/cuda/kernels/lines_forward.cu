@@ -23,7 +23,7 @@ KERNEL(THREADS, BLOCKS) lines_forward(CONSTANT_PARAMS p) {
 #endif
   clear_edges();
   wait_for_everybody();
-  const int planes = p.batch * p.channels, share = p.knobs[0];
+  const int planes = p.batch * p.channels / CHANNELS, share = p.knobs[0];
   const int first = (int)blockIdx.x / CLUSTER * share, count = min(share, planes - first);
   Counts counts{0, 0};
   for (int d = 0; d < p.scans; ++d) {

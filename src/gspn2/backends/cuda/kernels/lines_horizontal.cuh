@@ -9,8 +9,9 @@ constexpr int VECTOR = 16 / SIZE;          // columns in 16 bytes
 constexpr int VECTORS = HPIECE / 16;       // of a row in a tile
 constexpr int TILE = 32 * HPIECE;          // bytes of one tensor in a warp's tile
 constexpr int HTILE = TENSORS * TILE;
-constexpr int UNPACKED = WARPS > 9 ? 4 : VECTOR;  // columns at a time: many warps have few registers
-constexpr int AHEAD = 8 / VECTOR;  // vectors between asking for sums and using them
+constexpr int SPAN = WARPS > 9 ? 4 : VECTOR;  // columns that a thread takes at once: many warps have few registers
+constexpr int SPANS = HPIECE / SIZE / SPAN;
+constexpr int AHEAD = 8 / SPAN;  // spans between asking for sums and using them
 
 // Where vector v of a row is: permuted so that 8 rows' vectors meet 8 different groups of banks.
 template <int N>
@@ -25,7 +26,7 @@ struct HorizontalScan {
   Plane plane;
   unsigned char* ring;
   Strip strip;
-  int width, tiles, all_vectors;
+  int width, tiles, all_spans;
   int warp_row;  // first row of the warp
 
   // Lanes go over the vectors of a warp's rows, N to a row: a lane's first row is lane / N, its step 32 / N.
@@ -70,7 +71,10 @@ struct HorizontalScan {
     const unsigned char* from = tile_at(tile);
     const int column0 = column_of(tile);
     for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
-      if (strip.owns(row)) *(uint4*)(plane.y + rows * p.y.h + column0) = *(const uint4*)(from + place);
+      if (!strip.owns(row)) return;
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c)
+        *(uint4*)(plane.y + c * p.y.c + rows * p.y.h + column0) = *(const uint4*)(from + (3 + c * OWN) * TILE + place);
     });
   }
 
@@ -78,73 +82,93 @@ struct HorizontalScan {
   __device__ __forceinline__ int column_of(int tile) const {
     return (REVERSED ? tiles - 1 - tile : tile) * (HPIECE / SIZE);
   }
-  __device__ __forceinline__ int vectors_in(int tile) const {
-    return min(VECTORS, (width - column_of(tile) + VECTOR - 1) / VECTOR);
-  }
-  __device__ __forceinline__ int vector_of(int tile, int i) const { return REVERSED ? vectors_in(tile) - 1 - i : i; }
+  __device__ __forceinline__ int spans_in(int tile) const { return min(SPANS, (width - column_of(tile)) / SPAN); }
 
-  __device__ __forceinline__ void read_vector(u32 (&words)[TENSORS][4], int tile, int v) const {
-    const unsigned char* from = tile_at(tile) + place_of<VECTORS>(threadIdx.x % 32, v);
-#pragma unroll
-    for (int i = 0; i < TENSORS; ++i) read_words<4>(words[i], from + i * TILE);
+  // Where this thread's span s of a row is in a tensor's part of a tile.
+  __device__ __forceinline__ int place_of_span(int s) const {
+    return place_of<VECTORS>(threadIdx.x % 32, s * SPAN / VECTOR) + s * SPAN % VECTOR * SIZE;
   }
-
-  // The sums of vector n of this thread's row, in scan order; nothing beyond its end.
-  __device__ __forceinline__ void read_sums(u32 (&sums)[VECTOR], int row, int n) const {
-    if (!plane.adds || !strip.owns(row) || n >= all_vectors) return;
-    const float* from = plane.sum_at(row, (REVERSED ? all_vectors - 1 - n : n) * VECTOR);
+  __device__ __forceinline__ void read_span(u32 (&words)[TENSORS][4], int tile, int s) const {
+    const unsigned char* from = tile_at(tile) + place_of_span(s);
 #pragma unroll
-    for (int i = 0; i < VECTOR; i += 4) {
-      const uint4 four = __ldcg((const uint4*)(from + i));
-      sums[i] = four.x, sums[i + 1] = four.y, sums[i + 2] = four.z, sums[i + 3] = four.w;
-    }
+    for (int i = 0; i < TENSORS; ++i) read_words<SPAN * SIZE / 4>(words[i], from + i * TILE);
   }
 
-  // One vector of this thread's row, added to `result`.
-  __device__ __forceinline__ void scan_vector(float (&result)[VECTOR], u32 (&words)[TENSORS][4], float& h, Edges& edges,
-                                              Restarts& restarts, bool starts, bool ends) const {
+  // The sums of span n of this thread's row, in scan order; nothing beyond its end.
+  __device__ __forceinline__ void read_sums(u32 (&sums)[CHANNELS][SPAN], int row, int n) const {
+    if (!plane.adds || !strip.owns(row) || n >= all_spans) return;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (starts) words[1][i] = MISSING;
-      if (ends) words[3][i] = MISSING;
-    }
-    // Weights first: what is between two lines is on the way of the states.
-    Place places[UNPACKED];
+    for (int c = 0; c < CHANNELS; ++c) {
+      const float* from = plane.sum_at(c, row, column_of_span(n));
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) {
-      if (i % UNPACKED == 0)
-#pragma unroll
-        for (int k = 0; k < UNPACKED; ++k) places[k] = unpack(words, REVERSED ? VECTOR - 1 - i - k : i + k);
-      const int e = REVERSED ? VECTOR - 1 - i : i;
-      const Place& it = places[i % UNPACKED];
-      float before = __shfl_up_sync(0xffffffffu, h, 1), after = __shfl_down_sync(0xffffffffu, h, 1);
-      edges.get(before, after);
-      if (restarts.next()) {
-        h = it.u;
-      } else {
-        float next = fmaf(it.w.here, h, it.u);
-        next = fmaf(it.w.before, starts ? 0.f : before, next);
-        h = fmaf(it.w.after, ends ? 0.f : after, next);
+      for (int i = 0; i < SPAN; i += 4) {
+        const uint4 four = __ldcg((const uint4*)(from + i));
+        sums[c][i] = four.x, sums[c][i + 1] = four.y, sums[c][i + 2] = four.z, sums[c][i + 3] = four.w;
       }
-      edges.put(h, h);
-      const float v_out = HAS_GATE ? h * it.gate : h;
-      result[e] = SUMS ? result[e] + v_out : v_out;
+    }
+  }
+  __device__ __forceinline__ int column_of_span(int n) const { return (REVERSED ? all_spans - 1 - n : n) * SPAN; }
+
+  // One span of this thread's row, added to `result`.
+  __device__ __forceinline__ void scan_span(float (&result)[CHANNELS][SPAN], u32 (&words)[TENSORS][4],
+                                              float (&h)[CHANNELS][1], Edges& edges, Restarts& restarts, bool starts,
+                                              bool ends) const {
+#pragma unroll
+    for (int i = 0; i < SPAN * SIZE / 4; ++i) {
+      if (starts) words[0][i] = MISSING;
+      if (ends) words[2][i] = MISSING;
+    }
+    const u32 restarting = restarts.among(SPAN);
+    // Weights first: what is between two lines is on the way of the states.
+    Place places[SPAN];
+    if (ordinary<SPAN * SIZE / 4>(words)) {
+#pragma unroll
+      for (int e = 0; e < SPAN; ++e) places[e] = unpack<true>(words, e);
+    } else {
+#pragma unroll
+      for (int e = 0; e < SPAN; ++e) places[e] = unpack<false>(words, e);
+    }
+#pragma unroll
+    for (int i = 0; i < SPAN; ++i) {
+      const int e = REVERSED ? SPAN - 1 - i : i;
+      const Place& it = places[e];
+      float before[CHANNELS], after[CHANNELS];
+      edges.get(before, after, h);
+      const bool restarts_here = restarting >> i & 1;
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        float next = fmaf(it.w.here, h[c][0], it.u[c]);
+        next = fmaf(it.w.before, starts ? 0.f : before[c], next);
+        next = fmaf(it.w.after, ends ? 0.f : after[c], next);
+        h[c][0] = restarts_here ? it.u[c] : next;
+      }
+      edges.put(h);
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        const float v_out = HAS_GATE ? h[c][0] * it.gate[c] : h[c][0];
+        float& sum = result[c][e];
+        sum = SUMS ? sum + v_out : v_out;
+      }
     }
   }
 
-  __device__ __forceinline__ void write_vector(const float (&result)[VECTOR], int row, int tile, int v, int n) const {
-    if (SUMS && !plane.last) {
-      if (!strip.owns(row)) return;
-      float* to = plane.sum_at(row, (REVERSED ? all_vectors - 1 - n : n) * VECTOR);
+  __device__ __forceinline__ void write_span(const float (&result)[CHANNELS][SPAN], int row, int tile, int s, int n) const {
 #pragma unroll
-      for (int i = 0; i < VECTOR; i += 4)
-        *(uint4*)(to + i) = make_uint4(__float_as_uint(result[i]), __float_as_uint(result[i + 1]),
-                                       __float_as_uint(result[i + 2]), __float_as_uint(result[i + 3]));
-    } else {
-      u32 out[4];
+    for (int c = 0; c < CHANNELS; ++c) {
+      const float* sum = result[c];
+      if (SUMS && !plane.last) {
+        if (!strip.owns(row)) continue;
+        float* to = plane.sum_at(c, row, column_of_span(n));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] = stored(result[i * 4 / SIZE], result[i * 4 / SIZE + (SIZE < 4)]);
-      write_words<4>(tile_at(tile) + place_of<VECTORS>(threadIdx.x % 32, v), out);
+        for (int i = 0; i < SPAN; i += 4)
+          *(uint4*)(to + i) = make_uint4(__float_as_uint(sum[i]), __float_as_uint(sum[i + 1]), __float_as_uint(sum[i + 2]),
+                                         __float_as_uint(sum[i + 3]));
+      } else {
+        u32 out[4];
+#pragma unroll
+        for (int i = 0; i < SPAN * SIZE / 4; ++i) out[i] = stored(sum[i * 4 / SIZE], sum[i * 4 / SIZE + (SIZE < 4)]);
+        write_words<SPAN * SIZE / 4>(tile_at(tile) + (3 + c * OWN) * TILE + place_of_span(s), out);
+      }
     }
   }
 
@@ -162,23 +186,19 @@ struct HorizontalScan {
     ring = shared_memory() + RING + warp * HBUFFERS * HTILE;
     width = p.width;
     constexpr int COLUMNS = HPIECE / SIZE;
-    tiles = (width + COLUMNS - 1) / COLUMNS, all_vectors = (width + VECTOR - 1) / VECTOR;
+    tiles = (width + COLUMNS - 1) / COLUMNS, all_spans = width / SPAN;
     move_to_lane();
 #pragma unroll 1
     for (int t = 0; t < HBUFFERS - 1; ++t) {
       if (t < tiles) copy_tile(t);
       copy_commit();
     }
-    u32 sums[AHEAD][VECTOR];
+    u32 sums[AHEAD][CHANNELS][SPAN] = {};  // zeros without earlier directions
 #if SUMS
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-#pragma unroll
-      for (int e = 0; e < VECTOR; ++e) sums[k][e] = 0;
-      read_sums(sums[k], row, k);
-    }
+    for (int k = 0; k < AHEAD; ++k) read_sums(sums[k], row, k);
 #endif
-    float h[1] = {0.f};
+    float h[CHANNELS][1] = {};
     Restarts restarts{p.chunk, 0};
     [[maybe_unused]] int until_exchange = HALO;
     int n = 0;
@@ -188,30 +208,35 @@ struct HorizontalScan {
       copy_commit();
       copy_wait<HBUFFERS - 1>();
       __syncwarp();
-      const int vectors = vectors_in(t);
+      const int spans = spans_in(t);
 #pragma unroll 1
-      for (int i = 0; i < vectors; ++i, ++n) {
+      for (int i = 0; i < spans; ++i, ++n) {
+        const int s = REVERSED ? spans - 1 - i : i;
 #if CLUSTER > 1
         if (until_exchange == 0) {
           strip.exchange(h, row, counts.exchanges);
-          edges.put_again(h[0], h[0]);
+          edges.put_again(h);
           until_exchange = HALO;
         }
-        until_exchange -= VECTOR;
+        until_exchange -= SPAN;
 #endif
-        if (!inside) h[0] = 0.f;
+        if (!inside)
+#pragma unroll
+          for (int c = 0; c < CHANNELS; ++c) h[c][0] = 0.f;
         u32 words[TENSORS][4];  // of rows that are not there: whatever is in the tile
-        read_vector(words, t, vector_of(t, i));
-        float result[VECTOR];
+        read_span(words, t, s);
+        float result[CHANNELS][SPAN];
 #pragma unroll
-        for (int e = 0; e < VECTOR; ++e) {
-          result[e] = SUMS ? __uint_as_float(sums[0][e]) : 0.f;
+        for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
-          for (int k = 1; k < AHEAD; ++k) sums[k - 1][e] = sums[k][e];
-        }
+          for (int e = 0; e < SPAN; ++e) {
+            result[c][e] = SUMS ? __uint_as_float(sums[0][c][e]) : 0.f;
+#pragma unroll
+            for (int k = 1; k < AHEAD; ++k) sums[k - 1][c][e] = sums[k][c][e];
+          }
         if (SUMS) read_sums(sums[AHEAD - 1], row, n + AHEAD);
-        scan_vector(result, words, h[0], edges, restarts, starts, ends);
-        write_vector(result, row, t, vector_of(t, i), n);
+        scan_span(result, words, h, edges, restarts, starts, ends);
+        write_span(result, row, t, s, n);
       }
       __syncwarp();
       if (!SUMS || plane.last) write_tile(t);

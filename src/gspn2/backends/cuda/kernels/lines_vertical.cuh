@@ -1,5 +1,5 @@
 // Down and up: lines are rows. A thread holds VPLACES neighbours of a row. It copies its own pieces of
-// the next lines into a ring that nobody else reads, so data needs no barrier, and states are posted (see Edges).
+// the next lines into a ring that nobody else reads, so data needs no barrier.
 // Sums are copied and written by whole warps, for their 32 threads' places: 128 adjacent bytes at a time.
 #pragma once
 #include "lines.cuh"
@@ -7,8 +7,8 @@
 #if VPLACES
 constexpr int VBYTES = VPLACES * SIZE, VWORDS = VBYTES / 4;
 constexpr int VLINE = VTHREADS * TENSORS * VBYTES;            // bytes of a line's operands in the ring
-constexpr int VSUMS = SUMS ? 32 * VPLACES * 4 * VLINES : 0;   // bytes of a warp's sums in a group of lines
-constexpr int VGROUP = VLINES * VLINE + VTHREADS / 32 * VSUMS;
+constexpr int VSUMS = SUMS ? 32 * VPLACES * 4 * VLINES : 0;   // bytes of a warp's sums of a channel in a group of lines
+constexpr int VGROUP = VLINES * VLINE + VTHREADS / 32 * CHANNELS * VSUMS;
 static_assert(VRING > 2, "a line is unpacked while the one before it is computed");
 
 // A warp's sums of a group of lines: units of 4 columns, each strip's lines together, as in memory. Permuted so that
@@ -44,20 +44,25 @@ struct VerticalScan {
   __device__ __forceinline__ unsigned char* line_at(int group, int i) const {
     return group_at(group) + i * VLINE + threadIdx.x * VBYTES;
   }
-  __device__ __forceinline__ SumUnits sums_of(int group) const {
-    return {group_at(group) + VLINES * VLINE + threadIdx.x / 32 * VSUMS};
+  __device__ __forceinline__ SumUnits sums_of(int group, int channel) const {
+    return {group_at(group) + VLINES * VLINE + (threadIdx.x / 32 * CHANNELS + channel) * VSUMS};
   }
 
-  // This lane's share of the warp's sums: body(unit, address), where they are the block's own.
+  // This lane's share of the warp's sums: body(place in the ring, address), where they are the block's own.
   template <typename Body>
   __device__ __forceinline__ void for_sums(int group, Body body) const {
     const int lane = threadIdx.x % 32, line = group * VLINES + lane / 2 % VLINES;
     if (line >= lines) return;
     const int column = strip.begin + (int)threadIdx.x / 32 * 32 * VPLACES + lane / (2 * VLINES) * 8 + lane % 2 * 4;
-    float* from = plane.sum_at(reversed ? lines - 1 - line : line, column);
 #pragma unroll
-    for (int k = 0; k < SumUnits::EACH; ++k)
-      if (strip.owns(column + k * SumUnits::STRIPS * 8)) body(lane + 32 * k, from + k * SumUnits::STRIPS * plane.sums_strip);
+    for (int i = 0; i < CHANNELS; ++i) {
+      const SumUnits sums = sums_of(group, i);
+      float* at = plane.sum_at(i, reversed ? lines - 1 - line : line, column);
+#pragma unroll
+      for (int k = 0; k < SumUnits::EACH; ++k)
+        if (strip.owns(column + k * SumUnits::STRIPS * 8))
+          body(sums.unit(lane + 32 * k), at + k * SumUnits::STRIPS * plane.sums_strip);
+    }
   }
 
   __device__ __forceinline__ void copy_group(int group) {
@@ -73,17 +78,13 @@ struct VerticalScan {
         for (int k = 0; k < TENSORS; ++k) next[k] += reversed ? -row_step(p, k) : row_step(p, k);
       }
 #if SUMS
-    if (plane.adds) {
-      const SumUnits sums = sums_of(group);
-      for_sums(group, [&](int unit, const float* from) { copy_async<16>(sums.unit(unit), from); });
-    }
+    if (plane.adds) for_sums(group, [](unsigned char* to, const float* from) { copy_async<16>(to, from); });
 #endif
     copy_commit();
   }
 
   __device__ __forceinline__ void write_sums(int group) const {
-    const SumUnits sums = sums_of(group);
-    for_sums(group, [&](int unit, float* to) { *(uint4*)to = *(const uint4*)sums.unit(unit); });
+    for_sums(group, [](const unsigned char* from, float* to) { *(uint4*)to = *(const uint4*)from; });
   }
 
   __device__ __forceinline__ void read_line(u32 (&words)[TENSORS][4], int group, int i) const {
@@ -93,35 +94,44 @@ struct VerticalScan {
   }
 
   // Gated, and added to what earlier directions found.
-  __device__ __forceinline__ void write_line(int group, int i, const Place (&places)[VPLACES], const float (&h)[VPLACES]) const {
-    float v[VPLACES];
+  __device__ __forceinline__ void write_line(int group, int i, const Place (&places)[VPLACES],
+                                             const float (&h)[CHANNELS][VPLACES]) const {
 #pragma unroll
-    for (int e = 0; e < VPLACES; ++e) v[e] = HAS_GATE ? h[e] * places[e].gate : h[e];
+    for (int c = 0; c < CHANNELS; ++c) {
+      float v[VPLACES];
+#pragma unroll
+      for (int e = 0; e < VPLACES; ++e) v[e] = HAS_GATE ? h[c][e] * places[e].gate[c] : h[c][e];
 #if SUMS
-    constexpr int PIECE = VPLACES < 4 ? VPLACES : 4;
-    const SumUnits sums = sums_of(group);
+      constexpr int PIECE = VPLACES < 4 ? VPLACES : 4;
+      const SumUnits sums = sums_of(group, c);
 #pragma unroll
-    for (int e = 0; e < VPLACES; e += PIECE) {
-      u32 words[4] = {0, 0, 0, 0};
-      if (plane.adds) read_words<PIECE>(words, sums.own(i, e));
+      for (int e = 0; e < VPLACES; e += PIECE) {
+        u32 words[4] = {0, 0, 0, 0};
+        if (plane.adds) read_words<PIECE>(words, sums.own(i, e));
 #pragma unroll
-      for (int k = 0; k < PIECE; ++k) words[k] = __float_as_uint(v[e + k] += __uint_as_float(words[k]));
-      if (!plane.last) write_words<PIECE>(sums.own(i, e), words);
-    }
-    if (!plane.last) return;
+        for (int k = 0; k < PIECE; ++k) words[k] = __float_as_uint(v[e + k] += __uint_as_float(words[k]));
+        if (!plane.last) write_words<PIECE>(sums.own(i, e), words);
+      }
+      if (!plane.last) continue;
 #endif
-    u32 words[VWORDS];
+      u32 words[VWORDS];
 #pragma unroll
-    for (int k = 0; k < VWORDS; ++k) words[k] = stored(v[k * 4 / SIZE], v[k * 4 / SIZE + (SIZE < 4)]);
-    write_words<VWORDS>(y, words);
+      for (int k = 0; k < VWORDS; ++k) words[k] = stored(v[k * 4 / SIZE], v[k * 4 / SIZE + (SIZE < 4)]);
+      write_words<VWORDS>(y + c * p.y.c, words);
+    }
   }
 
   __device__ __forceinline__ void unpack_line(Place (&places)[VPLACES], u32 (&words)[TENSORS][4], bool starts, bool ends) const {
     constexpr u32 FIRST = SIZE < 4 ? 0x0000ffffu : ~0u, LAST = SIZE < 4 ? 0xffff0000u : ~0u;
-    if (starts) words[1][0] = (words[1][0] & ~FIRST) | (MISSING & FIRST);
-    if (ends) words[3][VWORDS - 1] = (words[3][VWORDS - 1] & ~LAST) | (MISSING & LAST);
+    if (starts) words[0][0] = (words[0][0] & ~FIRST) | (MISSING & FIRST);
+    if (ends) words[2][VWORDS - 1] = (words[2][VWORDS - 1] & ~LAST) | (MISSING & LAST);
+    if (ordinary<VWORDS>(words)) {
 #pragma unroll
-    for (int e = 0; e < VPLACES; ++e) places[e] = unpack(words, e);
+      for (int e = 0; e < VPLACES; ++e) places[e] = unpack<true>(words, e);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VPLACES; ++e) places[e] = unpack<false>(words, e);
+    }
   }
 
   __device__ __forceinline__ void run(const Scan& scan, int rank, Counts counts) {
@@ -143,9 +153,7 @@ struct VerticalScan {
 #pragma unroll 1
     for (int g = 0; g < VRING - 1; ++g) copy_group(g);
     copy_wait<VRING - 2>();
-    float h[VPLACES];
-#pragma unroll
-    for (int e = 0; e < VPLACES; ++e) h[e] = 0.f;
+    float h[CHANNELS][VPLACES] = {};
     Restarts restarts{p.chunk, 0};
     const int groups = (lines + VLINES - 1) / VLINES;
     // Beyond the image's lines and places: whatever is there.
@@ -161,29 +169,29 @@ struct VerticalScan {
 #if VSPLIT
       if (until_exchange == 0) {
         strip.exchange(h, first, counts.exchanges);
-        edges.put_again(h[0], h[VPLACES - 1]);
+        edges.put_again(h);
         until_exchange = HALO;
       }
       until_exchange -= VLINES;
       if (!inside) {
 #pragma unroll
-        for (int e = 0; e < VPLACES; ++e) h[e] = 0.f;
+        for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+          for (int e = 0; e < VPLACES; ++e) h[c][e] = 0.f;
       }
 #endif
+      const u32 restarting = restarts.among(VLINES);
 #pragma unroll
       for (int i = 0; i < VLINES; ++i) {
         if (g * VLINES + i >= lines) break;
         read_line(words, i + 1 < VLINES ? g : g + 1, i + 1 < VLINES ? i + 1 : 0);
-        float before = __shfl_up_sync(0xffffffffu, h[VPLACES - 1], 1), after = __shfl_down_sync(0xffffffffu, h[0], 1);
-        edges.get(before, after);
-        if (restarts.next()) {
+        float before[CHANNELS], after[CHANNELS];
+        edges.get(before, after, h);
+        const bool restarts_here = restarting >> i & 1;
 #pragma unroll
-          for (int e = 0; e < VPLACES; ++e) h[e] = places[e].u;
-        } else {
-          // A state outside of the image may be anything, and 0 times that is not always 0.
-          advance(h, places, starts ? 0.f : before, ends ? 0.f : after);
-        }
-        edges.put(h[0], h[VPLACES - 1]);
+        for (int c = 0; c < CHANNELS; ++c)  // a state outside of the image may be anything, and 0 times that is not always 0
+          advance(h[c], places, c, restarts_here, starts ? 0.f : before[c], ends ? 0.f : after[c]);
+        edges.put(h);
         if (writes) write_line(g, i, places, h);
         y += y_step;
         // The next line's weights wait for nothing: they fill the time in which states do.
@@ -198,18 +206,19 @@ struct VerticalScan {
   }
 
   // h <- w h + u. What comes from other lanes is added last: it is there last.
-  static __device__ __forceinline__ void advance(float (&h)[VPLACES], const Place (&places)[VPLACES], float before, float after) {
+  static __device__ __forceinline__ void advance(float (&h)[VPLACES], const Place (&places)[VPLACES], int c, bool restarts,
+                                                 float before, float after) {
     float next[VPLACES];
 #pragma unroll
     for (int e = 0; e < VPLACES; ++e) {
-      next[e] = fmaf(places[e].w.here, h[e], places[e].u);
+      next[e] = fmaf(places[e].w.here, h[e], places[e].u[c]);
       if (e > 0) next[e] = fmaf(places[e].w.before, h[e - 1], next[e]);
       if (e < VPLACES - 1) next[e] = fmaf(places[e].w.after, h[e + 1], next[e]);
     }
     next[0] = fmaf(places[0].w.before, before, next[0]);
     next[VPLACES - 1] = fmaf(places[VPLACES - 1].w.after, after, next[VPLACES - 1]);
 #pragma unroll
-    for (int e = 0; e < VPLACES; ++e) h[e] = next[e];
+    for (int e = 0; e < VPLACES; ++e) h[e] = restarts ? places[e].u[c] : next[e];
   }
 };
 #endif

@@ -58,6 +58,17 @@ __device__ __forceinline__ int opaque(int v) {
   return v;
 }
 
+// The larger of two numbers of 16 bits, without sign, in each half.
+__device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+  u32 r;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffffu, b & 0xffffu);
+#endif
+}
+
 // Starts bringing the 128 bytes around p into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -114,14 +125,16 @@ __device__ __forceinline__ void post(u64* slot, float value, u32 count) {
                "f"(value), "r"(count)
                : "memory");
 }
-__device__ __forceinline__ float take(const u64* slot, u32 count) {
+// Waits for number `count`, or, where it is not wanted, for any after it: all lanes of a warp ask together, as a loop that
+// some leave earlier costs more.
+__device__ __forceinline__ float take(const u64* slot, u32 count, bool) {
   float value;
   u32 found;
   do asm volatile("{\n.reg .b64 both;\nld.volatile.shared.b64 both, [%2];\nmov.b64 {%0, %1}, both;\n}\n"
                   : "=f"(value), "=r"(found)
                   : "r"(shared_address(slot))
                   : "memory");
-  while (found != count);
+  while (__any_sync(0xffffffffu, (int)(found - count) < 0));
   return value;
 }
 

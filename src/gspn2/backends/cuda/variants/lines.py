@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, options
-from .planes_layout import LANES, VECTOR_BYTES, alignment_of
+from .planes_layout import LANES, REGISTERS, RESERVED, VECTOR_BYTES, alignment_of
 
 Macros = tuple[tuple[str, int], ...]
 
 MOST_WARPS = 16
 """Of a block: with more, registers would spill; columns alone need half as many."""
+
+MOST_THREADS_OF_PAIRS = 320
+"""The same with two channels."""
+
+REGISTERS_NEEDED = {(False, False): 88, (False, True): 112, (True, False): 112, (True, True): 128}
+"""Of a thread, where several blocks could share a multiprocessor: with rows to scan, with logits."""
 
 STRIP = 8
 """Columns of sums that lie together in scratch memory, row by row."""
@@ -49,13 +55,15 @@ class Layout:
         case: what it is for.
         cluster: blocks that share columns.
         split: they share rows, too; otherwise each scans those of a plane of its own.
-        planes: of a cluster.
+        channels: scanned side by side by the same threads; more than one share taps.
+        planes: of a cluster, or sets of so many channels.
         rows, columns: None where the problem has no such direction.
     """
 
     case: Case
     cluster: int
     split: bool
+    channels: int
     planes: int
     rows: Rows | None
     columns: Columns | None
@@ -97,19 +105,35 @@ class Layout:
     @property
     def grid(self) -> int:
         problem = self.case.problem
-        return -(-problem.batch * problem.channels // self.planes) * self.cluster
+        return -(-problem.batch * problem.channels // (self.channels * self.planes)) * self.cluster
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory, as `kernels/lines.cuh` cuts it."""
         warps = self.threads // LANES
-        head = 8 * 4 * warps + 4 * 4 * (HALO if self.cluster > 1 else 1) + 32
+        states = 2 * (512 if warps > 16 else 256) + 4 * 4 * (HALO if self.cluster > 1 else 1)
+        head = self.channels * states + 32
         return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
+
+    @property
+    def blocks(self) -> int:
+        """At once on a multiprocessor: what the compiler is told, so that registers are left for them."""
+        device = self.case.device
+        room = (device.shared_memory + RESERVED) // (self.shared + RESERVED)
+        needed = REGISTERS_NEEDED[self.rows is not None, self.case.problem.normalize]
+        registers = REGISTERS // (-(-needed // 8) * 8 * self.threads)
+        wanted = -(-self.grid // device.multiprocessors)
+        return max(1, min(room, registers, wanted))
+
+    @property
+    def tensors(self) -> int:
+        """That a thread reads."""
+        return 3 + self.channels * (1 + ("lam" in self.case.views) + ("gate" in self.case.views))
 
     @property
     def _rows_ring(self) -> int:
         rows = self.rows
-        place = _tensors(self.case) * self.case.itemsize + 4 * _sums(self.case)
+        place = self.tensors * self.case.itemsize + 4 * _sums(self.case) * self.channels
         return 0 if rows is None else rows.ring * rows.lines * self.row_threads * rows.places * place
 
     @property
@@ -117,12 +141,14 @@ class Layout:
         columns = self.columns
         if columns is None:
             return 0
-        return columns.buffers * self.column_threads * columns.piece * _tensors(self.case)
+        return columns.buffers * self.column_threads * columns.piece * self.tensors
 
     def fits(self) -> bool:
         problem = self.case.problem
         most = MOST_WARPS * (2 if self.rows is None and not _sums(self.case) else 1) + 1
         if self.threads > LANES * most or self.shared > self.case.device.shared_memory:
+            return False
+        if self.channels > 1 and self.threads > MOST_THREADS_OF_PAIRS:
             return False
         if self.cluster == 1:
             return True
@@ -161,8 +187,9 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     The first runs on every device, clusters on sm_90 and newer.
     """
 
-    def cut(threads: int, cluster: int, split: int) -> Macros:
-        return (("THREADS", threads), ("BLOCKS", 1), ("CLUSTER", cluster), ("VSPLIT", split))
+    def cut(threads: int, cluster: int, split: int, channels: int = 1, blocks: int = 1) -> Macros:
+        macros = {"THREADS": threads, "BLOCKS": blocks, "CLUSTER": cluster, "VSPLIT": split}
+        return (*macros.items(), ("CHANNELS", channels), ("POSTS", 0))
 
     def rows(threads: int, places: int, lines: int, ring: int) -> Macros:
         return (("VTHREADS", threads), ("VPLACES", places), ("VLINES", lines), ("VRING", ring))
@@ -196,8 +223,10 @@ def plan_of(layout: Layout) -> Plan:
         (
             *options(case),
             ("THREADS", layout.threads),
-            ("BLOCKS", 1),
+            ("BLOCKS", layout.blocks),
             ("CLUSTER", layout.cluster),
+            ("CHANNELS", layout.channels),
+            ("POSTS", 0),
             ("VSPLIT", int(layout.split)),
             ("SUMS", int(_sums(case))),
             ("VTHREADS", layout.row_threads),
@@ -237,13 +266,19 @@ def layouts(case: Case) -> Iterator[Layout]:
         for split in (False, True) if cluster > 1 and _vertical(case) else (False,):
             if cluster > 1 and not split and not _horizontal(case):
                 continue
-            # Rows of planes of their own keep all blocks busy.
-            planes = cluster if _vertical(case) and not split else 1
-            for rows in _rows(case):
-                for columns in _columns(case):
-                    layout = Layout(case, cluster, split, planes, rows, columns)
-                    if layout.fits():
-                        yield layout
+            for channels in _channels(case):
+                # Rows of planes of their own keep all blocks busy.
+                planes = cluster if _vertical(case) and not split else 1
+                for rows in _rows(case):
+                    for columns in _columns(case):
+                        layout = Layout(case, cluster, split, channels, planes, rows, columns)
+                        if layout.fits():
+                            yield layout
+
+
+def _channels(case: Case) -> tuple[int, ...]:
+    """How many channels may share a thread, and with it taps."""
+    return (1, 2) if case.problem.channels // case.problem.groups % 2 == 0 else (1,)
 
 
 def best_layout(case: Case) -> Layout | None:
@@ -255,12 +290,14 @@ def _rank(layout: Layout) -> tuple[float, ...]:
     """How far a layout is from what was fastest on an H200 (docs/backends.md), least first."""
     case, problem = layout.case, layout.case.problem
     planes, processors = problem.batch * problem.channels, case.device.multiprocessors
-    busy = 4 * planes >= 3 * processors  # one plane a block keeps the device busy
+    busy = (2 if _sums(case) else 4) * planes >= (1 if _sums(case) else 3) * processors  # by a plane a block
     # Rows of a plane of its own keep a block busy if there are planes enough; else all share every plane.
-    score: list[float] = [float(layout.cluster > 1 and layout.split == busy)]
+    alone = layout.cluster > 1 and not layout.split
+    score: list[float] = [layout.channels, float(_vertical(case) and layout.cluster > 1 and alone != busy)]
     if layout.columns is not None:
         tall = case.itemsize == 2 and problem.height > 512 and not _sums(case)
-        own = 256 if busy and not tall else 128
+        tallest = 512 if _sums(case) and problem.height > 512 else 256
+        own = tallest if busy and not tall else 128
         score.append(abs(layout.own_rows / own - 1) if problem.height > own else layout.cluster)
         buffers = 1 if problem.height <= 64 or (tall and busy) else 2
         score += [abs(layout.columns.buffers - buffers), abs(layout.columns.piece - 64)]
@@ -316,10 +353,6 @@ def _horizontal(case: Case) -> bool:
 def _vector_bytes(case: Case) -> int:
     """Rows are read in vectors of this size: in horizontal scans always the largest."""
     return VECTOR_BYTES if _horizontal(case) or _sums(case) else 4
-
-
-def _tensors(case: Case) -> int:
-    return 4 + ("lam" in case.views) + ("gate" in case.views)
 
 
 def _sums(case: Case) -> bool:
