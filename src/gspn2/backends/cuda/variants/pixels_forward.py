@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..geometry import Case, Kernel, Plan
 from .pixels_layout import (
     MOST_THREADS,
+    SECTOR,
+    SHORTEST_SPLIT,
     Tiling,
     blocks_of,
     channel_blocks,
     defines,
-    first_fitting,
     launch,
     own_taps,
     reasons,
+    roles_of,
     rounded,
     sums,
     tap_groups,
+    vector_of,
 )
 
 HALO = 8
 """Places that a split recomputes on either side, and lines between two exchanges."""
 
-DEEPEST = 8
-"""Lines of a ring at most."""
+BUSY = 4
+"""Lines of a ring where most multiprocessors have work: with more only the queues become longer."""
+
+WIDTHS = (64, SECTOR, SECTOR // 2)
+"""Bytes of a pixel that a block may take, the most wanted first."""
 
 MOST_TAPS = 4
 """Of a thread: taps that wait in its registers."""
@@ -32,7 +36,28 @@ MOST_TAPS = 4
 
 def tiling_of(case: Case) -> Tiling | None:
     """The tiling, or None if a line is too long for a block."""
-    return first_fitting(case, _fit)
+    widest = vector_of(case)
+    assert widest is not None
+    # Narrower vectors than memory allows make narrower blocks, for longer lines.
+    for vector in (16, 8, 4):
+        if case.itemsize <= vector <= widest:
+            for vectors, on_chip in _widths(case, vector):
+                tiling = _split(case, vector, vectors, on_chip)
+                if tiling is not None:
+                    return tiling
+    return None
+
+
+def _split(case: Case, vector: int, vectors: int, on_chip: bool) -> Tiling | None:
+    """The tiling with as few splits as fit, or None; sums on chip are not split."""
+    roles, splits = _cluster(case, vector, vectors)
+    if on_chip:
+        return _fit(case, vector, vectors, roles, 1, True) if splits == 1 else None
+    while True:
+        tiling = _fit(case, vector, vectors, roles, splits, False)
+        if tiling is not None or roles * splits * 2 > _largest_cluster(case):
+            return tiling
+        splits *= 2
 
 
 def plan(case: Case, tiling: Tiling) -> Plan:
@@ -83,23 +108,84 @@ def _sums_on_chip(case: Case, tiling: Tiling) -> int:
     return quarters * floats // min(16, floats) * rows * (-(-columns * pixel // 128) * 128 + pixel)
 
 
-def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tiling | None:
+def _widths(case: Case, vector: int) -> list[tuple[int, bool]]:
+    """Vectors that a block may have, and whether its sums are on chip, the most wanted first.
+
+    What the second-level cache is asked for limits speed, not how much it answers: a block asks for as wide
+    pieces of a pixel as leave work for nearly half of the multiprocessors. No group of taps is cut.
+    """
+    half = case.device.multiprocessors * 9 // 20
+    wanted = next((n for n in WIDTHS if _most_blocks(case, vector, max(1, n // vector)) >= half), WIDTHS[-1])
+    on_chip = [(n, True) for n in _vectors(case, vector, min(wanted, SECTOR))[:1]] if sums(case) else []
+    return [*on_chip, *((n, False) for n in _vectors(case, vector, wanted))]
+
+
+def _vectors(case: Case, vector: int, wanted: int) -> list[int]:
+    """Vectors of a block, the nearest to so many bytes first."""
+    problem = case.problem
+    vectors, most = problem.channels * case.itemsize // vector, max(1, wanted // vector)
+    if own_taps(case) or problem.groups == 1:
+        narrower = (most, SECTOR // vector, SECTOR // 2 // vector, 1)
+        return list(dict.fromkeys(max(1, min(n, most, vectors)) for n in narrower))
+    group = vectors // problem.groups
+    fitting = [n for n in range(1, 17) if group % n == 0 or (n % group == 0 and vectors % n == 0)]
+    return sorted(fitting, key=lambda n: (n < most, abs(n - most)))
+
+
+def _most_blocks(case: Case, vector: int, vectors: int) -> int:
+    """Blocks, of so many vectors, that there can be."""
+    blocks = case.problem.batch * blocks_of(case, vector, vectors)
+    roles = roles_of(case, blocks)
+    shortest = min(case.problem.height, case.problem.width)
+    return blocks * roles * max(1, min(_largest_cluster(case) // roles, shortest // SHORTEST_SPLIT))
+
+
+def _largest_cluster(case: Case) -> int:
+    """Blocks of a cluster at most: 16 where several groups of multiprocessors must have as many."""
+    capability = case.device.capability
+    if capability < (9, 0):
+        return 1
+    return 16 if capability == (9, 0) and case.device.multiprocessors >= 132 else 8
+
+
+def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
+    """Roles and splits.
+
+    As many blocks as there are multiprocessors; or, in whole waves of them, more: with fewer images at a time
+    the second-level cache keeps x and sums until they are read again.
+    """
+    device = case.device
+    blocks = case.problem.batch * blocks_of(case, vector, vectors)
+    roles, splits = roles_of(case, blocks), 1
+    shortest = min(case.problem.height, case.problem.width)
+    while roles * splits * 2 <= _largest_cluster(case) and shortest >= SHORTEST_SPLIT * 2 * splits:
+        cluster = roles * splits * 2
+        more = blocks * cluster
+        if more > device.multiprocessors and more % (device.multiprocessors // cluster * cluster or 1):
+            break
+        splits *= 2
+    return roles, splits
+
+
+def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int, on_chip: bool) -> Tiling | None:
     """The tiling with as few places a thread as possible, or None if a line is too long."""
     problem, device = case.problem, case.device
     runs = (-(-problem.width // splits), -(-problem.height // splits))
     blocks = problem.batch * blocks_of(case, vector, vectors) * roles * splits
     memory = device.shared_memory
-    # Sums on chip, shared memory of a block, lines of the ring and of a stage of taps at least.
-    choices = [(False, memory, depth, 2) for depth in (6, 4, 2)]
-    if blocks >= device.multiprocessors:
+    # Shared memory of a block, lines of the ring and of a stage of taps at least.
+    choices = [(memory, depth, 2) for depth in (BUSY, 2)]
+    if blocks < device.multiprocessors // 2:
+        choices[:0] = [(memory, depth, 2) for depth in (8, 6)]
+    elif blocks >= device.multiprocessors and not on_chip:
         # Blocks that are on a multiprocessor together hide each other's latency.
         together = min(3, -(-blocks // device.multiprocessors))
-        choices.insert(0, (False, (memory + 1024) // together - 1024, 4, 4))
-    if splits == 1 and sums(case):
-        # Sums on chip leave room for a ring of four lines at least, or are not worth it.
-        choices.insert(0, (True, memory, 4, 2))
+        choices.insert(0, ((memory + 1024) // together - 1024, BUSY, 4))
+    if on_chip:
+        # They leave room for a ring of four lines at least, or are not worth it.
+        choices = [choice for choice in choices if choice[1] >= 4]
     halo = HALO if splits > 1 else 0
-    for on_chip, memory, depth, fewest in choices:
+    for memory, depth, fewest in choices:
         for places in (1, 2, 4):
             lines = _tap_lines(case, vector, vectors, places, max(runs))
             threads = -(-(max(runs) + 2 * halo) // places) * vectors
@@ -108,18 +194,8 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Tili
             size = rounded(threads)
             tiling = Tiling(vector, vectors, places, roles, splits, runs, size, halo, lines, depth, on_chip)
             if _shared_memory(case, tiling) <= memory:
-                return _deepened(case, tiling, memory)
+                return tiling
     return None
-
-
-def _deepened(case: Case, tiling: Tiling, memory: int) -> Tiling:
-    """With a ring that reaches as far ahead as shared memory allows: a line takes less time than memory."""
-    while tiling.depth < DEEPEST:
-        deeper = replace(tiling, depth=tiling.depth + 2)
-        if _shared_memory(case, deeper) > memory:
-            break
-        tiling = deeper
-    return tiling
 
 
 def _tap_lines(case: Case, vector: int, vectors: int, places: int, run: int) -> int:
@@ -139,12 +215,18 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1))
     own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1))
     alone = (("ROLES", 1), ("SPLIT", 0), ("HALO", 0))
-    wide = (("VECTOR", 16), ("VECTORS", 2), ("PLACES", 1), ("THREADS", 128), ("MIN_BLOCKS", 2))
+    wide = (("VECTOR", 16), ("VECTORS", 2), ("PLACES", 1), ("THREADS", 320), ("MIN_BLOCKS", 1))
     packed = (("VECTOR", 8), ("VECTORS", 4), ("PLACES", 1), ("THREADS", 256), ("MIN_BLOCKS", 1))
     long = (("VECTOR", 8), ("VECTORS", 2), ("PLACES", 2), ("THREADS", 320), ("MIN_BLOCKS", 1))
     kernels = []
     for taps in (shared, own):
         for size, on_chip, lines in ((wide, 0, 8), (packed, 1, 8), (long, 0, 4)):
-            macros = (*plain, *taps, *size, *alone, ("TAP_LINES", lines), ("DEPTH", 4), ("ON_CHIP", on_chip))
+            rest = (
+                ("TAP_LINES", lines),
+                ("TAP_WORDS", int(taps is shared)),
+                ("DEPTH", 4),
+                ("ON_CHIP", on_chip),
+            )
+            macros = (*plain, *taps, *size, *alone, *rest)
             kernels.append((Kernel("pixels_forward.cu", "pixels_forward", macros), True))
     return kernels
