@@ -35,15 +35,15 @@ __device__ __forceinline__ void scan_forward(const Params& p, const Work& w, Thr
       arrived<1>();
       walk_forward(p, w, t, segment, h, edges, false);
     }
-    if (has_channel(t)) keep_state(t, kept_of(p, t, last + 1, segment + 1), h);
-    if (SPLIT) {
-      send_halo(p, t, h);
-      cluster_meets();
-      receive_halo(t, h);
+#if SPLIT
+    if (has_channel(t)) {
+      exchange(p, t, h);
       const Shown shown = {h[0], h[N - 1]};
       publish(t, shown);
       edges = settle(t, shown);
     }
+#endif
+    if (has_channel(t)) keep_state(t, kept_of(p, t, last + 1, segment + 1), h);
     __syncwarp();
   }
 }
@@ -75,14 +75,17 @@ __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread
   if (COMPUTES_STATES && last > 0 && has_channel(t)) kept_state(t, kept_of(p, t, last + 1, last), entering);
   for (int segment = last; segment >= 0; segment--) {
     if (has_channel(t)) walk_segment(p, w, t, segment, h, entering, carried);
-    if (SHARED || (SPLIT && segment > 0)) {
-      send_halo(p, t, carried);
-      cluster_meets();
-      receive_halo(t, carried);
-    }
+#if SPLIT
+    if (has_channel(t) && segment > 0) exchange(p, t, carried);
+#endif
 #if SHARED
+    const bool together = p.knobs[5] > 1;
+    if (together)
+      cluster_meets();
+    else
+      __syncwarp();
     sum_channels(p, w, t, segment);
-    cluster_meets();  // what was parked may go
+    if (together) cluster_meets();  // what was parked may go
 #endif
     __syncwarp();
   }
@@ -95,8 +98,9 @@ KERNEL(THREADS, MIN_BLOCKS) planes_backward(CONSTANT_PARAMS p) {
   Thread t = thread_of(p, scan, threadIdx.x, edges);
   // Beyond the first and the last thread there is nothing, but it is looked at where a line goes on in other blocks.
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
+  start_exchanges(t);
   const Work w = work_of(p, scan, t);
-  cluster_meets();  // every block is there before another one writes into its memory
+  cluster_meets();  // every block is there, with its barriers, before another one writes into its memory
   if (COMPUTES_STATES) {
     scan_forward(p, w, t);
   } else if (has_channel(t)) {

@@ -62,7 +62,7 @@ struct Thread {
   bool has_before, has_after;  // does the line go on before its first place, after its last?
   float* edges;                // [2][warps + 2][2]
   float* mail;                 // [2][2][HALO]
-  int parity, turn;
+  int parity, exchanges;
 };
 
 __device__ __forceinline__ int strips_of(const Params& p) { return SPLIT ? p.knobs[3] : 1; }
@@ -110,7 +110,7 @@ __device__ __forceinline__ Thread thread_of(const Params& p, const Scan& scan, i
   t.has_after = t.place + N < t.places;
   t.edges = edges;
   t.mail = edges + (blockDim.x / 32 + 2) * 4;
-  t.parity = t.turn = 0;
+  t.parity = t.exchanges = 0;
   return t;
 }
 
@@ -123,34 +123,51 @@ __device__ __forceinline__ void cluster_meets() {
 #endif
 }
 
-// `v` of the places beyond a block's own, from the blocks that own them: sent before the cluster meets, received after.
-__device__ __forceinline__ void send_halo(const Params& p, const Thread& t, const float (&v)[N]) {
+// Barriers of what comes from the block before and from the block after: [2][2].
+constexpr int BARRIERS = SPLIT ? 32 : 0;  // bytes
+__device__ __forceinline__ u64* halo_barriers(const Thread& t) { return (u64*)(t.mail + 4 * HALO); }
+__device__ __forceinline__ unsigned char* after_mail(const Thread& t) { return (unsigned char*)halo_barriers(t) + BARRIERS; }
+
+__device__ __forceinline__ void start_exchanges(const Thread& t) {
 #if SPLIT
-  float* mail = t.mail + t.turn * 2 * HALO;
-  const int after_begin = t.place - t.own_begin, before_end = t.own_end - t.place;
-  if (t.own && t.strip > 0 && after_begin < HALO) {
-    float* to = cluster_map(mail + HALO, cluster_rank() - 1) + after_begin;
-#pragma unroll
-    for (int n = 0; n < N; n++) to[n] = v[n];
-  }
-  if (t.own && t.strip + 1 < p.knobs[3] && before_end <= HALO) {
-    float* to = cluster_map(mail, cluster_rank() + 1) + HALO - before_end;
-#pragma unroll
-    for (int n = 0; n < N; n++) to[n] = v[n];
-  }
+  if (threadIdx.x < 4) mbarrier_init(halo_barriers(t) + threadIdx.x, 1);
+  mbarrier_init_fence();
 #endif
 }
-__device__ __forceinline__ void receive_halo(Thread& t, float (&v)[N]) {
+
 #if SPLIT
+// `v` of the places beyond a block's own, from the blocks that own them. Each value comes with its share of a count that the
+// receiver waits for. Two sets take turns, so that nobody needs to say that it has read.
+__device__ __forceinline__ void exchange(const Params& p, Thread& t, float (&v)[N]) {
+  constexpr int WORDS = N < 4 ? N : 4;
+  const u32 parity = t.exchanges >> 1 & 1;
+  float* mail = t.mail + (t.exchanges & 1) * 2 * HALO;
+  u64* barriers = halo_barriers(t) + (t.exchanges & 1) * 2;
+  const bool has_before = t.strip > 0, has_after = t.strip + 1 < strips_of(p);
+  t.exchanges++;
+  if (threadIdx.x == 0) {
+    if (has_before) mbarrier_arrive_expect(barriers, 4 * HALO);
+    if (has_after) mbarrier_arrive_expect(barriers + 1, 4 * ((t.end - t.own_end + N - 1) / N * N));
+  }
+  const int after_begin = t.place - t.own_begin, before_end = t.own_end - t.place;
+  if (t.own && has_before && after_begin < HALO)
+#pragma unroll
+    for (int n = 0; n < N; n += WORDS)
+      store_counted<WORDS>(mail + HALO + after_begin + n, barriers + 1, cluster_rank() - 1, v + n);
+  if (t.own && has_after && before_end <= HALO)
+#pragma unroll
+    for (int n = 0; n < N; n += WORDS)
+      store_counted<WORDS>(mail + HALO - before_end + n, barriers, cluster_rank() + 1, v + n);
   if (t.alive && !t.own) {
-    const float* from = t.mail + t.turn * 2 * HALO;
-    from += t.place < t.own_begin ? t.place - t.begin : HALO + t.place - t.own_end;
+    const bool before = t.place < t.own_begin;
+    mbarrier_wait(barriers + !before, parity);
+    const float* from = mail + (before ? t.place - t.begin : HALO + t.place - t.own_end);
 #pragma unroll
     for (int n = 0; n < N; n++) v[n] = from[n];
   }
-  t.turn ^= 1;
-#endif
+  __syncwarp();
 }
+#endif
 
 __device__ __forceinline__ bool has_before(const Thread& t, int n) { return n > 0 || t.has_before; }
 __device__ __forceinline__ bool has_after(const Thread& t, int n) {

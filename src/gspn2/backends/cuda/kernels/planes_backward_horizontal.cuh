@@ -25,7 +25,7 @@ __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const
   w.scan = scan;
   w.memory = shared_memory() + t.warp * WARP_BYTES;
   w.states = (float*)(w.memory + UNITS * UNIT);
-  w.planes = (unsigned char**)(t.mail + 4 * HALO);
+  w.planes = (unsigned char**)after_mail(t);
   for (int op = threadIdx.x; op < OPERANDS; op += blockDim.x) {
     w.planes[op] = (unsigned char*)source_of(p, op, t.b, t.group, t.channel);
     w.planes[OPERANDS + op] = is_wanted(p, op) ? sink_of(p, op, t.b, t.group, t.channel) : nullptr;

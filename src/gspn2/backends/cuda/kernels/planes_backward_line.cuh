@@ -94,17 +94,22 @@ __device__ __forceinline__ void tap_gradients(const Thread& t, const Taps (&dw)[
 }
 
 // States between the two walks: those that enter each segment but the first, [B][C][segments][places], whole vectors
-// of 4 floats a line. From the first place of this thread on.
+// of 4 floats a line; where blocks share a line, those of each block, places beyond its own included. From the first place
+// of this thread on.
 __device__ __forceinline__ unsigned char* kept_of(const Params& p, const Thread& t, int segments, int segment) {
   const long long plane = (long long)t.b * p.channels + t.channel, line = plane * segments + segment;
+#if SPLIT
+  const int room = p.knobs[4] + 2 * HALO;
+  return (unsigned char*)((float*)p.scratch[1] + (line * p.knobs[3] + t.strip) * room + t.place - t.begin);
+#else
   return (unsigned char*)((float*)p.scratch[1] + line * ((t.places + 3) / 4 * 4) + t.place);
+#endif
 }
-// By the threads that own the places, before their cluster meets.
 __device__ __forceinline__ void keep_state(const Thread& t, unsigned char* to, const float (&h)[N]) {
   u32 words[N];
 #pragma unroll
   for (int n = 0; n < N; n++) words[n] = __float_as_uint(h[n]);
-  if (t.own) write_words(to, words);
+  if (t.alive) write_words(to, words);
 }
 __device__ __forceinline__ void kept_state(const Thread& t, const unsigned char* from, float (&h)[N]) {
   u32 words[N];

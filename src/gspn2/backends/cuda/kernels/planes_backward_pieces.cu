@@ -48,14 +48,14 @@ __device__ constexpr bool is_parked(int op) {
   return SHARED && WANTS_TAPS && ((op >= TAPS && op < DY) || (STORAGE != 0 && (op == DY || is_state(op))));
 }
 
-__device__ __forceinline__ void read_vector(const Params& p, const Work& w, const Thread& t, int tile, int q, Chunk& c,
-                                            States& states) {
+// What lines hand on comes from taps, dy and gate; the gradients take the rest besides, which is read later: registers.
+__device__ __forceinline__ constexpr bool is_scanned(int op) { return op >= TAPS && op < HIDDEN; }
+template <bool SCANNED>
+__device__ __forceinline__ void read_vector(const Params& p, const Work& w, const Thread& t, int tile, int q, Chunk& c) {
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++)
-    if (!is_state(op) && is_fetched(p, op))
+    if (is_scanned(op) == SCANNED && !is_state(op) && is_fetched(p, op))
       read_words(c.operand[op].row[0].words, tile_at(w, tile) + unit_at(op) + vector_at(t.lane, q));
-  if (READS_STATES) read_states(w, t, tile, q, states);
-  if (is_parked(HIDDEN)) __syncwarp();  // gradients will take the place of states that other lanes have read
 }
 
 __device__ __forceinline__ void write_vector(const Params& p, const Work& w, const Thread& t, int tile, int q, const Chunk& c) {
@@ -82,11 +82,13 @@ __device__ __forceinline__ void write_part(const Params& p, const Work& w, const
 #if STORAGE == 0
     write_unit(w, t, tile, TAPS + k, (unsigned char*)to, pitch);
 #else
-    for_vectors(t, [&](int r, int row, int v) {
-      const auto at = [&](int op) { return tile_at(w, tile) + unit_at(op) + vector_at(r + is_state(op), v); };
+    for_vectors(t, [&](auto at, int row, int v) {
+      const auto read = [&](int op, Packed<EACH>& packed) {
+        read_words(packed.words, tile_at(w, tile) + unit_at(op) + at(is_state(op)));
+      };
       Packed<EACH> upper, lower;
-      read_words(upper.words, at(upper_of(k)));
-      read_words(lower.words, at(lower_of(k)));
+      read(upper_of(k), upper);
+      read(lower_of(k), lower);
       u32 words[EACH];
 #pragma unroll
       for (int e = 0; e < EACH; e++) words[e] = __float_as_uint(joined(upper.words[e / 2], lower.words[e / 2], e));
@@ -111,39 +113,85 @@ __device__ __forceinline__ void put_weight_gradients(Chunk& c, int e, const Taps
 
 // The gradients of the taps of element e, from g and the states of the line before.
 __device__ __forceinline__ void put_tap_gradients(const Thread& t, Chunk& c, const States& states, int e, const float (&g)[N],
-                                                  const Weighed (&weight)[N], bool restart) {
-  Taps dw[N] = {}, da[N] = {};
-  if (!restart) {
-    const int from = REVERSED ? e + 1 : e - 1;
-    const float h[N] = {states.at(1, from)};
-    weight_gradients(dw, g, h, {t.has_before ? states.at(0, from) : 0.f, t.has_after ? states.at(2, from) : 0.f});
-    if (!SHARED) tap_gradients(t, dw, weight, da);
-  }
+                                                  const Weighed& weight, bool restart) {
+  const int from = REVERSED ? e + 1 : e - 1;
+  const float h[N] = {restart ? 0.f : states.at(1, from)};
+  const Edges edges = {restart || !t.has_before ? 0.f : states.at(0, from), restart || !t.has_after ? 0.f : states.at(2, from)};
+  Taps dw[N];
+  weight_gradients(dw, g, h, edges);
 #if SHARED
   put_weight_gradients(c, e, dw);
 #else
+  const Weighed weights[N] = {weight};
+  Taps da[N];
+  tap_gradients(t, dw, weights, da);
+  if (restart) da[0] = {0.f, 0.f, 0.f};
   put_taps(c, e, da);
 #endif
 }
 
-// One line: column e of the vector.
-__device__ __forceinline__ void back_line(const Params& p, Thread& t, Chunk& c, const States& states, int e, bool restart,
-                                          float (&carried)[N]) {
-  float g[N];
-  Weighed weight[N];
-  Shown shown = {0.f, 0.f};
-  const float h[N] = {HAS_GATE && WANTS_GATE ? states.at(1, e) : 0.f};
-  state_gradient(t, c, e, h, carried, g);
-  carried[0] = 0.f;
-  if (!restart) {
-    weight[0] = weigh({c.at(TAPS, 0, e), c.at(TAPS + 1, 0, e), c.at(TAPS + 2, 0, e)}, t.has_before, t.has_after);
-    shown = carry_line(carried, g, weight);
+// What lines hand on, through the lines of one vector: `g` of each. Only what is on this way stands between barriers; the
+// gradients follow for all lines at once. Bits of `restarts`: lines that start anew.
+template <bool RESTARTS>
+__device__ __forceinline__ void carry_vector(Thread& t, const Chunk& c, const Weighed (&weight)[EACH], u32 restarts, float (&g)[EACH],
+                                             float (&carried)[N]) {
+#pragma unroll
+  for (int k = EACH - 1; k >= 0; k--) {
+    const int e = RISING ? EACH - 1 - k : k;
+    const float dy = c.at(DY, 0, e);
+    g[e] = HAS_GATE ? fmaf(c.at(HAS_GATE ? GATE : DY, 0, e), dy, carried[0]) : dy + carried[0];
+    const float line[N] = {g[e]};
+    const Weighed weights[N] = {weight[e]};
+    Shown shown = carry_line(carried, line, weights);
+    if (RESTARTS && (restarts >> e & 1)) shown = {0.f, 0.f}, carried[0] = 0.f;
+    publish(t, shown);
+    const Edges from = settle(t, shown);
+    carried[0] += from.before + from.after;
   }
-  publish(t, shown);
-  if (WANTS_TAPS) put_tap_gradients(t, c, states, e, g, weight, restart);
-  put_product_gradients(p, c, e, g);
-  const Edges from = settle(t, shown);
-  carried[0] += from.before + from.after;
+}
+
+template <bool RESTARTS>
+__device__ __forceinline__ void put_gradients(const Params& p, const Thread& t, Chunk& c, const States& states,
+                                              const Weighed (&weight)[EACH], u32 restarts, const float (&g)[EACH]) {
+#pragma unroll
+  for (int k = EACH - 1; k >= 0; k--) {
+    const int e = RISING ? EACH - 1 - k : k;
+    const float line[N] = {g[e]};
+    if (HAS_GATE && WANTS_GATE) {
+      const float dgate[N] = {states.at(1, e) * c.at(DY, 0, e)};
+      c.put(HAS_GATE ? GATE : DY, e, dgate);
+    }
+    if (WANTS_TAPS) put_tap_gradients(t, c, states, e, line, weight[e], RESTARTS && (restarts >> e & 1));
+    put_product_gradients(p, c, e, line);
+  }
+}
+
+// The lines of one vector. `phase`: lines from the last restart to the first line here.
+template <bool RESTARTS>
+__device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thread& t, int tile, int q, float (&carried)[N],
+                                            int& phase) {
+  Chunk c;
+  read_vector<true>(p, w, t, tile, q, c);
+  Weighed weight[EACH];
+  float g[EACH];
+  u32 restarts = 0;
+#pragma unroll
+  for (int k = EACH - 1; k >= 0; k--) {
+    const int e = RISING ? EACH - 1 - k : k;
+    weight[e] = weigh({c.at(TAPS, 0, e), c.at(TAPS + 1, 0, e), c.at(TAPS + 2, 0, e)}, t.has_before, t.has_after);
+    if (RESTARTS) {
+      restarts |= (phase == 0) << e;
+      phase = phase == 0 ? p.chunk - 1 : phase - 1;
+    }
+  }
+  if (!RESTARTS) phase -= EACH;
+  carry_vector<RESTARTS>(t, c, weight, restarts, g, carried);
+  States states;
+  read_vector<false>(p, w, t, tile, q, c);
+  if (READS_STATES) read_states(w, t, tile, q, states);
+  if (is_parked(HIDDEN)) __syncwarp();  // gradients will take the place of states that other lanes have read
+  put_gradients<RESTARTS>(p, t, c, states, weight, restarts, g);
+  write_vector(p, w, t, tile, q, c);
 }
 
 KERNEL(THREADS, MIN_BLOCKS) planes_backward_pieces(CONSTANT_PARAMS p) {
@@ -154,15 +202,10 @@ KERNEL(THREADS, MIN_BLOCKS) planes_backward_pieces(CONSTANT_PARAMS p) {
   walk(
       p, w, t, carried, [] {},
       [&](int tile, int q) {
-        Chunk c;
-        States states;
-        read_vector(p, w, t, tile, q, c, states);
-#pragma unroll
-        for (int k = EACH - 1; k >= 0; k--) {
-          back_line(p, t, c, states, RISING ? EACH - 1 - k : k, phase == 0, carried);
-          phase = phase == 0 ? p.chunk - 1 : phase - 1;
-        }
-        write_vector(p, w, t, tile, q, c);
+        if (phase >= EACH)
+          walk_vector<false>(p, w, t, tile, q, carried, phase);
+        else
+          walk_vector<true>(p, w, t, tile, q, carried, phase);
       },
       [&](int tile) {
         write_gradients(p, w, t, tile);

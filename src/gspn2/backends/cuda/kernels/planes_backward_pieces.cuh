@@ -28,7 +28,6 @@ constexpr bool READS_STATES = HIDDENS > 0 && (WANTS_TAPS || (HAS_GATE && WANTS_G
 struct Work {
   unsigned char* ring;     // of this warp
   unsigned char** planes;  // of operands, then of gradients in their places: in shared memory, as registers are short
-  u64* barriers;           // [2][2]: of what comes from the block before, from the block after
   int lines, tiles;
 };
 
@@ -39,8 +38,8 @@ __device__ __forceinline__ int columns_of(const Work& w, int tile) { return min(
 __device__ __forceinline__ unsigned char* tile_at(const Work& w, int tile) { return w.ring + tile % BUFFERS * TILE; }
 __device__ __forceinline__ constexpr int unit_at(int op) { return op * UNIT + (op < HIDDEN ? 0 : min(op - HIDDEN, HIDDENS) * 2 * PIECE); }
 // Vector v of a row of a unit: permuted so that 8 rows' vectors meet 8 different groups of banks.
-__device__ __forceinline__ int vector_at(int row, int v) {
-  constexpr int TOGETHER = 8 / VECTORS;
+__device__ __forceinline__ int vector_at(u32 row, u32 v) {
+  constexpr u32 TOGETHER = 8 / VECTORS;
   return (row * VECTORS + (v ^ row / TOGETHER % VECTORS)) * 16;
 }
 
@@ -49,14 +48,17 @@ __device__ __forceinline__ bool is_fetched(const Params& p, int op) {
   return FORWARD ? op < DY : is_state(op) ? READS_STATES : is_read(p, op);
 }
 
-// Goes over the vectors of a warp's rows, with consecutive lanes on consecutive ones: (row of the warp, row of the plane, vector).
+// Goes over the vectors of a warp's rows, with consecutive lanes on consecutive ones: body(at, row of the plane, vector), where
+// at(n) is where the vector lies in a unit that has n rows before the warp's.
 template <typename Body>
 __device__ __forceinline__ void for_vectors(const Thread& t, Body body) {
-  const int first = opaque(t.lane / VECTORS);
+  constexpr u32 ROWS = 32 / VECTORS;  // at a time
+  const u32 lane = opaque(t.lane), r = lane / VECTORS, v = lane % VECTORS;
 #pragma unroll
-  for (int k = 0; k < VECTORS; k++) {
-    const int r = first + k * (32 / VECTORS);
-    body(r, t.begin + t.warp * 32 + r, t.lane % VECTORS);
+  for (u32 k = 0; k < VECTORS; k++) {
+    // Up to 4 vectors, the permutation is that of the first rows again.
+    const auto at = [&](u32 n) { return VECTORS <= 4 ? vector_at(r + n, v) + k * ROWS * PIECE : vector_at(r + n + k * ROWS, v); };
+    body(at, (int)(t.begin + t.warp * 32 + r + k * ROWS), (int)v);
   }
 }
 
@@ -93,9 +95,9 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
     unsigned char* to = tile_at(w, tile) + unit_at(op);
     const unsigned char* from = w.planes[op] + left * SIZE;
     const int pitch = source_pitch(p, op);
-    for_vectors(t, [&](int r, int row, int v) {
+    for_vectors(t, [&](auto at, int row, int v) {
       const bool there = row >= begin && row < end && v * EACH < columns;
-      copy_async_wide(to + vector_at(r + is_state(op), v), at_row(from, row, pitch) + v * 16, there ? 16 : 0);
+      copy_async_wide(to + at(is_state(op)), at_row(from, row, pitch) + v * 16, there ? 16 : 0);
     });
     if (is_state(op)) fetch_around(p, w, t, tile, op);
   }
@@ -106,62 +108,32 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
 __device__ __forceinline__ void write_unit(const Work& w, const Thread& t, int tile, int op, unsigned char* to, int pitch) {
   const unsigned char* from = tile_at(w, tile) + unit_at(op);
   const int columns = columns_of(w, tile);
-  for_vectors(t, [&](int r, int row, int v) {
+  for_vectors(t, [&](auto at, int row, int v) {
     Packed<EACH> packed;
-    read_words(packed.words, from + vector_at(r, v));
+    read_words(packed.words, from + at(0));
     if (row >= t.own_begin && row < t.own_end && v * EACH < columns) write_words(at_row(to, row, pitch) + v * 16, packed.words);
   });
 }
 
-#if SPLIT
-// What lines hand on, `v`, of the rows that other blocks own: each comes with its share of a count that the receiver waits
-// for. Two sets take turns, so that nobody needs to say that it has read.
-__device__ __forceinline__ void exchange(const Params& p, const Work& w, const Thread& t, float (&v)[N], int count) {
-  const u32 parity = count >> 1 & 1;
-  float* mail = t.mail + (count & 1) * 2 * HALO;
-  u64* barriers = w.barriers + (count & 1) * 2;
-  const bool has_before = t.strip > 0, has_after = t.strip + 1 < strips_of(p);
-  if (threadIdx.x == 0) {
-    if (has_before) mbarrier_arrive_expect(barriers, 4 * HALO);
-    if (has_after) mbarrier_arrive_expect(barriers + 1, 4 * (t.end - t.own_end));
-  }
-  const int after_begin = t.place - t.own_begin, before_end = t.own_end - t.place;
-  if (t.own && has_before && after_begin < HALO)
-    store_counted<1>(mail + HALO + after_begin, barriers + 1, cluster_rank() - 1, v);
-  if (t.own && has_after && before_end <= HALO) store_counted<1>(mail + HALO - before_end, barriers, cluster_rank() + 1, v);
-  if (t.alive && !t.own) {
-    const bool before = t.place < t.own_begin;
-    mbarrier_wait(barriers + !before, parity);
-    v[0] = mail[before ? t.place - t.begin : HALO + t.place - t.own_end];
-  }
-  __syncwarp();
-}
-#endif
-
 __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t) {
   Work w;
   w.ring = shared_memory() + t.warp * WARP_BYTES;
-  w.barriers = (u64*)(t.mail + 4 * HALO);
-  w.planes = (unsigned char**)(w.barriers + 4);
+  w.planes = (unsigned char**)after_mail(t);
   w.lines = scan.lines;
   w.tiles = (scan.lines + COLUMNS - 1) / COLUMNS;
   for (int op = threadIdx.x; op < USED; op += blockDim.x) {
     w.planes[op] = (unsigned char*)source_of(p, op, t.b, t.group, t.channel);
     w.planes[USED + op] = !FORWARD && is_wanted(p, op) ? sink_of(p, op, t.b, t.group, t.channel) : nullptr;
   }
-#if SPLIT
-  if (threadIdx.x < 4) mbarrier_init(w.barriers + threadIdx.x, 1);
-  mbarrier_init_fence();
-#endif
   return w;
 }
 
 // Calls `body(tile, q)` for the vectors of all tiles in the order of the walk: vector q of a tile; and `done(tile)` after
 // those of a tile. `v` is what lines hand on; `exchanged()` follows when blocks have exchanged it.
 template <typename Exchanged, typename Body, typename Done>
-__device__ __forceinline__ void walk(const Params& p, const Work& w, const Thread& t, float (&v)[N], Exchanged exchanged, Body body,
+__device__ __forceinline__ void walk(const Params& p, const Work& w, Thread& t, float (&v)[N], Exchanged exchanged, Body body,
                                      Done done) {
-  [[maybe_unused]] int until_exchange = S, exchanges = 0;
+  [[maybe_unused]] int until_exchange = S;
   for (int tile = 0; tile < BUFFERS - 1; tile++) {
     if (tile < w.tiles) fetch(p, w, t, tile);
     copy_commit();
@@ -177,7 +149,7 @@ __device__ __forceinline__ void walk(const Params& p, const Work& w, const Threa
     for (int i = 0; i < vectors; i++) {
 #if SPLIT
       if (until_exchange == 0) {
-        exchange(p, w, t, v, exchanges++);
+        exchange(p, t, v);
         exchanged();
         until_exchange = S;
       }
@@ -199,6 +171,7 @@ __device__ __forceinline__ Work start(const Params& p, Thread& t) {
   t = thread_of(p, scan, threadIdx.x, edges);
   // Beyond the first and the last thread there is nothing, but it is looked at where a line goes on in other blocks.
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
+  start_exchanges(t);
   const Work w = work_of(p, scan, t);
   cluster_meets();
   return w;

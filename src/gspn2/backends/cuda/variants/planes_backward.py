@@ -28,6 +28,9 @@ UNIT = 16
 POINTERS = 2 * 8 * 10
 """Bytes of the addresses that horizontal scans keep in shared memory: ten operands and gradients at most."""
 
+BARRIERS = 32
+"""Bytes of those that count what blocks of a line send each other."""
+
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
 
@@ -86,7 +89,7 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
                 launches.append(_add_parts(case, index, problem.channels // problem.groups))
             continue
         if not _has_hidden(case):
-            line = 4 * (-(-cut.sizes.places // 4) * 4)
+            line = 4 * cut.kept
             segments = -(-cut.sizes.lines // cut.segment)
             kept = max(kept, problem.batch * problem.channels * segments * line)
         knobs = (index, cut.width, _row(case), cut.strips, cut.own, cut.together)
@@ -196,6 +199,7 @@ class Cut:
         blocks: of the grid.
         segment: lines of a segment.
         shared: bytes of shared memory of a block.
+        halo: places beyond its own that a block scans along on either side.
     """
 
     sizes: Sizes
@@ -210,9 +214,18 @@ class Cut:
     segment: int
     shared: int
 
+    halo: int
+
     @property
     def cluster(self) -> int:
         return self.strips * self.together
+
+    @property
+    def kept(self) -> int:
+        """Numbers of a line of kept states: blocks that share it keep those beyond their own places, too."""
+        if self.strips > 1:
+            return self.strips * (self.own + 2 * self.halo)
+        return -(-self.sizes.places // 4) * 4
 
 
 def _unsuitable(case: Case, name: str, view: View) -> str | None:
@@ -346,7 +359,7 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
         width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
     threads = max(width, 32)
     shared = _place_bytes(case, segment) * threads * places + 16 * (threads // 32 + 2) + 16 * halo
-    shared += POINTERS if sizes.horizontal else 0
+    shared += BARRIERS * (strips > 1) + POINTERS * sizes.horizontal
     if shared > case.device.shared_memory or threads > THREADS[-1]:
         return None
     together = parts = 1
@@ -356,7 +369,7 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
         parts = -(-per_group // most)
         together = -(-per_group // parts)
         blocks = problem.batch * problem.groups * parts * together * strips
-    return Cut(sizes, places, strips, own, together, parts, width, threads, blocks, segment, shared)
+    return Cut(sizes, places, strips, own, together, parts, width, threads, blocks, segment, shared, halo)
 
 
 def _cost(case: Case, cut: Cut) -> float:

@@ -18,7 +18,7 @@ HALO = 16
 """Rows beyond its own that a block scans along on either side, and lines between exchanges of blocks."""
 
 MOST_THREADS = 512
-"""Of a block: with more, registers would spill."""
+"""Of a block."""
 
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
@@ -105,7 +105,7 @@ def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
             continue
         rows = min(height, own + HALO * min(2, strips - 1))
         threads = -(-rows // LANES) * LANES
-        if threads > MOST_THREADS:
+        if threads > min(MOST_THREADS, _most_threads(case, walk)):
             continue
         for piece in (32, 64, 128):
             for buffers in (1, 2):
@@ -171,7 +171,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         (kernel(0, 1, 160, 64, 1, MIN_BLOCKS=3, REVERSED=1, **cluster), True),
         (kernel(0, 0, 160, 64, 1, MIN_BLOCKS=3, **cluster), True),
         (kernel(0, 0, 160, 128, 1, **cluster), True),
-        (kernel(0, 1, 288, 64, 1, **four), True),
+        (kernel(0, 1, 256, 64, 1, **four), True),
         (kernel(0, 1, 288, 64, 1, **four, SHARED=1, REVERSED=1), True),
         (kernel(1, 1, 256, 64, 2, NORMALIZE=1), True),
         (kernel(1, 1, 160, 64, 2, MIN_BLOCKS=2, NORMALIZE=1, **cluster), True),
@@ -237,7 +237,9 @@ def _most_threads(case: Case, walk: Walk) -> int:
     """Threads of a multiprocessor that leave each of them the registers that it takes."""
     if walk.forward:
         return 768
-    return 512 if walk.states(case) < 2 else 384
+    if walk.states(case) < 2:
+        return 512
+    return 384 if walk.shared else 256
 
 
 def _kernel(case: Case, cut: Pieces) -> Kernel:
