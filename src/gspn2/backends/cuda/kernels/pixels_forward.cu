@@ -7,10 +7,13 @@
 // Sums over directions are float32, in scratch; or ON_CHIP, in shared memory: each block then answers for its half of
 // the rows, and later for its half of the columns, and in between the partners swap a quarter of the image.
 //
-// More macros: DEPTH lines of the ring, even; SUM 1 if there is more than one direction; ON_CHIP (without SPLIT).
+// More macros: DEPTH lines of the ring, even; SUM 1 if there is more than one direction; ON_CHIP (without SPLIT, or
+// with two roles and two splits).
 // Knobs: those of Layout.
 // Scratch: 0 float32 sums over directions (16-bit storage), 1 those of the horizontal directions (four roles).
 #include "pixels.cuh"
+
+static_assert(!(ON_CHIP && SPLIT) || ROLES == 2, "a quarter of the image for each of four blocks");
 
 constexpr int TAP_VECTORS = OWN_TAPS ? 3 : 0;
 constexpr int OPERANDS = 1 + HAS_LAM + HAS_GATE + TAP_VECTORS;
@@ -79,9 +82,9 @@ struct Meeting {
 #endif
 };
 
-// Sums on chip: two quarters of the image (for one role the whole of it, in the first), [PARTS][rows][pitch] bytes
-// each. The first holds what a role answers for on both axes: it stays. Rows are padded, so that walking down a column
-// uses all banks, too.
+// Sums on chip: what a block answers for on either axis, [PARTS][rows][pitch] bytes. For one role that is the image;
+// for two roles of an unsplit line two quarters, of which the first stays; with two splits as well a quarter, which may
+// be another one for the other axis. Rows are padded, so that walking down a column uses all banks, too.
 constexpr int PIXEL = 4 * F * VECTORS;
 
 struct Home {
@@ -98,13 +101,14 @@ struct Home {
 #if OWN_TAPS
     return WEIGHTS_AT;
 #else
-    return WEIGHTS_AT + 32 * TAP_LINES * TAP_GROUPS * max(layout.row_run, layout.column_run);
+    return WEIGHTS_AT + 32 * TAP_LINES * TAP_GROUPS * (max(layout.row_run, layout.column_run) + 2 * HALO);
 #endif
   }
-  // Byte of a pixel's vector from the first quarter's start. Exactly one coordinate is in this role's half.
+  // Byte of a pixel's vector from the first quarter's start. Without splits exactly one coordinate is in this
+  // role's half.
   __device__ __forceinline__ int of(int row, int column, bool vertical, int half, int vector) const {
     const bool lower = row >= rows, right = column >= columns;
-    const bool second = (vertical ? right : lower) != (half != 0);
+    const bool second = !SPLIT && (vertical ? right : lower) != (half != 0);
     return second * PARTS * part + (row - lower * rows) * pitch + (column - right * columns) * PIXEL + vector * 4 * F;
   }
 };
@@ -496,18 +500,22 @@ __device__ __forceinline__ void hand_over(const Params& p, const Layout& layout,
   cluster_barrier();
 #if ON_CHIP && ROLES == 2
   if (f + 1 == p.scans) return;
-  // The second quarters change places; either partner does half of it.
+  // Quarters change places, the second ones or, with splits, those of blocks that answer for another one on the other
+  // axis; either partner does half of it.
   Home home;
   home.start(p);
   const int floats = PARTS * home.part / (int)sizeof(Floats), middle = floats / 2;
-  Floats* here = (Floats*)(shared_memory() + Home::at(layout)) + floats;
-  Floats* there = cluster_map(here, partner);
+  const int other = SPLIT ? me.split * layout.splits + me.role : partner;
+  const bool first = me.role == 0;
+  Floats* here = (Floats*)(shared_memory() + Home::at(layout)) + (SPLIT ? 0 : floats);
+  Floats* there = cluster_map(here, other);
+  if (!SPLIT || me.role != me.split)
 #pragma unroll 4
-  for (int i = (me.role == 0 ? 0 : middle) + threadIdx.x; i < (me.role == 0 ? middle : floats); i += THREADS) {
-    const Floats mine = here[i], other = there[i];
-    here[i] = other;
-    there[i] = mine;
-  }
+    for (int i = (first ? 0 : middle) + threadIdx.x; i < (first ? middle : floats); i += THREADS) {
+      const Floats mine = here[i], theirs = there[i];
+      here[i] = theirs;
+      there[i] = mine;
+    }
   cluster_barrier();
 #endif
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from ..geometry import Case, Kernel, Plan
 from .pixels_layout import (
     MOST_THREADS,
@@ -38,23 +40,25 @@ def tiling_of(case: Case) -> Tiling | None:
     """The tiling, or None if a line is too long for a block."""
     widest = vector_of(case)
     assert widest is not None
-    # Narrower vectors than memory allows make narrower blocks, for longer lines.
-    for vector in (16, 8, 4):
+    # Narrower vectors make narrower blocks, for longer lines; four places a thread leave few warps.
+    for places, vector in ((2, widest), (4, widest), (4, 8), (4, 4)):
         if case.itemsize <= vector <= widest:
             for vectors, on_chip in _widths(case, vector):
-                tiling = _split(case, vector, vectors, on_chip)
+                tiling = _split(case, vector, vectors, on_chip, places)
                 if tiling is not None:
                     return tiling
     return None
 
 
-def _split(case: Case, vector: int, vectors: int, on_chip: bool) -> Tiling | None:
-    """The tiling with as few splits as fit, or None; sums on chip are not split."""
+def _split(case: Case, vector: int, vectors: int, on_chip: bool, places: int) -> Tiling | None:
+    """The tiling with as few splits as fit, or None; a thread has at most so many places."""
     roles, splits = _cluster(case, vector, vectors)
     if on_chip:
-        return _fit(case, vector, vectors, roles, 1, True) if splits == 1 else None
+        # Four blocks have a quarter of the image each: for pieces twice as wide as two have room for.
+        quarters = roles == 2 and vector * vectors > SECTOR
+        return _fit(case, vector, vectors, roles, 1 + quarters, True, places) if splits == 1 else None
     while True:
-        tiling = _fit(case, vector, vectors, roles, splits, False)
+        tiling = _fit(case, vector, vectors, roles, splits, False, places)
         if tiling is not None or roles * splits * 2 > _largest_cluster(case):
             return tiling
         splits *= 2
@@ -98,13 +102,13 @@ def _slot(case: Case, tiling: Tiling) -> int:
 
 
 def _sums_on_chip(case: Case, tiling: Tiling) -> int:
-    """Bytes of the sums that a block keeps: two quarters of the image, or the whole of it, rows padded."""
+    """Bytes of the sums that a block keeps: one or two quarters of the image, or the whole, rows padded."""
     problem = case.problem
     floats = 4 * tiling.vector // case.itemsize
     pixel = min(16, floats) * tiling.vectors
     rows, columns, quarters = problem.height, problem.width, 1
     if tiling.roles > 1:
-        rows, columns, quarters = -(-rows // 2), -(-columns // 2), 2
+        rows, columns, quarters = -(-rows // 2), -(-columns // 2), 2 if tiling.splits == 1 else 1
     return quarters * floats // min(16, floats) * rows * (-(-columns * pixel // 128) * 128 + pixel)
 
 
@@ -116,8 +120,8 @@ def _widths(case: Case, vector: int) -> list[tuple[int, bool]]:
     """
     half = case.device.multiprocessors * 9 // 20
     wanted = next((n for n in WIDTHS if _most_blocks(case, vector, max(1, n // vector)) >= half), WIDTHS[-1])
-    on_chip = [(n, True) for n in _vectors(case, vector, min(wanted, SECTOR))[:1]] if sums(case) else []
-    return [*on_chip, *((n, False) for n in _vectors(case, vector, wanted))]
+    on_chip = [_vectors(case, vector, min(wanted, width))[0] for width in (2 * SECTOR, SECTOR) if sums(case)]
+    return [*((n, True) for n in on_chip), *((n, False) for n in _vectors(case, vector, wanted))]
 
 
 def _vectors(case: Case, vector: int, wanted: int) -> list[int]:
@@ -167,7 +171,9 @@ def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
     return roles, splits
 
 
-def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int, on_chip: bool) -> Tiling | None:
+def _fit(
+    case: Case, vector: int, vectors: int, roles: int, splits: int, on_chip: bool, most: int
+) -> Tiling | None:
     """The tiling with as few places a thread as possible, or None if a line is too long."""
     problem, device = case.problem, case.device
     runs = (-(-problem.width // splits), -(-problem.height // splits))
@@ -185,28 +191,29 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int, on_chip
         # They leave room for a ring of four lines at least, or are not worth it.
         choices = [choice for choice in choices if choice[1] >= 4]
     halo = HALO if splits > 1 else 0
-    for memory, depth, fewest in choices:
-        for places in (1, 2, 4):
-            lines = _tap_lines(case, vector, vectors, places, max(runs))
-            threads = -(-(max(runs) + 2 * halo) // places) * vectors
-            if threads > MOST_THREADS or lines < fewest or (splits > 1 and min(runs) < halo):
-                continue
-            size = rounded(threads)
+    # The first and the last split have neighbours on one side only.
+    longest = max(runs) + halo * min(2, splits - 1)
+    for (memory, depth, fewest), places in product(choices, (1, 2, 4)):
+        threads = -(-longest // places) * vectors
+        if threads > MOST_THREADS or places > most or (splits > 1 and min(runs) < halo):
+            continue
+        size = rounded(threads)
+        for lines in _tap_lines(case, vector, vectors, places, max(runs)):
             tiling = Tiling(vector, vectors, places, roles, splits, runs, size, halo, lines, depth, on_chip)
-            if _shared_memory(case, tiling) <= memory:
+            if lines >= fewest and _shared_memory(case, tiling) <= memory:
                 return tiling
     return None
 
 
-def _tap_lines(case: Case, vector: int, vectors: int, places: int, run: int) -> int:
-    """Lines of taps that are normalised together.
+def _tap_lines(case: Case, vector: int, vectors: int, places: int, run: int) -> list[int]:
+    """Lines of taps that are normalised together, the most wanted first.
 
     Many cover the latency of memory, few fit registers and shared memory.
     """
     most = 8
     if not own_taps(case):
         most = MOST_TAPS * vectors // (places * tap_groups(case, vector, vectors))
-    return next(lines for lines in (8, 4, 2) if lines == 2 or lines <= min(most, 1024 // run))
+    return [lines for lines in (8, 4, 2) if lines == 2 or lines <= min(most, 1024 // run)]
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
