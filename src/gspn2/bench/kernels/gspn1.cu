@@ -9,7 +9,7 @@
 
 struct Place {
   long long at, taps, step;  // offset in x, lam, y; offset of tap -1; elements between taps
-  int row;
+  int b, c, row;
   bool inside;
 };
 
@@ -19,24 +19,28 @@ __device__ __forceinline__ Place place_of(const Params& p) {
   Place s;
   s.inside = i < planes * p.height;
   s.row = i % p.height;
-  const int plane = i / p.height, c = plane % p.channels, b = plane / p.channels;
+  const int plane = i / p.height;
+  s.c = plane % p.channels;
+  s.b = plane / p.channels;
   s.at = ((long long)plane * p.height + s.row) * p.width + p.knobs[0];
-  s.taps = b * p.taps.b + c * p.taps.c + (long long)s.row * p.width + p.knobs[0];
+  s.taps = s.b * p.taps.b + s.c * p.taps.c + (long long)s.row * p.width + p.knobs[0];
   s.step = p.taps.k;
   return s;
 }
 
-KERNEL(512, 1) gspn1_forward(CONSTANT_PARAMS p) {
+// A number of an image or of its taps, 0 outside.
+__device__ __forceinline__ float value(const Params& p, const View& v, const Place& s, int row, int column, int tap = 0) {
+  if (row < 0 || row >= p.height || column < 0 || column >= p.width) return 0.f;
+  return widen(v.data[s.b * v.b + s.c * v.c + tap * v.k + row * v.h + column * v.w]);
+}
+
+KERNEL(512, 4) gspn1_forward(CONSTANT_PARAMS p) {
   const Place s = place_of(p);
   if (!s.inside) return;
-  float h = widen(p.x.data[s.at]) * widen(p.lam.data[s.at]);
-  if (p.knobs[0] > 0) {
-    const storage_t* w = p.taps.data + s.taps;
-    const storage_t* before = p.y.data + s.at - 1;
-    if (s.row > 0) h += widen(w[0]) * widen(before[-p.width]);
-    h += widen(w[s.step]) * widen(before[0]);
-    if (s.row + 1 < p.height) h += widen(w[2 * s.step]) * widen(before[p.width]);
-  }
+  const int column = p.knobs[0];
+  float h = value(p, p.x, s, s.row, column) * value(p, p.lam, s, s.row, column);
+  for (int tap = 0; tap < 3; ++tap)
+    h += value(p, p.taps, s, s.row, column, tap) * value(p, p.y, s, s.row + tap - 1, column - 1);
   p.y.data[s.at] = narrow(h);
 }
 
