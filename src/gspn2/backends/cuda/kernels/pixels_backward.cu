@@ -14,15 +14,15 @@
 // Lines are segmented from either end of this boundary on. With four roles both axes run at the same time.
 //
 // The gradient of shared taps is a sum over channels: over a thread's vector, then over the block's vectors, at the
-// end of each segment. DIRECT: that is the whole group, and the gradient is finished here; otherwise these sums go to
-// scratch, and pixels_taps adds up those of a group's blocks.
+// end of each segment. These sums go to scratch, and pixels_taps adds up those of a group's blocks.
 //
 // More macros: SEGMENT lines (also TAP_LINES; also HALO with SPLIT), LANES of a warp that are beside each other in
-// channels, WHOLE 1 if channels come in whole blocks, SUM 1 if there is more than one direction, DIRECT; NEED_DX,
-// NEED_DTAPS, NEED_DLAM, NEED_DGATE the gradients that are asked for.
-// Knobs: those of Layout; 4 places of all kept lines of a direction.
+// channels, WHOLE 1 if channels come in whole blocks, SUM 1 if there is more than one direction; NEED_DX, NEED_DTAPS,
+// NEED_DLAM, NEED_DGATE the gradients that are asked for.
+// Knobs: those of Layout; 4 places of all kept lines of a direction; 5 the axis of the launch (two roles: 0 vertical, 1
+// horizontal), or -1 for all directions.
 // Scratch: 0 float32 sums of dx (16-bit storage), 1 those of the horizontal directions (four roles), 2 kept states,
-// 3 sums of tap gradients (not DIRECT).
+// 3 sums of gradients of shared taps (B, directions, blocks or groups, 3, lines, places).
 #include "pixels_backward.cuh"
 
 // The segments of a direction: of lines [0, boundary) and of [boundary, lines).
@@ -147,13 +147,18 @@ struct Queue {
 __device__ __forceinline__ int slot_of(int k, int parity) { return parity ? SEGMENT - 1 - k : k; }
 
 #if !OWN_TAPS
-// A segment's tap gradients: summed over the block's vectors of a group, in order.
+// A segment's tap gradients: summed over the block's vectors of a group, in order. They lie as lines and places do, so
+// that neighbouring threads write what is adjacent.
 __device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layout, const Self& me, const Walker& walk,
                                             int d, int first, int lines) {
   constexpr int GROUP_VECTORS = VECTORS / TAP_GROUPS;
   if (!NEED_DTAPS) return;
   const int places = walk.run.end - walk.run.own, all = lines * TAP_GROUPS * places;
   const int channel_block = (me.channel / V - me.vector) / VECTORS;
+  const int of = ROLES == 2 && p.knobs[5] >= 0 ? 2 : p.scans, slot = of < p.scans ? me.role & 1 : d;
+  const int planes = layout.channel_blocks * TAP_GROUPS;
+  const long long pixels = (long long)p.height * p.width;
+  float* const sums = (float*)p.scratch[3] + ((long long)me.b * of + slot) * planes * 3 * pixels;
 #pragma unroll 1
   for (int i = threadIdx.x; i < all; i += THREADS) {
     const int row = i / places, j = walk.run.own + i - row * places;
@@ -167,23 +172,10 @@ __device__ __forceinline__ void reduce_taps(const Params& p, const Layout& layou
       const Weights part = *gradient(k, q, thread + vector / LANES * 32 + vector % LANES);
       sum[0] += part.before, sum[1] += part.here, sum[2] += part.after;
     }
-#if DIRECT
-    const int group = channel_block * TAP_GROUPS + g;
-    const storage_t* a = stream_of(p.taps, walk.s, me.b, d, group, first + k, j).at;
-    storage_t* to = stream_of(p.dtaps, walk.s, me.b, d, group, first + k, j).at;
-    const Taps raw = {widen(__ldg(a)), widen(__ldg(a + p.taps.k)), widen(__ldg(a + 2 * p.taps.k))};
-    const Taps out = tap_gradient(raw, {sum[0], sum[1], sum[2]}, j > 0, j + 1 < walk.s.places);
-    to[0] = narrow(out.before);
-    to[p.dtaps.k] = narrow(out.here);
-    to[2 * p.dtaps.k] = narrow(out.after);
-#else
     const int line = walk.s.reversed ? walk.s.lines - 1 - first - k : first + k;
-    const long long pixel = walk.s.vertical ? (long long)line * p.width + j : (long long)j * p.width + line;
-    const long long plane = ((long long)me.b * p.scans + d) * layout.channel_blocks + channel_block;
-    float* to = (float*)p.scratch[3] + 3 * (plane * p.height * p.width + pixel);
+    float* to = sums + (channel_block * TAP_GROUPS + g) * 3 * pixels + (long long)line * walk.s.places + j;
 #pragma unroll
-    for (int tap = 0; tap < 3; tap++) to[tap] = sum[tap];
-#endif
+    for (int tap = 0; tap < 3; tap++) to[tap * pixels] = sum[tap];
   }
 }
 #endif
@@ -313,7 +305,7 @@ __device__ __forceinline__ void adjoint_line(const Phase& phase, Walker& walk, i
     else
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
-        Walker::store_part(walk.write.at + q * walk.write.place + part * PART_STEP, out + part * F);
+        store_part(walk.write.at + q * walk.write.place + part * PART_STEP, out + part * F);
   }
   walk.next_written();
   line_barrier();
@@ -457,6 +449,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_backward(CONSTANT_PARAMS p) {
 #pragma unroll 1
   for (int axis = 0; axis < 2; axis++) {
     if (!(axis == 0 ? vertical : horizontal) || (ROLES == 4 && me.role / 2 != axis)) continue;
+    if (ROLES == 2 && p.knobs[5] >= 0 && p.knobs[5] != axis) continue;
     run_direction(p, layout, me, index_of(p, 2 * axis + (me.role & 1)), ROLES == 2 && axis == 1 && vertical,
                   ROLES == 2 && (axis == 1 || !horizontal), ROLES == 4 && axis == 1 ? p.scratch[1] : sums, exchanged);
     cluster_barrier();

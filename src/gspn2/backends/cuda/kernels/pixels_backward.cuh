@@ -200,14 +200,6 @@ struct Walker {
         for (int part = 0; part < PARTS; part++) store_part(to + part * kept_part + q * F, h[q] + part * F);
       }
   }
-  __device__ __forceinline__ static void store_part(float* to, const float* e) {
-    if constexpr (F == 4)
-      __stwb((float4*)to, make_float4(e[0], e[1], e[2], e[3]));
-    else if constexpr (F == 2)
-      __stwb((float2*)to, make_float2(e[0], e[1]));
-    else
-      __stwb(to, e[0]);
-  }
 
   __device__ __forceinline__ void move_inputs(int lines) {
     x.at += lines * x.line;

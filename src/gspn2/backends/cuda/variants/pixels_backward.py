@@ -26,6 +26,9 @@ from .pixels_layout import (
 MOST_TAPS = 8
 """Of a thread: taps that wait in its registers."""
 
+LARGE = 64 * 2**20
+"""Bytes of scratch memory from which on saving a part of it is worth two launches more."""
+
 WIDEST = 64
 """Bytes of a pixel that a block takes of an operand at most."""
 
@@ -90,7 +93,6 @@ def plan(case: Case, tiling: Warps) -> Plan:
     """One launch; another that adds up what several blocks have of the gradients of shared taps."""
     problem = case.problem
     blocks = channel_blocks(case, tiling)
-    direct = own_taps(case) or "dtaps" not in case.views or blocks <= problem.groups
     needs = tuple(
         (f"NEED_{name.upper()}", int(name in case.views)) for name in ("dx", "dtaps", "dlam", "dgate")
     )
@@ -100,7 +102,6 @@ def plan(case: Case, tiling: Warps) -> Plan:
         ("SEGMENT", tiling.tap_lines),
         ("LANES", tiling.lanes),
         ("WHOLE", int(whole)),
-        ("DIRECT", int(direct)),
     )
     macros = (*defines(case, tiling, size), *own, *needs)
     kernel = Kernel("pixels_backward.cu", "pixels_backward", macros)
@@ -110,17 +111,26 @@ def plan(case: Case, tiling: Warps) -> Plan:
     if {"right", "left"} & set(problem.directions):
         axes.append((problem.width, problem.height))
     kept = max(_kept_lines(lines, tiling) * places for lines, places in axes)
-    launches = [launch(case, tiling, kernel, size, kept)]
     pixels = problem.height * problem.width
-    planes = problem.batch * len(problem.directions)
-    if not direct:
-        add = Kernel("pixels_taps.cu", "pixels_taps", options(case))
-        grid = -(-planes * problem.groups * pixels // 256)
-        launches.append(Launch(add, grid, 256, 0, knobs=(blocks, blocks // problem.groups)))
+    # One for each block of a group, or each group of a block.
+    planes = 0 if own_taps(case) or "dtaps" not in case.views else max(blocks, problem.groups)
+    sums_of_taps = 12 * problem.batch * len(problem.directions) * planes * pixels
+    parts = [-1]
+    if tiling.roles == 2 and len(axes) == 2 and sums_of_taps > LARGE:
+        # An axis after the other, so that they need this memory one after the other.
+        parts, sums_of_taps = [0, 1], sums_of_taps // 2
+    launches = []
+    for axis in parts:
+        launches.append(launch(case, tiling, kernel, size, kept, axis))
+        if planes:
+            add = Kernel("pixels_taps.cu", "pixels_taps", options(case))
+            items = problem.batch * len(problem.directions) // len(parts) * problem.groups * pixels
+            knobs = (planes, planes // problem.groups, axis)
+            launches.append(Launch(add, -(-items // 256), 256, 0, knobs=knobs))
     scratch = (
         *(image * ("dx" in case.views) for image in image_sums(case, tiling)),
         4 * problem.batch * tiling.roles * kept * problem.channels,
-        0 if direct else 12 * planes * blocks * pixels,
+        sums_of_taps,
     )
     return Plan("pixels", tuple(launches), scratch, reasons(tiling))
 
@@ -249,8 +259,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     gradients = tuple((f"NEED_{name}", 1) for name in ("DX", "DTAPS", "DLAM", "DGATE"))
     kernels = []
     for taps in (shared, own):
-        for size, direct, lines in ((wide, 0, 4), (packed, 1, 8), (long, 0, 4)):
-            rest = (("TAP_LINES", lines), ("SEGMENT", lines), ("DIRECT", direct), *gradients)
+        for size, lines in ((wide, 4), (packed, 8), (long, 4)):
+            rest = (("TAP_LINES", lines), ("SEGMENT", lines), *gradients)
             macros = (*plain, *taps, *size, *alone, *rest)
             kernels.append((Kernel("pixels_backward.cu", "pixels_backward", macros), True))
     kernels.append((Kernel("pixels_taps.cu", "pixels_taps", plain[:4]), False))
