@@ -170,7 +170,7 @@ def _supervise(cases: list[Case], path: Path, began: float) -> int:
             return code | done.returncode
         code, held = WRONG, 0 if content is None else len(content["cases"])
         if done.returncode == USAGE or held <= before:
-            return done.returncode or WRONG
+            return USAGE if done.returncode == USAGE else WRONG
         before = held
     return code
 
