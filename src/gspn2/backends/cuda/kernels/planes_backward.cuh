@@ -126,7 +126,9 @@ __device__ __forceinline__ void cluster_meets() {
 // Barriers of what comes from the block before and from the block after: [2][2].
 constexpr int BARRIERS = SPLIT ? 32 : 0;  // bytes
 __device__ __forceinline__ u64* halo_barriers(const Thread& t) { return (u64*)(t.mail + 4 * HALO); }
-__device__ __forceinline__ unsigned char* after_mail(const Thread& t) { return (unsigned char*)halo_barriers(t) + BARRIERS; }
+__device__ __forceinline__ unsigned char* after_mail(const Thread& t) {
+  return (unsigned char*)halo_barriers(t) + BARRIERS;
+}
 
 __device__ __forceinline__ void start_exchanges(const Thread& t) {
 #if SPLIT
@@ -136,8 +138,8 @@ __device__ __forceinline__ void start_exchanges(const Thread& t) {
 }
 
 #if SPLIT
-// `v` of the places beyond a block's own, from the blocks that own them. Each value comes with its share of a count that the
-// receiver waits for. Two sets take turns, so that nobody needs to say that it has read.
+// `v` of the places beyond a block's own, from the blocks that own them. Each value comes with its share of a count
+// that the receiver waits for. Two sets take turns, so that nobody needs to say that it has read.
 __device__ __forceinline__ void exchange(const Params& p, Thread& t, float (&v)[N]) {
   constexpr int WORDS = N < 4 ? N : 4;
   const u32 parity = t.exchanges >> 1 & 1;

@@ -40,9 +40,11 @@ __device__ __forceinline__ void read_states(const Work& w, const Thread& t, int 
   }
 }
 
-// The gradient of a weight that channels share is float32: with 16-bit storage, upper and lower halves in the places of two
-// operands that are done with.
-__device__ constexpr int upper_of(int k) { return STORAGE == 0 ? TAPS + k : k == 0 ? TAPS : k == 1 ? TAPS + 2 : HIDDEN; }
+// The gradient of a weight that channels share is float32: with 16-bit storage, upper and lower halves in the places of
+// two operands that are done with.
+__device__ constexpr int upper_of(int k) {
+  return STORAGE == 0 ? TAPS + k : k == 0 ? TAPS : k == 1 ? TAPS + 2 : HIDDEN;
+}
 __device__ constexpr int lower_of(int k) { return k == 0 ? TAPS + 1 : k == 1 ? DY : HIDDEN + 1; }
 __device__ constexpr bool is_parked(int op) {
   return SHARED && WANTS_TAPS && ((op >= TAPS && op < DY) || (STORAGE != 0 && (op == DY || is_state(op))));
@@ -51,14 +53,16 @@ __device__ constexpr bool is_parked(int op) {
 // What lines hand on comes from taps, dy and gate; the gradients take the rest besides, which is read later: registers.
 __device__ __forceinline__ constexpr bool is_scanned(int op) { return op >= TAPS && op < HIDDEN; }
 template <bool SCANNED>
-__device__ __forceinline__ void read_vector(const Params& p, const Work& w, const Thread& t, int tile, int q, Chunk& c) {
+__device__ __forceinline__ void read_vector(const Params& p, const Work& w, const Thread& t, int tile, int q,
+                                            Chunk& c) {
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++)
     if (is_scanned(op) == SCANNED && !is_state(op) && is_fetched(p, op))
       read_words(c.operand[op].row[0].words, tile_at(w, tile) + unit_at(op) + vector_at(t.lane, q));
 }
 
-__device__ __forceinline__ void write_vector(const Params& p, const Work& w, const Thread& t, int tile, int q, const Chunk& c) {
+__device__ __forceinline__ void write_vector(const Params& p, const Work& w, const Thread& t, int tile, int q,
+                                             const Chunk& c) {
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++)
     if (is_parked(op) || is_wanted(p, op))
@@ -112,11 +116,12 @@ __device__ __forceinline__ void put_weight_gradients(Chunk& c, int e, const Taps
 }
 
 // The gradients of the taps of element e, from g and the states of the line before.
-__device__ __forceinline__ void put_tap_gradients(const Thread& t, Chunk& c, const States& states, int e, const float (&g)[N],
-                                                  const Weighed& weight, bool restart) {
+__device__ __forceinline__ void put_tap_gradients(const Thread& t, Chunk& c, const States& states, int e,
+                                                  const float (&g)[N], const Weighed& weight, bool restart) {
   const int from = REVERSED ? e + 1 : e - 1;
   const float h[N] = {restart ? 0.f : states.at(1, from)};
-  const Edges edges = {restart || !t.has_before ? 0.f : states.at(0, from), restart || !t.has_after ? 0.f : states.at(2, from)};
+  const Edges edges = {restart || !t.has_before ? 0.f : states.at(0, from),
+                       restart || !t.has_after ? 0.f : states.at(2, from)};
   Taps dw[N];
   weight_gradients(dw, g, h, edges);
 #if SHARED
@@ -130,11 +135,11 @@ __device__ __forceinline__ void put_tap_gradients(const Thread& t, Chunk& c, con
 #endif
 }
 
-// What lines hand on, through the lines of one vector: `g` of each. Only what is on this way stands between barriers; the
-// gradients follow for all lines at once. Bits of `restarts`: lines that start anew.
+// What lines hand on, through the lines of one vector: `g` of each. Only what is on this way stands between barriers;
+// the gradients follow for all lines at once. Bits of `restarts`: lines that start anew.
 template <bool RESTARTS>
-__device__ __forceinline__ void carry_vector(Thread& t, const Chunk& c, const Weighed (&weight)[EACH], u32 restarts, float (&g)[EACH],
-                                             float (&carried)[N]) {
+__device__ __forceinline__ void carry_vector(Thread& t, const Chunk& c, const Weighed (&weight)[EACH], u32 restarts,
+                                             float (&g)[EACH], float (&carried)[N]) {
 #pragma unroll
   for (int k = EACH - 1; k >= 0; k--) {
     const int e = RISING ? EACH - 1 - k : k;
@@ -168,8 +173,8 @@ __device__ __forceinline__ void put_gradients(const Params& p, const Thread& t, 
 
 // The lines of one vector. `phase`: lines from the last restart to the first line here.
 template <bool RESTARTS>
-__device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thread& t, int tile, int q, float (&carried)[N],
-                                            int& phase) {
+__device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thread& t, int tile, int q,
+                                            float (&carried)[N], int& phase) {
   Chunk c;
   read_vector<true>(p, w, t, tile, q, c);
   Weighed weight[EACH];

@@ -1,9 +1,10 @@
-// Horizontal scans of planes in long pieces of rows, a single walk over the lines: forward to find the states, or back from
-// them. A thread has one row, and the blocks of a cluster share the rows of a plane. Warps copy pieces of their rows into
-// tiles of their own, and results leave in whole pieces, too: memory is fast only if a row is read in long runs.
+// Horizontal scans of planes in long pieces of rows, a single walk over the lines: forward to find the states, or back
+// from them. A thread has one row, and the blocks of a cluster share the rows of a plane. Warps copy pieces of their
+// rows into tiles of their own, and results leave in whole pieces, too: memory is fast only if a row is read in long
+// runs.
 //
-// Macros: those of planes_backward.cuh, with HORIZONTAL 1, PLACES 1 and RAGGED 0. SEGMENT is the number of lines between
-// exchanges of blocks; SHARED channels leave their part of the gradient in scratch memory. And
+// Macros: those of planes_backward.cuh, with HORIZONTAL 1, PLACES 1 and RAGGED 0. SEGMENT is the number of lines
+// between exchanges of blocks; SHARED channels leave their part of the gradient in scratch memory. And
 //   FORWARD     1: the walk forward; 0: the walk back
 //   OWN_STATES  1: states are float32, in scratch memory; 0: they are `y` of forward
 //   PIECE       bytes of a row in a tile
@@ -11,11 +12,11 @@
 // Knobs are those of planes_backward.cuh, too. Scratch: 3 the states, as planes_backward_memory.cuh has them.
 #pragma once
 #include "planes_backward_chunk.cuh"
-
 #include "planes_backward_shared.cuh"
 
 constexpr int VECTORS = PIECE / 16, COLUMNS = PIECE / SIZE;
-static_assert(HORIZONTAL && N == 1 && S % EACH == 0 && VECTORS <= 8 && (VECTORS & (VECTORS - 1)) == 0, "one row a thread");
+static_assert(HORIZONTAL && N == 1 && S % EACH == 0, "a thread has one row");
+static_assert(VECTORS <= 8 && (VECTORS & (VECTORS - 1)) == 0, "pieces of 16 to 128 bytes");
 constexpr int UNIT = 32 * PIECE;  // bytes of one operand in a tile
 constexpr int USED = FORWARD ? DY : OPERANDS;
 // Of the states there are the rows on either side, too; and words of each of these rows, with the column that the
@@ -32,11 +33,15 @@ struct Work {
 };
 
 // Tiles are counted in the order of the walk. The first column of one, and how many it has (whole vectors).
-__device__ __forceinline__ int left_of(const Work& w, int tile) { return (RISING ? tile : w.tiles - 1 - tile) * COLUMNS; }
+__device__ __forceinline__ int left_of(const Work& w, int tile) {
+  return (RISING ? tile : w.tiles - 1 - tile) * COLUMNS;
+}
 __device__ __forceinline__ int columns_of(const Work& w, int tile) { return min(COLUMNS, w.lines - left_of(w, tile)); }
 
 __device__ __forceinline__ unsigned char* tile_at(const Work& w, int tile) { return w.ring + tile % BUFFERS * TILE; }
-__device__ __forceinline__ constexpr int unit_at(int op) { return op * UNIT + (op < HIDDEN ? 0 : min(op - HIDDEN, HIDDENS) * 2 * PIECE); }
+__device__ __forceinline__ constexpr int unit_at(int op) {
+  return op * UNIT + (op < HIDDEN ? 0 : min(op - HIDDEN, HIDDENS) * 2 * PIECE);
+}
 // Vector v of a row of a unit: permuted so that 8 rows' vectors meet 8 different groups of banks.
 __device__ __forceinline__ int vector_at(u32 row, u32 v) {
   constexpr u32 TOGETHER = 8 / VECTORS;
@@ -48,8 +53,8 @@ __device__ __forceinline__ bool is_fetched(const Params& p, int op) {
   return FORWARD ? op < DY : is_state(op) ? READS_STATES : is_read(p, op);
 }
 
-// Goes over the vectors of a warp's rows, with consecutive lanes on consecutive ones: body(at, row of the plane, vector), where
-// at(n) is where the vector lies in a unit that has n rows before the warp's.
+// Goes over the vectors of a warp's rows, with consecutive lanes on consecutive ones: body(at, row of the plane,
+// vector), where at(n) is where the vector lies in a unit that has n rows before the warp's.
 template <typename Body>
 __device__ __forceinline__ void for_vectors(const Thread& t, Body body) {
   constexpr u32 ROWS = 32 / VECTORS;  // at a time
@@ -57,7 +62,9 @@ __device__ __forceinline__ void for_vectors(const Thread& t, Body body) {
 #pragma unroll
   for (u32 k = 0; k < VECTORS; k++) {
     // Up to 4 vectors, the permutation is that of the first rows again.
-    const auto at = [&](u32 n) { return VECTORS <= 4 ? vector_at(r + n, v) + k * ROWS * PIECE : vector_at(r + n + k * ROWS, v); };
+    const auto at = [&](u32 n) {
+      return VECTORS <= 4 ? vector_at(r + n, v) + k * ROWS * PIECE : vector_at(r + n + k * ROWS, v);
+    };
     body(at, (int)(t.begin + t.warp * 32 + r + k * ROWS), (int)v);
   }
 }
@@ -77,8 +84,8 @@ __device__ __forceinline__ void fetch_around(const Params& p, const Work& w, con
   const int column = REVERSED ? left + COLUMNS : left - 4 / SIZE;
   for (int r = t.lane; r < 34; r += 32) {
     const bool there = has_row(first + r) && column >= 0 && column < w.lines;
-    copy_async<4>(to + ENTERING + (op - HIDDEN) * 34 * 4 + 4 * r, at_row(from, max(first + r, 0), pitch) + column * SIZE,
-                  there ? 4 : 0);
+    copy_async<4>(to + ENTERING + (op - HIDDEN) * 34 * 4 + 4 * r,
+                  at_row(from, max(first + r, 0), pitch) + column * SIZE, there ? 4 : 0);
   }
 }
 
@@ -103,15 +110,17 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
   }
 }
 
-// What is in the place of operand `op` of a tile, to `to`, the first column of the tile in row 0. Not as a stream: the other
-// half of a line of the cache follows soon.
-__device__ __forceinline__ void write_unit(const Work& w, const Thread& t, int tile, int op, unsigned char* to, int pitch) {
+// What is in the place of operand `op` of a tile, to `to`, the first column of the tile in row 0. Not as a stream: the
+// other half of a line of the cache follows soon.
+__device__ __forceinline__ void write_unit(const Work& w, const Thread& t, int tile, int op, unsigned char* to,
+                                           int pitch) {
   const unsigned char* from = tile_at(w, tile) + unit_at(op);
   const int columns = columns_of(w, tile);
   for_vectors(t, [&](auto at, int row, int v) {
     Packed<EACH> packed;
     read_words(packed.words, from + at(0));
-    if (row >= t.own_begin && row < t.own_end && v * EACH < columns) write_words(at_row(to, row, pitch) + v * 16, packed.words);
+    const bool own = row >= t.own_begin && row < t.own_end && v * EACH < columns;
+    if (own) write_words(at_row(to, row, pitch) + v * 16, packed.words);
   });
 }
 
@@ -128,11 +137,11 @@ __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const
   return w;
 }
 
-// Calls `body(tile, q)` for the vectors of all tiles in the order of the walk: vector q of a tile; and `done(tile)` after
-// those of a tile. `v` is what lines hand on; `exchanged()` follows when blocks have exchanged it.
+// Calls `body(tile, q)` for the vectors of all tiles in the order of the walk: vector q of a tile; and `done(tile)`
+// after those of a tile. `v` is what lines hand on; `exchanged()` follows when blocks have exchanged it.
 template <typename Exchanged, typename Body, typename Done>
-__device__ __forceinline__ void walk(const Params& p, const Work& w, Thread& t, float (&v)[N], Exchanged exchanged, Body body,
-                                     Done done) {
+__device__ __forceinline__ void walk(const Params& p, const Work& w, Thread& t, float (&v)[N], Exchanged exchanged,
+                                     Body body, Done done) {
   [[maybe_unused]] int until_exchange = S;
   for (int tile = 0; tile < BUFFERS - 1; tile++) {
     if (tile < w.tiles) fetch(p, w, t, tile);

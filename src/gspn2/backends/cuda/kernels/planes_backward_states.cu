@@ -1,5 +1,5 @@
-// The states of one horizontal scan of planes, for the walk back: float32, into scratch memory. Macros, knobs and scratch are
-// explained in planes_backward_pieces.cuh.
+// The states of one horizontal scan of planes, for the walk back: float32, into scratch memory. Macros, knobs and
+// scratch are explained in planes_backward_pieces.cuh.
 #define FORWARD 1
 #include "planes_backward_pieces.cuh"
 
@@ -10,8 +10,8 @@ constexpr int UPPER = X, LOWER = TAPS;
 
 // The lines of one vector. `phase`: lines from the last restart to the first line here.
 template <bool RESTARTS>
-__device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thread& t, int tile, int q, float (&h)[N], Edges& edges,
-                                            int& phase) {
+__device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thread& t, int tile, int q, float (&h)[N],
+                                            Edges& edges, int& phase) {
   unsigned char* vector = tile_at(w, tile) + vector_at(t.lane, q);
   Chunk c;
 #pragma unroll
