@@ -39,6 +39,9 @@ constexpr int WEIGHTS_AT = HALO_AT + HALO_BYTES;
 constexpr int WEIGHTS_AT = HALO_AT;
 #endif
 
+static_assert(PUBLISHED_AT % 16 == 0 && CARRIED_AT % 16 == 0 && MEETING_AT % 16 == 0 && WEIGHTS_AT % 16 == 0,
+              "vectors of 16 bytes");
+
 __device__ __forceinline__ Floats* published(int parity) {
   return (Floats*)(shared_memory() + PUBLISHED_AT) + parity * EDGES * PARTS * PITCH + VECTORS + threadIdx.x;
 }
