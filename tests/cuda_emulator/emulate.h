@@ -41,6 +41,7 @@
 EMULATED unsigned char* shared_memory() { return emulator::current->shared; }
 EMULATED u32 shared_address(const void* p) { return emulator::shared_address(p); }
 EMULATED u32 __cvta_generic_to_shared(const void* p) { return emulator::shared_address(p); }
+EMULATED unsigned char* held_shared_memory() { return shared_memory(); }
 
 // Subnormal arguments and results count as 0.
 EMULATED float flushed(float v) { return fabsf(v) < 1.17549435e-38f ? copysignf(0.f, v) : v; }
@@ -67,6 +68,7 @@ EMULATED u32 max_halves(u32 a, u32 b) {
   return high | ((a & 0xffffu) > (b & 0xffffu) ? a & 0xffffu : b & 0xffffu);
 }
 EMULATED void prefetch(const void*) {}
+EMULATED void bulk_prefetch(const void*, u32) {}
 EMULATED uint4 load_stream(const void* p) { return global_load((const uint4*)p, "load_stream"); }
 EMULATED void store_stream(void* p, uint4 v) { global_store((uint4*)p, v, "store_stream"); }
 

@@ -9,10 +9,13 @@ import torch
 from gspn2.backends.cuda.geometry import Device
 from helpers import Case
 
-from ..problems import BF16, FP16, OLD, OTHER_LAYOUTS, Small
+from ..problems import BF16, FP16, OLD, OTHER_LAYOUTS, SMALL, Small
 
 TIGHT = Device(shared_memory=17_000, multiprocessors=2)
 """A GPU on which backward of a 14 x 14 image needs two passes, and blocks take several images."""
+
+PAIR = Device(shared_memory=30_000, multiprocessors=2)
+"""The same for the kernels of two channels."""
 
 
 def records(case: Case, names: tuple[str, ...] = ("lam", "gate", "logits"), extra: int = 0) -> Case:
@@ -27,8 +30,15 @@ def records(case: Case, names: tuple[str, ...] = ("lam", "gate", "logits"), extr
     return replace(case, **{name: t.movedim((1, 2), (-2, -1)) for name, t in pixels.items()})
 
 
+def far_below(case: Case) -> Case:
+    """All logits of every third pixel are so negative that exponentials overflow."""
+    pixels = torch.arange(case.x.shape[-2] * case.x.shape[-1]).view(case.x.shape[-2:])
+    return records(replace(case, logits=torch.where(pixels % 3 == 0, case.logits - 90, case.logits)))
+
+
 OTHER_LAYOUTS |= {
     "records": records,
+    "records_far_below": far_below,
     "records_with_x": lambda case: records(case, ("x", "lam", "gate", "logits")),
     "records_in_other_order": lambda case: records(case, ("gate", "lam", "logits")),
     "records_with_more": lambda case: records(case, extra=2),
@@ -39,6 +49,15 @@ CASES = (
     Small(14, 14, channels=2, batch=3, layout="records", dtype=BF16, device=TIGHT),
     Small(14, 13, channels=2, batch=5, layout="records", dtype=BF16, device=TIGHT, chunk=4),
     Small(7, 7, channels=2, batch=3, layout="records_with_x", dtype=BF16),
+    *(
+        Small(14, 14, channels=2, batch=5, layout="records", dtype=dtype, device=PAIR)
+        for dtype in (BF16, FP16)
+    ),
+    Small(13, 14, channels=2, batch=3, layout="records_with_x", dtype=BF16, device=PAIR, chunk=5),
+    *(Small(9, 10, channels=2, layout="records_far_below", dtype=dtype) for dtype in (BF16, FP16)),
+    Small(5, 70, channels=2, layout="records", dtype=BF16),
+    Small(1, 3, channels=2, batch=2, layout="records", dtype=BF16),
+    Small(28, 28, channels=2, batch=3, layout="records", dtype=BF16, device=SMALL),
     Small(56, 56, channels=2, layout="records", dtype=BF16, forward=False),
     Small(12, 12, channels=2, batch=2, layout="records_in_other_order", dtype=BF16),
     Small(12, 12, channels=2, batch=2, layout="records_with_more", dtype=BF16),

@@ -22,6 +22,12 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// The same pointer, in a register that is kept: the compiler would make it anew in every loop, which takes long. By whole
+// warps.
+__device__ __forceinline__ unsigned char* held_shared_memory() {
+  return (unsigned char*)__cvta_shared_to_generic(__shfl_sync(0xffffffffu, shared_address(shared_memory()), 0));
+}
+
 // Arithmetic ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_fast(float v) {
@@ -71,6 +77,10 @@ __device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
 
 // Starts bringing the 128 bytes around p into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// The same for a run of bytes, a multiple of 16 and aligned to 16 (sm_90).
+__device__ __forceinline__ void bulk_prefetch(const void* p, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
 
 // 16-byte streams: read once, written once; kept out of the way of what is used again -----------------------
 

@@ -8,7 +8,7 @@
 // A task is an image and whole tap groups of it; blocks take one after the other. Its directions are shared out to the
 // blocks of a cluster, and those of a block to passes, as they fit.
 //
-// Macros of its own: PASSES, parts of a block's directions, one after the other; BY_PIXELS (resident_gradients.cuh).
+// Macro of its own: PASSES, parts of a block's directions, one after the other.
 #define LAM_PLANE 0
 #define GATE_PLANE RESULT_PLANES
 #define UNIT_PLANES (2 * RESULT_PLANES)
@@ -110,13 +110,7 @@ KERNEL(THREADS, BLOCKS) resident_backward(CONSTANT_PARAMS p) {
       __syncthreads();
 #if RECORDS
       if (records)
-        for_slabs(p, slabs, [&](const Slab& slab) {
-#if BY_PIXELS
-          pixel_gradients(p, m, range, task, slab, first_pass, last_pass);
-#else
-          gradients(p, m, range, task, slab, first_pass, last_pass);
-#endif
-        });
+        for_slabs(p, slabs, [&](const Slab& slab) { gradients(p, m, range, task, slab, first_pass, last_pass); });
 #endif
       if (!records) gradients(p, m, range, task, {nullptr, nullptr, nullptr, 0, p.height}, first_pass, last_pass);
       __syncthreads();

@@ -143,95 +143,6 @@ __device__ __forceinline__ Taps logits_at(const storage_t* record, int element) 
 #endif
 }
 
-#if ONE && PACK == 2
-// A record as words in registers.
-struct Words {
-  u32 w[RECORD_SIZE / 2];
-  __device__ __forceinline__ float operator[](int element) const {
-    return element % 2 ? widen_high(w[element / 2]) : widen_low(w[element / 2]);
-  }
-};
-
-__device__ __forceinline__ Words words_at(const unsigned char* record) {
-  Words r;
-#pragma unroll
-  for (int i = 0; i < RECORD_SIZE / 2; i++) {
-    if ((RECORD_SIZE / 2) % 2) {
-      r.w[i] = ((const u32*)record)[i];
-    } else if (i % 2 == 0) {
-      const uint2 pair = ((const uint2*)record)[i / 2];
-      r.w[i] = pair.x, r.w[i + 1] = pair.y;
-    }
-  }
-  return r;
-}
-
-// One pixel in every other direction, from direction HALF on.
-template <int HALF>
-__device__ __forceinline__ void unpack_pixel(const Params& p, const Memory& m, const Range& range, const Slab& slab, int pixel) {
-  const int line = quotient(pixel, width_of(p)), column = pixel - line * p.width, row = slab.first + line;
-  const int vertical = (row * p.knobs[PITCH_V] + column) * 4, horizontal = (column * p.knobs[PITCH_H] + row) * 4;
-  const Words record = words_at((const unsigned char*)(slab.records + pixel * RECORD_SIZE));
-  const u32 x = RECORD_X ? record.w[0] : ((const u32*)slab.x)[pixel];
-#if BACKWARD
-  const u32 dy = ((const u32*)slab.dy)[pixel];
-#else
-  if (HALF == 0) put_x(p, m, 0, row, column, x);
-#endif
-  unsigned char* base = shared_memory() + m.directions;
-#pragma unroll
-  for (int d = 0; d < SCANS; d++) {
-    if (d < range.first || d >= range.last) continue;
-    const bool is_vertical = vertical_at(d);
-    unsigned char* planes = base;
-    base += is_vertical ? m.vertical_size : m.horizontal_size;
-    if (d % 2 != HALF) continue;
-    const int place = is_vertical ? column : row, places = is_vertical ? p.width : p.height;
-    const int unit = is_vertical ? p.knobs[UNIT_V] : p.knobs[UNIT_H];
-    unsigned char* out = planes + (is_vertical ? vertical : horizontal);
-#if BACKWARD
-    float u[2] = {widen_low(x), widen_high(x)}, v[2] = {widen_low(dy), widen_high(dy)};
-#if HAS_LAM
-    u[0] *= widen_low(record.w[RECORD_LAM / 2 + d]), u[1] *= widen_high(record.w[RECORD_LAM / 2 + d]);
-#endif
-#if HAS_GATE
-    v[0] *= widen_low(record.w[RECORD_GATE / 2 + d]), v[1] *= widen_high(record.w[RECORD_GATE / 2 + d]);
-#endif
-    store_result_at(out + LAM_PLANE * unit, unit, u);
-    store_result_at(out + GATE_PLANE * unit, unit, v);
-#else
-#if HAS_LAM
-    *(u32*)(out + LAM_PLANE * unit) = record.w[RECORD_LAM / 2 + d];
-#endif
-#if HAS_GATE
-    *(u32*)(out + GATE_PLANE * unit) = record.w[RECORD_GATE / 2 + d];
-#endif
-#endif
-    const int k = RECORD_TAPS + 3 * d;
-    const Taps w = weights_of({record[k], record[k + 1], record[k + 2]}, place > 0, place + 1 < places);
-#if TAP_PAIR
-    *(u32*)(out + UNIT_PLANES * unit) = pack_taps(w);
-#else
-    store_taps(planes + UNIT_PLANES * unit, (is_vertical ? vertical : horizontal) / 4,
-               (is_vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H]) / TAP_PLANES, w);
-#endif
-  }
-}
-
-// Puts the rows of a slab in order: two threads take a pixel, of different warps.
-__device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab) {
-  const int pixels = slab.rows * p.width, half = (pixels + 31) & ~31;
-#pragma unroll 1
-  for (int item = threadIdx.x; item < (SCANS > 1 ? 2 * half : half); item += THREADS) {
-    const int pixel = item < half ? item : item - half;
-    if (pixel >= pixels) continue;
-    if (item < half)
-      unpack_pixel<0>(p, m, range, slab, pixel);
-    else
-      unpack_pixel<1>(p, m, range, slab, pixel);
-  }
-}
-#else
 // Puts the rows of a slab in order.
 __device__ __forceinline__ void unpack(const Params& p, const Memory& m, const Range& range, const Task& task, const Slab& slab) {
   const int first = slab.first * p.width, last = first + slab.rows * p.width;
@@ -279,5 +190,4 @@ __device__ __forceinline__ void unpack(const Params& p, const Memory& m, const R
   });
 #endif
 }
-#endif
 #endif

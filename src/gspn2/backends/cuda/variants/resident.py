@@ -7,11 +7,18 @@ from dataclasses import dataclass
 
 from ...problem import DIRECTIONS
 from ..geometry import Case, Kernel, Launch, Plan, View, options
-from . import lines
-
-LANES = 32
-MOST_PLACES = 8
-"""Places of a line that a lane can hold: one warp holds a whole line."""
+from . import lines, resident_pair, resident_straight
+from .resident_records import (
+    BLOCK_OVERHEAD,
+    LANES,
+    MOST_PLACES,
+    lane_places,
+    longest,
+    magic,
+    record_bytes,
+    record_has_x,
+    up,
+)
 
 RING = 3
 """Slabs of records on their way into shared memory."""
@@ -25,16 +32,15 @@ MOST_THREADS = 640
 FEW_BYTES = 16
 """Bytes of a pixel's channels that are read in pieces without moving many bytes more."""
 
-BLOCK_OVERHEAD = 1024
-"""Bytes of shared memory that the system takes of each block."""
-
 
 def why_not(case: Case) -> str | None:
     """Lines that a warp cannot hold, images that do not fit, and layouts that others read better."""
     problem = case.problem
-    longest = _longest(case)
-    if longest > LANES * MOST_PLACES:
-        return f"a line of {longest} places is longer than the {LANES * MOST_PLACES} that a warp holds"
+    places = longest(case)
+    if places > LANES * MOST_PLACES:
+        return f"a line of {places} places is longer than the {LANES * MOST_PLACES} that a warp holds"
+    if resident_pair.takes(case) or resident_straight.takes(case):
+        return None
     if next(_layouts(case), None) is None:
         whole = "all channels of a tap group" if case.backward else "one channel"
         return (
@@ -55,6 +61,10 @@ def why_not(case: Case) -> str | None:
 
 def plan(case: Case) -> Plan:
     """One task for each image and its channels; blocks take one after the other."""
+    if resident_pair.takes(case):
+        return resident_pair.plan(case)
+    if resident_straight.takes(case):
+        return resident_straight.plan(case)
     layout = _best(case)
     threads = _threads(case, layout)
     blocks = max(1, min(_fitting_blocks(case, layout.shared), _thread_room(case, layout) // threads))
@@ -84,11 +94,11 @@ def _macros(case: Case, layout: Layout, threads: int, blocks: int) -> tuple[tupl
         "RECORDS": int(layout.slab_rows > 0),
     }
     if case.backward:
-        macros |= {"PASSES": layout.passes, "BY_PIXELS": int(_by_pixels(case, layout, one))}
+        macros["PASSES"] = layout.passes
     else:
         macros["DIRECT"] = int(_writes_lines(case, layout.pack))
     if layout.slab_rows:
-        macros |= {"RECORD_X": int(_record_has_x(case)), "RING": RING}
+        macros |= {"RECORD_X": int(record_has_x(case)), "RING": RING}
     return (*options(case), *macros.items())
 
 
@@ -104,7 +114,7 @@ def _knobs(case: Case, layout: Layout, tasks: int) -> tuple[int, ...]:
         *(*layout.pitches, *units, *taps),
         *(layout.slab_rows, layout.slab, layout.slab_x, layout.planes + layout.sums),
         layout.planes,
-        *(_magic(problem.width), _magic(min(problem.chunk or lines, lines))),
+        *(magic(problem.width), magic(min(problem.chunk or lines, lines))),
     )
 
 
@@ -123,11 +133,13 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     line = (*given, *planes, *one)
     forward = [(*plain, *records, ("DIRECT", 0)), (*line, ("DIRECT", 1))]
     backward = [
-        (*plain, *records, ("PASSES", 2), ("BY_PIXELS", 1)),
-        (*plain, *records, ("PASSES", 1), ("BY_PIXELS", 1)),
-        (*line, ("PASSES", 1), ("BY_PIXELS", 0)),
+        (*plain, *records, ("PASSES", 2)),
+        (*plain, *records, ("PASSES", 1)),
+        (*line, ("PASSES", 1)),
     ]
     return [
+        *resident_pair.representative_kernels(),
+        *resident_straight.representative_kernels(),
         *((Kernel("resident_forward.cu", "resident_forward", macros), True) for macros in forward),
         *((Kernel("resident_backward.cu", "resident_backward", macros), True) for macros in backward),
     ]
@@ -184,7 +196,7 @@ def _layouts(case: Case) -> Iterator[Layout]:
     per_group = problem.channels // problem.groups
     innermost = case.itemsize == 2 and case.views["x"].c == 1 and problem.channels > 1
     pack = 2 if innermost and per_group % 2 == 0 else 1
-    record = _record(case)
+    record = record_bytes(case)
     if record:
         yield from _fitting(case, problem.channels, pack, 1, record)
     # Gradients of shared taps are sums over the channels of their group.
@@ -219,17 +231,17 @@ def _layout(case: Case, channels: int, pack: int, split: int, passes: int, recor
     """The layout with these numbers, or None if it does not fit."""
     problem = case.problem
     height, width = problem.height, problem.width
-    places = _lane_places(case)
-    vertical = _up(width, places)
+    places = lane_places(case)
+    vertical = up(width, places)
     # Pixels of a row go to different lines: an odd number of lane widths spreads them over the banks.
-    horizontal = _up(height, places)
+    horizontal = up(height, places)
     horizontal += places * (horizontal // places % 2 == 0)
     pitches = vertical, horizontal
     planes = max(
         _plane_bytes(case, channels, pack, pitches, part, split * passes) for part in range(split * passes)
     )
     summed = case.backward and split * passes > 1 and "dx" in case.views
-    sums = summed * channels * (4 // case.itemsize) // pack * _up(height * width * pack * case.itemsize, 16)
+    sums = summed * channels * (4 // case.itemsize) // pack * up(height * width * pack * case.itemsize, 16)
     slab_rows = slab = slab_x = 0
     if record:
         slab_rows = _slab_rows(case, planes + sums, record)
@@ -260,10 +272,10 @@ def _slab(case: Case, rows: int, record: int) -> tuple[int, int]:
     """Bytes of so many rows of records and images, and of the records alone."""
     problem = case.problem
     pixels = rows * problem.width
-    images = (not _record_has_x(case)) + case.backward
+    images = (not record_has_x(case)) + case.backward
     # A word more than the pixels: logits are read by words.
-    records = _up(pixels * record + 4, 16)
-    return records + images * _up(pixels * problem.channels * case.itemsize, 16), records
+    records = up(pixels * record + 4, 16)
+    return records + images * up(pixels * problem.channels * case.itemsize, 16), records
 
 
 def _fitting_blocks(case: Case, shared: int) -> int:
@@ -310,50 +322,15 @@ def _places(case: Case, pitches: tuple[int, int]) -> tuple[int, int]:
 def _plane(case: Case, pack: int, places: int) -> tuple[int, int]:
     """Bytes of a plane of units, and of the weights of a tap group."""
     if case.problem.normalize and case.itemsize == 2:
-        taps = _up(places * 4, 16)
+        taps = up(places * 4, 16)
     else:
-        taps = 3 * _up(places * case.itemsize, 16)
-    return _up(places * pack * case.itemsize, 16), taps
+        taps = 3 * up(places * case.itemsize, 16)
+    return up(places * pack * case.itemsize, 16), taps
 
 
 def _groups(case: Case, channels: int) -> int:
     """Tap groups of so many channels."""
     return max(1, channels * case.problem.groups // case.problem.channels)
-
-
-def _record_has_x(case: Case) -> bool:
-    return case.views["x"].w == case.views["taps"].w
-
-
-def _record(case: Case) -> int:
-    """Bytes of a pixel if lam, gate and taps can be views of one tensor of dense records; else 0.
-
-    The kernel sees by the addresses whether they are.
-    """
-    problem, views = case.problem, case.views
-    taps = views["taps"]
-    scans, channels = len(problem.directions), problem.channels
-    per_pixel = [views[name] for name in ("lam", "gate") if name in views]
-    elements = scans * (len(per_pixel) * channels + 3 * problem.groups)
-    inside, images = [taps, *per_pixel], [views["dy"]] if case.backward else []
-    if _record_has_x(case):
-        elements += channels
-        inside.append(views["x"])
-    else:
-        images.append(views["x"])
-    # Images are copied by words.
-    if channels * case.itemsize % 4 or any(view.alignment < 4 for view in images) or views["x"].c != 1:
-        return 0
-    if taps.w != elements or taps.w * case.itemsize % 4:
-        return 0
-    if (taps.d, taps.c, taps.k) != (3 * problem.groups, 3, 1):
-        return 0
-    if any((view.d, view.c) != (channels, 1) for view in per_pixel):
-        return 0
-    dense = all(_dense(case, view, elements) for view in inside) and all(
-        view.c == 1 and _dense(case, view, channels) for view in images
-    )
-    return taps.w * case.itemsize if dense else 0
 
 
 def _images(case: Case) -> list[View]:
@@ -370,42 +347,10 @@ def _aligned_rows(case: Case) -> bool:
     )
 
 
-def _dense(case: Case, view: View, elements: int) -> bool:
-    """Are pixels of so many elements adjacent, rows and images, too?"""
-    problem = case.problem
-    row = problem.width * elements
-    return (
-        (view.w == elements or problem.width == 1)
-        and (view.h == row or problem.height == 1)
-        and (view.b == row * problem.height or problem.batch == 1)
-    )
-
-
-def _by_pixels(case: Case, layout: Layout, one: bool) -> bool:
-    """Can a thread write the gradients of a pixel as vectors (`BY_PIXELS` in `resident_gradients.cuh`)?"""
-    problem, views = case.problem, case.views
-    scans = len(problem.directions)
-    part = scans // layout.passes
-    if not (layout.slab_rows and one and layout.pack == 2 and layout.split == 1 and "dx" in views):
-        return False
-    if scans % layout.passes or part not in (2, 4):
-        return False
-    vertical = [name in ("down", "up") for name in problem.directions]
-    if layout.passes > 1 and any(len(set(vertical[d : d + part])) > 1 for d in range(0, scans, part)):
-        return False
-    for name, size, alignment in (("dlam", 2, 4 * part), ("dgate", 2, 4 * part), ("dtaps", 3, 4)):
-        view = views.get(name)
-        if view is None or view.alignment < alignment or not _dense(case, view, scans * size):
-            return False
-        if (view.k if name == "dtaps" else view.c, view.d) != (1, size):
-            return False
-    return True
-
-
 def _writes_lines(case: Case, pack: int) -> bool:
     """Can the one scan write its lines to y as it goes: whole vectors of neighbouring places?"""
     problem, y = case.problem, case.views["y"]
-    places = _lane_places(case)
+    places = lane_places(case)
     vector = places * case.itemsize
     strides = (y.b if problem.batch > 1 else 0, y.c if problem.channels > 1 else 0, y.h)
     return (
@@ -419,12 +364,6 @@ def _writes_lines(case: Case, pack: int) -> bool:
     )
 
 
-def _magic(divisor: int) -> int:
-    """For division by a multiplication (`Divisor` in the kernel), as a signed number."""
-    magic = 2**32 // divisor + 1 if divisor > 1 else 0
-    return magic - 2**32 if magic >= 2**31 else magic
-
-
 def _threads(case: Case, layout: Layout) -> int:
     """A warp for every scan, and enough threads to bring the operands."""
     problem = case.problem
@@ -433,7 +372,7 @@ def _threads(case: Case, layout: Layout) -> int:
     # A block that has its multiprocessor for itself has as many threads as that feeds.
     alone = _fitting_blocks(case, layout.shared) == 1
     # Two threads unpack a pixel of a slab.
-    unpacking = 2 * _up(layout.slab_rows * problem.width, LANES)
+    unpacking = 2 * up(layout.slab_rows * problem.width, LANES)
     if alone and not case.backward and 512 <= unpacking <= MOST_THREADS:
         return unpacking
     most = 512 if alone else 256
@@ -442,26 +381,6 @@ def _threads(case: Case, layout: Layout) -> int:
     while threads < most and (threads < LANES * warps or threads * 8 < pixels):
         threads *= 2
     return threads
-
-
-def _longest(case: Case) -> int:
-    """Places of the longest line."""
-    names = case.problem.directions
-    vertical = any(name in ("down", "up") for name in names)
-    horizontal = any(name in ("right", "left") for name in names)
-    return max(case.problem.width * vertical, case.problem.height * horizontal)
-
-
-def _lane_places(case: Case) -> int:
-    """Places of a line in a lane."""
-    places = 2
-    while LANES * places < _longest(case):
-        places *= 2
-    return places
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _reasons(case: Case, layout: Layout, blocks: int) -> tuple[str, ...]:

@@ -1,0 +1,87 @@
+// Forward of small images of two channels with shared taps, as dense records (resident_pair.cuh).
+//
+// Blocks take one image after the other. Gates wait in registers until the states of their pixel are there. y is dense.
+#define BACKWARD 0
+#define PASSES 1
+#define PLANES 3
+#include "resident_pair.cuh"
+
+struct Gates {
+  u32 of[PART];
+};
+
+// Puts this thread's pixel of a round in order.
+__device__ __forceinline__ Gates unpack(const Params& p, Stream& s, unsigned char* shared, int b, int round) {
+  const Pixel pixel = pixel_of(p, round);
+  const Operands o = read_pixel(p, s, b, pixel, 0);
+  u32 weights[PART];
+  weigh(p, o, pixel, 0, weights);
+  Gates gates;
+#pragma unroll
+  for (int d = 0; d < SCANS; d++) {
+    const Axis axis = axis_at(p, 0, d);
+    unsigned char* out = shared + spot_of(axis, pixel).offset + planes_at(p, 0, d);
+    if (pixel.inside) {
+#if HAS_LAM
+      put_product<true>(out, axis.plane, o.x, o.lam[d]);
+#else
+      put_product<false>(out, axis.plane, o.x, 0);
+#endif
+      *(u32*)(out + TAP_PLANE * axis.plane) = weights[d];
+    }
+#if HAS_GATE
+    gates.of[d] = o.gate[d];
+#endif
+  }
+  return gates;
+}
+
+// y of this thread's pixel of a round: the gated states, summed over directions in their order.
+__device__ __forceinline__ void sum_directions(const Params& p, const unsigned char* shared, u32* y, int round, const Gates& gates) {
+  const Pixel pixel = pixel_of(p, round);
+  float sum[2] = {0.f, 0.f};
+#pragma unroll
+  for (int d = 0; d < SCANS; d++) {
+    const Axis axis = axis_at(p, 0, d);
+    const unsigned char* h = shared + spot_of(axis, pixel).offset + planes_at(p, 0, d);
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      const float state = *(const float*)(h + c * axis.plane);
+#if HAS_GATE
+      sum[c] = fmaf(c ? widen_high(gates.of[d]) : widen_low(gates.of[d]), state, sum[c]);
+#else
+      sum[c] += state;
+#endif
+    }
+  }
+  if (pixel.inside) y[pixel.index] = narrow_pair(sum[0], sum[1]);
+}
+
+KERNEL(THREADS, BLOCKS) resident_pair_forward(CONSTANT_PARAMS p) {
+  unsigned char* shared = held_shared_memory();
+  const int warp = warp_index();
+  Stream stream = stream_of(p, shared);
+  prefetch_task(p, (int)blockIdx.x);
+  clear_planes(p, shared);
+  for (int b = blockIdx.x; b < p.knobs[TASKS]; b += gridDim.x) {
+    Gates gates[ROUNDS];
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++)
+      if (has_round(p, round)) gates[round] = unpack(p, stream, shared, b, round);
+    prefetch_task(p, b + (int)gridDim.x);
+    __syncthreads();
+#pragma unroll 1
+    for (int item = warp; item < SCANS * 2 / PACK; item += THREADS / 32) {
+      const int d = item % SCANS, plane = plane_of(p, vertical_at(d));
+      unsigned char* planes = shared + planes_at(p, 0, d);
+      scan<false>(p, d, planes + item / SCANS * plane, planes + TAP_PLANE * plane);
+    }
+    __syncthreads();
+    u32* y = (u32*)p.y.data + (long long)b * pixels_of(p);
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++)
+      if (has_round(p, round)) sum_directions(p, shared, y, round, gates[round]);
+    __syncthreads();
+  }
+  copy_wait<0>();
+}

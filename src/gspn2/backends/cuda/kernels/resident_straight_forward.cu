@@ -1,0 +1,237 @@
+// Forward of small images by a block for each direction: operands go straight from the tensors, of any strides, to the
+// threads that put them in order, all of a thread's reads on the way together. So few images take little more than one trip
+// to memory and the time of their lines.
+//
+// A task is an image and VECTOR channels of one tap group. The SCANS directions of a task are the blocks of a cluster;
+// each hands its gated states to the block that sums these pixels. A thread has the same pixels before and after the scan,
+// and keeps their gates in registers.
+//
+// Macros: THREADS, BLOCKS, SCANS, DIRECTIONS, PLACES as in resident.cuh; VECTOR (1, 2 or 4)
+//         ADJACENT x, lam and gate have VECTOR adjacent, aligned to so many
+//         ROUNDS   pixels of a thread, at most
+//         BATCH    of them whose reads are on the way together
+#define PACK 1
+#define ONE 1
+#define SPLIT SCANS
+#include "resident_sources.cuh"
+
+#define STORAGE_BYTES (STORAGE == 0 ? 4 : 2)
+#define WORDS (VECTOR * STORAGE_BYTES / 4)
+
+// VECTOR numbers of a pixel.
+struct Numbers {
+#if ADJACENT && VECTOR * STORAGE_BYTES >= 4
+  u32 w[WORDS];
+#else
+  storage_t of[VECTOR];
+#endif
+  __device__ __forceinline__ float operator[](int c) const {
+#if ADJACENT && VECTOR * STORAGE_BYTES >= 4
+#if STORAGE == 0
+    return __uint_as_float(w[c]);
+#else
+    return c % 2 ? widen_high(w[c / 2]) : widen_low(w[c / 2]);
+#endif
+#else
+    return widen(of[c]);
+#endif
+  }
+};
+
+__device__ __forceinline__ Numbers numbers_at(const storage_t* p, long long channel_step) {
+  Numbers n;
+#if ADJACENT && VECTOR * STORAGE_BYTES >= 4
+  if constexpr (WORDS == 4) {
+    const uint4 v = __ldg((const uint4*)p);
+    n.w[0] = v.x, n.w[1] = v.y, n.w[2] = v.z, n.w[3] = v.w;
+  } else if constexpr (WORDS == 2) {
+    const uint2 v = __ldg((const uint2*)p);
+    n.w[0] = v.x, n.w[1] = v.y;
+  } else {
+    n.w[0] = __ldg((const u32*)p);
+  }
+#else
+#pragma unroll
+  for (int c = 0; c < VECTOR; c++) n.of[c] = __ldg(p + c * channel_step);
+#endif
+  return n;
+}
+
+// What this block does: channels from c0 of image b, in direction d.
+struct Work {
+  int b, c0, d;
+};
+
+struct Operands {
+  Numbers x;
+#if HAS_LAM
+  Numbers lam;
+#endif
+#if HAS_GATE
+  Numbers gate;
+#endif
+  storage_t taps[3];
+};
+
+struct Pixel {
+  int row, column, index;
+  bool inside;  // of the image; a thread that is not looks at the last pixel
+};
+
+// This thread's pixel of a round.
+__device__ __forceinline__ Pixel pixel_of(const Params& p, int round) {
+  const int index = round * THREADS + threadIdx.x, last = p.height * p.width - 1, row = quotient(min(index, last), width_of(p));
+  return {row, min(index, last) - row * p.width, index, index <= last};
+}
+
+__device__ __forceinline__ Operands operands_of(const Params& p, const Work& work, const Pixel& pixel) {
+  Operands o;
+  o.x = numbers_at(at(p.x, work.b, 0, work.c0, pixel.row, pixel.column), p.x.c);
+#if HAS_LAM
+  o.lam = numbers_at(at(p.lam, work.b, work.d, work.c0, pixel.row, pixel.column), p.lam.c);
+#endif
+#if HAS_GATE
+  o.gate = numbers_at(at(p.gate, work.b, work.d, work.c0, pixel.row, pixel.column), p.gate.c);
+#endif
+  const storage_t* taps = at(p.taps, work.b, work.d, work.c0 / (p.channels / p.groups), pixel.row, pixel.column);
+#pragma unroll
+  for (int k = 0; k < 3; k++) o.taps[k] = __ldg(taps + k * p.taps.k);
+  return o;
+}
+
+// Where a pixel is in a plane.
+__device__ __forceinline__ int place_of(const Params& p, bool vertical, const Pixel& pixel) {
+  return vertical ? pixel.row * p.knobs[PITCH_V] + pixel.column : pixel.column * p.knobs[PITCH_H] + pixel.row;
+}
+
+// Puts a pixel in order.
+__device__ __forceinline__ void put(const Params& p, bool vertical, const Pixel& pixel, const Operands& o) {
+  if (!pixel.inside) return;
+  const int index = place_of(p, vertical, pixel), plane = plane_of(p, vertical), taps = vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H];
+#pragma unroll
+  for (int c = 0; c < VECTOR; c++) {
+#if HAS_LAM
+    const float u = o.x[c] * o.lam[c];
+#else
+    const float u = o.x[c];
+#endif
+    *(float*)(shared_memory() + c * plane + 4 * index) = u;
+  }
+  const int place = vertical ? pixel.column : pixel.row, places = vertical ? p.width : p.height;
+  const Taps a = {widen(o.taps[0]), widen(o.taps[1]), widen(o.taps[2])};
+  store_taps(shared_memory() + VECTOR * plane, index, taps / TAP_PLANES, weights_of(a, place > 0, place + 1 < places));
+}
+
+__device__ __forceinline__ void store_y(const Params& p, const Work& work, int row, int column, const float (&y)[VECTOR]) {
+  storage_t* out = at(p.y, work.b, 0, work.c0, row, column);
+#if STORAGE != 0 && VECTOR % 2 == 0
+  if (paired(p.y)) {
+#pragma unroll
+    for (int c = 0; c < VECTOR; c += 2) *(u32*)(out + c) = narrow_pair(y[c], y[c + 1]);
+    return;
+  }
+#endif
+#pragma unroll
+  for (int c = 0; c < VECTOR; c++) out[c * p.y.c] = narrow(y[c]);
+}
+
+#if SCANS > 1
+// Pixels that a block of the cluster sums, and where it gets their gated states: [direction][channel][pixel].
+__device__ __forceinline__ int share_of(const Params& p) { return (p.height * p.width + SCANS - 1) / SCANS; }
+
+__device__ __forceinline__ float* sum_at(const Params& p, int d, int c, int pixel) {
+  return (float*)(shared_memory() + p.knobs[SUMS_AT]) + (d * VECTOR + c) * share_of(p) + pixel;
+}
+
+__device__ __forceinline__ void hand_over(const Params& p, const Work& work, const Pixel& pixel, const float (&state)[VECTOR]) {
+  if (!pixel.inside) return;
+  const int share = share_of(p), owner = pixel.index / share;
+#pragma unroll
+  for (int c = 0; c < VECTOR; c++) *cluster_map(sum_at(p, work.d, c, pixel.index - owner * share), owner) = state[c];
+}
+
+// y of this block's share of the pixels: directions in their order.
+__device__ __forceinline__ void sum_directions(const Params& p, const Work& work) {
+  const int share = share_of(p), first = work.d * share;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < share && first + i < p.height * p.width; i += THREADS) {
+    const int row = quotient(first + i, width_of(p));
+    float y[VECTOR];
+#pragma unroll
+    for (int c = 0; c < VECTOR; c++) {
+      y[c] = 0.f;
+#pragma unroll
+      for (int d = 0; d < SCANS; d++) y[c] += *sum_at(p, d, c, i);
+    }
+    store_y(p, work, row, first + i - row * p.width, y);
+  }
+}
+#endif
+
+// Reads the operands of this thread's pixels and puts them in order; the gates are returned.
+__device__ __forceinline__ void gather(const Params& p, const Work& work, bool vertical, Numbers (&gates)[ROUNDS]) {
+#pragma unroll
+  for (int first = 0; first < ROUNDS; first += BATCH) {
+    Operands operands[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; i++)
+      if (first + i < ROUNDS) operands[i] = operands_of(p, work, pixel_of(p, first + i));
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+      if (first + i >= ROUNDS) continue;
+      put(p, vertical, pixel_of(p, first + i), operands[i]);
+#if HAS_GATE
+      gates[first + i] = operands[i].gate;
+#endif
+    }
+  }
+}
+
+__device__ __forceinline__ void whole_cluster() {
+#if SCANS > 1
+  cluster_barrier();
+#else
+  __syncthreads();
+#endif
+}
+
+KERNEL(THREADS, BLOCKS) resident_straight_forward(CONSTANT_PARAMS p) {
+#if SCANS > 1
+  const int d = (int)cluster_rank();
+#else
+  const int d = 0;
+#endif
+  const bool vertical = vertical_at(d);
+  const int plane = plane_of(p, vertical);
+  for (int task = blockIdx.x / SCANS; task < p.knobs[TASKS]; task += gridDim.x / SCANS) {
+    const int b = task / p.knobs[PARTS];
+    const Work work = {b, (task - b * p.knobs[PARTS]) * VECTOR, d};
+    Numbers gates[ROUNDS];
+    gather(p, work, vertical, gates);
+    __syncthreads();
+    const int c = warp_index();
+    if (c < VECTOR) scan<false>(p, d, shared_memory() + c * plane, shared_memory() + VECTOR * plane);
+    whole_cluster();
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+      const Pixel pixel = pixel_of(p, round);
+      float state[VECTOR];
+#pragma unroll
+      for (int c = 0; c < VECTOR; c++) {
+        state[c] = *(const float*)(shared_memory() + c * plane + 4 * place_of(p, vertical, pixel));
+#if HAS_GATE
+        state[c] *= gates[round][c];
+#endif
+      }
+#if SCANS > 1
+      hand_over(p, work, pixel, state);
+#else
+      if (pixel.inside) store_y(p, work, pixel.row, pixel.column, state);
+#endif
+    }
+    whole_cluster();
+#if SCANS > 1
+    sum_directions(p, work);
+#endif
+  }
+}
