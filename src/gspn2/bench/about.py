@@ -33,6 +33,8 @@ def machine(device: torch.device, command: str) -> dict[str, Any]:
         **(_gpu() if device.type == "cuda" else {}),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        # Of others, when the run begins: a CPU that is shared tells little of the code.
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "gspn2": __version__,

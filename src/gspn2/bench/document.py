@@ -11,7 +11,7 @@ from .case import parts
 from .figures import images_per_second, of
 from .ladder import RUNGS
 from .results import Row, broken, find, timed
-from .tables import method, where
+from .tables import busy, method, where
 from .terminal import digits, milliseconds
 
 HEAD = """# Benchmarks
@@ -51,7 +51,7 @@ def _section(content: dict[str, Any]) -> str:
     machine, rows = content["machine"], content["cases"]
     title = f"## {machine.get('device') or machine['processor']}"
     told = f"`{content['run']['command']}` on {where(machine)}. {method(content)}"
-    found = [title, _wrapped(told), _rates(content)]
+    found = [title, _wrapped(told), _wrapped(busy(content)), _rates(content)]
     for part in parts().values():
         mine = of(rows, part.name)
         if mine:

@@ -13,6 +13,7 @@ from torch import Tensor
 import gspn2
 
 from ..backends import DIRECTIONS, Problem, reference
+from ..backends.cuda.layouts import record_padding
 from ..ops.propagate import _is_hidden_state
 from .check import poisoned_twice, refuse_if_far
 
@@ -142,8 +143,9 @@ def make_inputs(scan: Scan, device: torch.device, most: int | None = None) -> li
         parts = [n // (batch * height * width) for n in scan.numbers.values()]
         image = (sets, batch, height, width)
         x, dy = (torch.randn(*image, channels, **make).movedim(-1, 2) for _ in range(2))
-        packed = torch.randn(*image, sum(parts[1:]), **make)
-        lam, gate, taps = packed.split((parts[2], parts[3], parts[1]), dim=-1)
+        padding = record_padding(channels, sum(parts[1:]))
+        packed = torch.randn(*image, sum(parts[1:]) + padding, **make)
+        lam, gate, taps, _ = packed.split((parts[2], parts[3], parts[1], padding), dim=-1)
         taps = taps.unflatten(-1, (count, scan.groups, 3)).permute(0, 1, 4, 5, 6, 2, 3)
         lam, gate = (
             part.unflatten(-1, (count, channels)).permute(0, 1, 4, 5, 2, 3) if part.shape[-1] else None

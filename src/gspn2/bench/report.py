@@ -18,7 +18,7 @@ from .case import Part, parts
 from .figures import images_per_second, of
 from .ladder import RUNGS
 from .results import Row, broken, find, timed
-from .tables import HEADS, cells, facts_of, method, where
+from .tables import HEADS, busy, cells, facts_of, method, where
 from .terminal import digits, milliseconds
 
 FIGURES = {
@@ -272,6 +272,8 @@ def _lead(content: dict[str, Any]) -> str:
     text = (
         f"{times} times in {len(rows)} cases, measured with {run['command']} on {where(content['machine'])}."
     )
+    if busy(content):
+        text += f" {busy(content)}"
     if run.get("left_out"):
         text += f" {len(run['left_out'])} cases were left out because time was up."
     return text

@@ -7,6 +7,8 @@ from typing import Any
 from .results import Row, timed
 from .terminal import digits, first_times, milliseconds
 
+BASELINE_TOLERANCE = 0.15
+"""How far the baseline may be from the released kernel before it is remarked on."""
 HEADS = ("", "pass", "ms", "+-", "GB/s", "of copy", "of the floor", "over the first", "more")
 
 
@@ -39,7 +41,9 @@ def _more(it: Row) -> str:
     if "peak_bytes" in it:
         found.append(f"{it['peak_bytes'] / 2**30:.2f} GiB")
     if "released_ms" in it:
-        found.append(f"{it['ms'] / it['released_ms']:.2f} of the released kernel's {it['released_ms']:g} ms")
+        ratio = it["ms"] / it["released_ms"]
+        far = "" if abs(ratio - 1) <= BASELINE_TOLERANCE else f", more than {BASELINE_TOLERANCE:.0%} away"
+        found.append(f"{ratio:.2f} of the released kernel's {it['released_ms']:g} ms{far}")
     if it.get("fits_in_cache"):
         found.append("would fit in the cache")
     if "note" in it:
@@ -73,6 +77,19 @@ def where(machine: dict[str, Any]) -> str:
     facts += [f"Python {machine['python']}", f"PyTorch {machine['torch']}"]
     commit = f"commit {machine['commit']}" + (" with changes" if machine["uncommitted_changes"] else "")
     return ", ".join([*facts, commit, machine["date"]])
+
+
+def busy(content: dict[str, Any]) -> str:
+    """A warning where a CPU was measured that others were using, or ""."""
+    machine = content["machine"]
+    load = machine.get("load") or 0
+    if "cpu" not in content["rates"] or load < max(1, machine["threads"] / 2):
+        return ""
+    return (
+        f"The CPU was busy with other work when this run began (load {load:g} on {machine['threads']} "
+        "threads): its times here are longer than on a quiet machine, those of short threaded calls by "
+        "far, and ratios of them say little."
+    )
 
 
 def method(content: dict[str, Any]) -> str:
