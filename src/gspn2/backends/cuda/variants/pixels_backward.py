@@ -51,18 +51,27 @@ class Warps(Tiling):
 
 def tiling_of(case: Case) -> Warps | None:
     """The tiling, or None if a line is too long for a block."""
-    vector = vector_of(case)
-    assert vector is not None
-    for vectors in _widths(case, vector):
-        roles, splits = cluster_of(case, vector, vectors)
-        while True:
-            tiling = _fit(case, vector, vectors, roles, splits)
-            if tiling is not None:
-                return tiling
-            if roles * splits * 2 > LARGEST_CLUSTER or case.device.capability < (9, 0):
-                break
-            splits *= 2
+    widest = vector_of(case)
+    assert widest is not None
+    # Narrower vectors make narrower blocks, for longer lines.
+    for vector in (widest, 8, 4):
+        if not case.itemsize <= vector <= widest:
+            continue
+        for vectors in _widths(case, vector):
+            roles, splits = cluster_of(case, vector, vectors)
+            while roles * splits <= _largest_cluster(case):
+                tiling = _fit(case, vector, vectors, roles, splits)
+                if tiling is not None:
+                    return tiling
+                splits *= 2
     return None
+
+
+def _largest_cluster(case: Case) -> int:
+    """Blocks of a cluster at most: 16 where several groups of multiprocessors must have as many."""
+    if case.device.capability < (9, 0):
+        return 1
+    return 16 if case.device.capability == (9, 0) and case.device.multiprocessors >= 132 else LARGEST_CLUSTER
 
 
 def _widths(case: Case, vector: int) -> list[int]:
