@@ -64,7 +64,12 @@ def ladder(rows: Rows) -> Figure | None:
     for axes, row in zip(panels, cases, strict=True):
         names = [it["name"] for it in timed(row) if it["pass"] == "forward"]
         times = [_ms(row, name) or 0 for name in names]
-        axes.barh(range(len(names)), times, color=[_colour(0, name) for name in names], height=0.62)
+        axes.barh(
+            range(len(names)),
+            times,
+            color=[THEIRS if name.startswith("baseline") else OURS for name in names],
+            height=0.62,
+        )
         for y, (name, value) in enumerate(zip(names, times, strict=True)):
             told = f" {milliseconds(value)} ms" + (f", {times[0] / value:.1f}x" if y else "")
             theirs = _paper_rung(row, name)
@@ -144,15 +149,19 @@ def models(rows: Rows) -> Figure | None:
     cases = [row for row in of(rows, "models") if "models" in row["facts"] and "compiled" not in row["case"]]
     if not cases:
         return None
-    sizes = list(dict.fromkeys(row["case"].split(",")[0] for row in cases))
-    figure, panels = _panels(2 * len(sizes), width=5.4, height=3.0)
-    for i, size in enumerate(sizes):
-        mine = [row for row in cases if row["case"].startswith(f"{size},")]
-        for axes, which in zip(panels[2 * i : 2 * i + 2], ("inference", "train"), strict=True):
-            _lines(axes, mine, lambda row: row["facts"]["pixels"], which, images_per_second)
-            axes.set_ylabel("images per second")
-            axes.set_title(f"size {size}: {which}")
-            axes.set_xlabel("pixels of a side")
+    sizes = dict.fromkeys(row["case"].split(",")[0] for row in cases)
+    shown = [
+        (size, which, mine)
+        for size in sizes
+        for which in ("inference", "train")
+        if (mine := [row for row in cases if row["case"].startswith(f"{size},") and _has(row, which)])
+    ]
+    figure, panels = _panels(len(shown), width=5.4, height=3.0)
+    for axes, (size, which, mine) in zip(panels, shown, strict=True):
+        _lines(axes, mine, lambda row: row["facts"]["pixels"], which, images_per_second)
+        axes.set_ylabel("images per second")
+        axes.set_title(f"size {size}: {which}")
+        axes.set_xlabel("pixels of a side")
     _legend(figure, panels)
     return _finished(figure)
 
@@ -281,6 +290,10 @@ def _lines(
     axes.set_ylabel("milliseconds")
 
 
+def _has(row: Row, which: str) -> bool:
+    return any(it["pass"] == which for it in timed(row))
+
+
 def _ms(row: Row, name: str) -> float | None:
     it = find(row, name, "forward")
     return None if it is None else it["ms"]
@@ -296,9 +309,9 @@ def _colour(i: int, name: str = "") -> str:
     """What is compared with is grey, what is ours has the first colour, the others one each."""
     if name.startswith(("baseline", "loop")):
         return THEIRS
-    if not i or name.startswith(("GSPN-2", "gspn2")):
+    if name.startswith(("GSPN-2", "gspn2")):
         return OURS
-    return COLOURS[1 + (i - 1) % (len(COLOURS) - 1)]
+    return COLOURS[1 + i % (len(COLOURS) - 1)]
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

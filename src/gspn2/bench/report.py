@@ -103,7 +103,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
         found.append((f"{100 * share:.0f}%", f"of copy bandwidth at best, forward at {_size(row)}"))
     found += _beside_attention(rows)
     found += [
-        (f"{images_per_second(it):.0f}", f"images per second, {it['name']}, {row['case'].split(', ')[1]}")
+        (digits(images_per_second(it)), f"images per second, {it['name']}, {row['case'].split(', ')[1]}")
         for row in of(list(rows), "models")
         if "models" in row["facts"] and row["facts"]["pixels"] == 224
         for it in timed(row)
@@ -239,7 +239,7 @@ def _paper_models(rows: Sequence[Row]) -> str:
     lines = []
     for name, theirs in names.items():
         it = find(row, name, "inference")
-        lines.append([theirs, str(paper.BACKBONES[theirs]), f"{images_per_second(it):.0f}" if it else "-"])
+        lines.append([theirs, str(paper.BACKBONES[theirs]), digits(images_per_second(it)) if it else "-"])
     heads = ["", f"paper ({paper.DEVICE}), images/s", "here, images/s"]
     return _paper_table("Inference at 224 beside the paper's figure", heads, lines)
 

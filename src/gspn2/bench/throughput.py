@@ -70,9 +70,9 @@ def contenders(scan: Scan, device: torch.device) -> list[Contender]:
 PART = Part(
     "throughput",
     "Memory throughput",
-    "One direction at the sizes of the paper's table: bytes that have to move over time, beside a large "
-    "copy timed in turn. Input sets are rotated through more memory than the cache holds, so that a small "
-    "problem is not read from the cache; what one launch moves may still fit there, and a small problem is "
-    "limited by the time for a line, not by bandwidth.",
+    "One direction at the sizes of the paper's table (a part of each on a CPU): bytes that have to move over "
+    "time, beside a large copy timed in turn. On a GPU input sets are rotated through more memory than the "
+    "cache holds, so that a small problem is not read from the cache; what one launch moves may still fit "
+    "there, and a small problem is limited by the time for a line, not by bandwidth.",
     cases,
 )
