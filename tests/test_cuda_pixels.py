@@ -52,6 +52,33 @@ def test_regions_of_shared_memory_are_aligned(dtype: torch.dtype) -> None:
         assert sum(sizes) == pixels.plan(case).launches[0].shared
 
 
+def large(batch: int, channels: int, size: int) -> Case:
+    """Backward of what a mixer asks for on large images."""
+    problem = Problem(DIRECTIONS, None, True, batch, channels, 1, size, size, torch.bfloat16, "cuda")
+    return imagined(problem, "channels", Device(), backward=True)
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(16, 8), (1, 80)])
+def test_memory_and_blocks_of_large_images(batch: int, channels: int) -> None:
+    """Scratch memory is at most a quarter of inputs and gradients; most multiprocessors have work."""
+    found = pixels.plan(large(batch, channels, 1024))
+    numbers = 2 * batch * 1024**2 * (2 * channels + 2 * 4 * channels + 4 * 3)  # x, dy; lam, gate; taps
+    assert sum(found.scratch) <= numbers * 2 * 0.25
+    assert found.launches[0].grid >= 80
+    # Sums of tap gradients of an axis are done with before those of the other.
+    names = ["pixels_backward", "pixels_taps"] * 2
+    assert [launch.kernel.function for launch in found.launches] == names
+
+
+def test_long_lines_have_narrower_vectors() -> None:
+    for size in (2048, 4096, 8192):
+        case = large(1, 64, size)
+        assert pixels.why_not(case) is None
+        tiling = pixels_backward.tiling_of(case)
+        assert tiling is not None
+        assert tiling.threads * tiling.places // tiling.vectors >= tiling.longest
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a block is cut: its vectors, those of them that a warp has, places of a thread, and so on."""
@@ -99,12 +126,28 @@ CUTS = (
     (Small(11, 40, channels=4, groups=4, layout=PACKED), Cut(splits=2, roles=4)),
     (Small(13, 75, channels=8, dtype=BF16, layout=PACKED), Cut(places=2, splits=2, roles=1, lines=2)),
     (Small(15, 50, channels=3, layout=PACKED), Cut(3, splits=2)),
+    (Small(20, 34, channels=4, batch=1, dtype=BF16, layout=PACKED), Cut(splits=8, lines=2)),
 )
 
 
 @pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++ 12, on Linux")
 @pytest.mark.parametrize(("small", "cut"), CUTS, ids=str)
 def test_ways_of_cutting_backward(small: Small, cut: Cut) -> None:
+    assert_right(small, cut)
+
+
+@pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++ 12, on Linux")
+def test_axes_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions in an order of their own, and groups of several blocks and of a part of one."""
+    monkeypatch.setattr(pixels_backward, "LARGE", 0)
+    order = ("left", "up", "right", "down")
+    for groups in (1, 4):
+        small = Small(9, 14, channels=16, batch=2, groups=groups, directions=order, dtype=BF16, layout=PACKED)
+        assert_right(small, Cut(2, 2), launches=4)
+
+
+def assert_right(small: Small, cut: Cut, launches: int | None = None) -> None:
+    """Gradients as they should be, and the same in two orders of threads."""
     torch.set_num_threads(1)
     inputs = small.case()
     problem = small.problem(inputs)
@@ -113,7 +156,9 @@ def test_ways_of_cutting_backward(small: Small, cut: Cut) -> None:
     found = []
     for seed in (0, 3):
         case, tensors = case_of(given, problem, small.device)
-        run_plan(pixels_backward.plan(case, cut.tiling(case)), problem, tensors, seed, small.device)
+        plan = pixels_backward.plan(case, cut.tiling(case))
+        assert launches in (None, len(plan.launches))
+        run_plan(plan, problem, tensors, seed, small.device)
         found.append(tensors)
     tolerance = 3e-6 if small.dtype == torch.float32 else 2.5e-3
     for name, right in expected.items():

@@ -9,15 +9,16 @@ from .pixels_layout import (
     LARGEST_CLUSTER,
     MOST_THREADS,
     SECTOR,
+    SHORTEST_SPLIT,
     Tiling,
     blocks_of,
     channel_blocks,
-    cluster_of,
     defines,
     image_sums,
     launch,
     own_taps,
     reasons,
+    roles_of,
     sums,
     tap_groups,
     vector_of,
@@ -28,6 +29,9 @@ MOST_TAPS = 8
 
 LARGE = 64 * 2**20
 """Bytes of scratch memory from which on saving a part of it is worth two launches more."""
+
+MOST = 0.6
+"""Of the multiprocessors: they have work if blocks are as wide as wanted."""
 
 WIDEST = 64
 """Bytes of a pixel that a block takes of an operand at most."""
@@ -58,7 +62,7 @@ def tiling_of(case: Case) -> Warps | None:
         if not case.itemsize <= vector <= widest:
             continue
         for vectors in _widths(case, vector):
-            roles, splits = cluster_of(case, vector, vectors)
+            roles, splits = _cluster(case, vector, vectors)
             while roles * splits <= _largest_cluster(case):
                 tiling = _fit(case, vector, vectors, roles, splits)
                 if tiling is not None:
@@ -74,21 +78,38 @@ def _largest_cluster(case: Case) -> int:
     return 16 if case.device.capability == (9, 0) and case.device.multiprocessors >= 132 else LARGEST_CLUSTER
 
 
+def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
+    """Roles and splits: as many blocks as there are multiprocessors, or more, in whole waves of them.
+
+    With fewer images at a time the second-level cache keeps what is read again.
+    """
+    device = case.device
+    blocks = case.problem.batch * blocks_of(case, vector, vectors)
+    roles, splits = roles_of(case, blocks), 1
+    shortest = min(case.problem.height, case.problem.width)
+    while roles * splits * 2 <= _largest_cluster(case) and shortest >= SHORTEST_SPLIT * 2 * splits:
+        cluster = roles * splits * 2
+        more = blocks * cluster
+        if more > device.multiprocessors and more % max(1, device.multiprocessors // cluster * cluster):
+            break
+        splits *= 2
+    return roles, splits
+
+
 def _widths(case: Case, vector: int) -> list[int]:
-    """Vectors that a block may have, the most wanted first: as many as leave every multiprocessor a block.
+    """Vectors that a block may have, the most wanted first: as many as leave most multiprocessors a block.
 
     What limits the kernel are requests to the second-level cache, and one brings the vectors of a warp
     that lie beside each other. No group of taps is cut.
     """
-    problem, device = case.problem, case.device
+    problem = case.problem
     vectors = problem.channels * case.itemsize // vector
     wanted = min(max(1, WIDEST // vector), 1 << (vectors - 1).bit_length())
-    while wanted > 1:
-        roles, splits = cluster_of(case, vector, wanted)
-        if (
-            10 * problem.batch * blocks_of(case, vector, wanted) * roles * splits
-            >= 9 * device.multiprocessors
-        ):
+    # Half a sector is the least.
+    while wanted > 1 and wanted * vector > SECTOR // 2:
+        roles, splits = _cluster(case, vector, wanted)
+        blocks = problem.batch * blocks_of(case, vector, wanted) * roles * splits
+        if blocks >= MOST * case.device.multiprocessors:
             break
         wanted //= 2
     if own_taps(case) or problem.groups == 1:
@@ -208,15 +229,8 @@ def _shapes(case: Case, vector: int, vectors: int, lines: int, longest: int) -> 
                 continue
             strips = -(-longest * lanes // (32 * places))
             found.append((lanes, places, 32 * vectors // lanes * strips))
-    # Few idle threads; then wide requests, then 8 values a thread.
-    return sorted(
-        found,
-        key=lambda s: (
-            s[1] * s[2] // 64,
-            -min(s[0] * vector, WIDEST),
-            abs(s[1] * vector // case.itemsize - 8),
-        ),
-    )
+    # Few idle threads; then wide requests, then many threads.
+    return sorted(found, key=lambda s: (s[1] * s[2] // 64, -min(s[0] * vector, WIDEST), s[1]))
 
 
 def _segments(case: Case, vector: int, vectors: int) -> list[int]:
@@ -226,7 +240,8 @@ def _segments(case: Case, vector: int, vectors: int) -> list[int]:
     if not own_taps(case):
         most = max(2, MOST_TAPS * vectors // tap_groups(case, vector, vectors))
     image = 4 * problem.batch * problem.channels * problem.height * problem.width
-    if problem.channels * case.itemsize < SECTOR and image > case.device.cache:
+    packed = {"lam", "gate"} & set(case.views)
+    if packed and problem.channels * case.itemsize < SECTOR and image > case.device.cache:
         # A part of each sector is other operands; with less on its way more of it is in the cache later.
         most = 2
     return [lines for lines in (4, 8, 6, 2) if lines <= most]
