@@ -7,8 +7,7 @@
 // Sums over directions are float32, in scratch; or ON_CHIP, in shared memory: each block then answers for its half of
 // the rows, and later for its half of the columns, and in between the partners swap a quarter of the image.
 //
-// More macros: DEPTH lines of the ring, even; SUM 1 if there is more than one direction; ON_CHIP (without SPLIT, or
-// with two roles and two splits).
+// More macros: DEPTH lines of the ring, even; SUM 1 if there is more than one direction; ON_CHIP (without SPLIT).
 // Knobs: those of Layout.
 // Scratch: 0 float32 sums over directions (16-bit storage), 1 those of the horizontal directions (four roles).
 #include "pixels_forward_scan.cuh"
@@ -124,22 +123,18 @@ __device__ __forceinline__ void hand_over(const Params& p, const Layout& layout,
   cluster_barrier();
 #if ON_CHIP && ROLES == 2
   if (f + 1 == p.scans) return;
-  // Quarters change places, the second ones or, with splits, those of blocks that answer for another one on the other
-  // axis; either partner does half of it.
+  // The second quarters change places; either partner does half of it.
   Home home;
   home.start(p);
   const int floats = PARTS * home.part / (int)sizeof(Floats), middle = floats / 2;
-  const int other = SPLIT ? me.split * layout.splits + me.role : partner;
-  const bool first = me.role == 0;
-  Floats* here = (Floats*)(shared_memory() + Home::at(layout)) + (SPLIT ? 0 : floats);
-  Floats* there = cluster_map(here, other);
-  if (!SPLIT || me.role != me.split)
+  Floats* here = (Floats*)(shared_memory() + Home::at(layout)) + floats;
+  Floats* there = cluster_map(here, partner);
 #pragma unroll 4
-    for (int i = (first ? 0 : middle) + threadIdx.x; i < (first ? middle : floats); i += THREADS) {
-      const Floats mine = here[i], theirs = there[i];
-      here[i] = theirs;
-      there[i] = mine;
-    }
+  for (int i = (me.role == 0 ? 0 : middle) + threadIdx.x; i < (me.role == 0 ? middle : floats); i += THREADS) {
+    const Floats mine = here[i], other = there[i];
+    here[i] = other;
+    there[i] = mine;
+  }
   cluster_barrier();
 #endif
 }

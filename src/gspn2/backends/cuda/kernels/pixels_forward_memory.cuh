@@ -2,7 +2,7 @@
 #pragma once
 #include "pixels.cuh"
 
-static_assert(!(ON_CHIP && SPLIT) || ROLES == 2, "a quarter of the image for each of four blocks");
+static_assert(!(ON_CHIP && SPLIT), "sums on chip are those of whole lines");
 
 constexpr int TAP_VECTORS = OWN_TAPS ? 3 : 0;
 constexpr int OPERANDS = 1 + HAS_LAM + HAS_GATE + TAP_VECTORS;
@@ -74,9 +74,9 @@ struct Meeting {
 #endif
 };
 
-// Sums on chip: what a block answers for on either axis, [PARTS][rows][pitch] bytes. For one role that is the image;
-// for two roles of an unsplit line two quarters, of which the first stays; with two splits as well a quarter, which may
-// be another one for the other axis. Rows are padded, so that walking down a column uses all banks, too.
+// Sums on chip: two quarters of the image (for one role the whole of it, in the first), [PARTS][rows][pitch] bytes
+// each. The first holds what a role answers for on both axes: it stays. Rows are padded, so that walking down a column
+// uses all banks, too.
 constexpr int PIXEL = 4 * F * VECTORS;
 
 struct Home {
@@ -93,14 +93,13 @@ struct Home {
 #if OWN_TAPS
     return WEIGHTS_AT;
 #else
-    return WEIGHTS_AT + 32 * TAP_LINES * TAP_GROUPS * (max(layout.row_run, layout.column_run) + 2 * HALO);
+    return WEIGHTS_AT + 32 * TAP_LINES * TAP_GROUPS * max(layout.row_run, layout.column_run);
 #endif
   }
-  // Byte of a pixel's vector from the first quarter's start. Without splits exactly one coordinate is in this
-  // role's half.
+  // Byte of a pixel's vector from the first quarter's start. Exactly one coordinate is in this role's half.
   __device__ __forceinline__ int of(int row, int column, bool vertical, int half, int vector) const {
     const bool lower = row >= rows, right = column >= columns;
-    const bool second = !SPLIT && (vertical ? right : lower) != (half != 0);
+    const bool second = (vertical ? right : lower) != (half != 0);
     return second * PARTS * part + (row - lower * rows) * pitch + (column - right * columns) * PIXEL + vector * 4 * F;
   }
 };

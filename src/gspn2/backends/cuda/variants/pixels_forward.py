@@ -8,7 +8,6 @@ from ..geometry import Case, Kernel, Plan
 from .pixels_layout import (
     MOST_THREADS,
     SECTOR,
-    SHORTEST_SPLIT,
     Tiling,
     blocks_of,
     channel_blocks,
@@ -32,6 +31,9 @@ BUSY = 4
 WIDTHS = (64, SECTOR, SECTOR // 2)
 """Bytes of a pixel that a block may take, the most wanted first."""
 
+SHORTEST_SPLIT = 64
+"""Places of a split at least: with fewer, what it recomputes and exchanges costs more than it gains."""
+
 MOST_TAPS = 4
 """Of a thread: taps that wait in its registers."""
 
@@ -40,8 +42,8 @@ def tiling_of(case: Case) -> Tiling | None:
     """The tiling, or None if a line is too long for a block."""
     widest = vector_of(case)
     assert widest is not None
-    # Narrower vectors make narrower blocks, for longer lines; four places a thread leave few warps.
-    for places, vector in ((2, widest), (4, widest), (4, 8), (4, 4)):
+    # More places a thread leave fewer warps. Narrower vectors make narrower blocks, for longer lines.
+    for places, vector in ((1, widest), (2, widest), (4, widest), (4, 8), (4, 4)):
         if case.itemsize <= vector <= widest:
             for vectors, on_chip in _widths(case, vector):
                 tiling = _split(case, vector, vectors, on_chip, places)
@@ -51,15 +53,16 @@ def tiling_of(case: Case) -> Tiling | None:
 
 
 def _split(case: Case, vector: int, vectors: int, on_chip: bool, places: int) -> Tiling | None:
-    """The tiling with as few splits as fit, or None; a thread has at most so many places."""
+    """The tiling, or None if there is none where a thread has at most so many places.
+
+    With one place the splits are those that the size of the problem calls for, with more those that fit.
+    """
     roles, splits = _cluster(case, vector, vectors)
     if on_chip:
-        # Four blocks have a quarter of the image each: for pieces twice as wide as two have room for.
-        quarters = roles == 2 and vector * vectors > SECTOR
-        return _fit(case, vector, vectors, roles, 1 + quarters, True, places) if splits == 1 else None
+        return _fit(case, vector, vectors, roles, 1, True, places) if splits == 1 else None
     while True:
         tiling = _fit(case, vector, vectors, roles, splits, False, places)
-        if tiling is not None or roles * splits * 2 > _largest_cluster(case):
+        if tiling is not None or places == 1 or roles * splits * 2 > _largest_cluster(case):
             return tiling
         splits *= 2
 
@@ -102,13 +105,13 @@ def _slot(case: Case, tiling: Tiling) -> int:
 
 
 def _sums_on_chip(case: Case, tiling: Tiling) -> int:
-    """Bytes of the sums that a block keeps: one or two quarters of the image, or the whole, rows padded."""
+    """Bytes of the sums that a block keeps: two quarters of the image, or the whole of it, rows padded."""
     problem = case.problem
     floats = 4 * tiling.vector // case.itemsize
     pixel = min(16, floats) * tiling.vectors
     rows, columns, quarters = problem.height, problem.width, 1
     if tiling.roles > 1:
-        rows, columns, quarters = -(-rows // 2), -(-columns // 2), 2 if tiling.splits == 1 else 1
+        rows, columns, quarters = -(-rows // 2), -(-columns // 2), 2
     return quarters * floats // min(16, floats) * rows * (-(-columns * pixel // 128) * 128 + pixel)
 
 
@@ -120,7 +123,7 @@ def _widths(case: Case, vector: int) -> list[tuple[int, bool]]:
     """
     half = case.device.multiprocessors * 9 // 20
     wanted = next((n for n in WIDTHS if _most_blocks(case, vector, max(1, n // vector)) >= half), WIDTHS[-1])
-    on_chip = [_vectors(case, vector, min(wanted, width))[0] for width in (2 * SECTOR, SECTOR) if sums(case)]
+    on_chip = _vectors(case, vector, min(wanted, SECTOR))[:1] if sums(case) else []
     return [*((n, True) for n in on_chip), *((n, False) for n in _vectors(case, vector, wanted))]
 
 
@@ -198,21 +201,21 @@ def _fit(
         if threads > MOST_THREADS or places > most or (splits > 1 and min(runs) < halo):
             continue
         size = rounded(threads)
-        for lines in _tap_lines(case, vector, vectors, places, max(runs)):
+        for lines in _tap_lines(case, vector, vectors, places, max(runs), on_chip):
             tiling = Tiling(vector, vectors, places, roles, splits, runs, size, halo, lines, depth, on_chip)
             if lines >= fewest and _shared_memory(case, tiling) <= memory:
                 return tiling
     return None
 
 
-def _tap_lines(case: Case, vector: int, vectors: int, places: int, run: int) -> list[int]:
+def _tap_lines(case: Case, vector: int, vectors: int, places: int, run: int, on_chip: bool) -> list[int]:
     """Lines of taps that are normalised together, the most wanted first.
 
     Many cover the latency of memory, few fit registers and shared memory.
     """
-    most = 8
+    most = 4 if on_chip else 8
     if not own_taps(case):
-        most = MOST_TAPS * vectors // (places * tap_groups(case, vector, vectors))
+        most = min(most, MOST_TAPS * vectors // (places * tap_groups(case, vector, vectors)))
     return [lines for lines in (8, 4, 2) if lines == 2 or lines <= min(most, 1024 // run)]
 
 
