@@ -145,13 +145,12 @@ __device__ __forceinline__ void carry_vector(Thread& t, const Chunk& c, const We
     const int e = RISING ? EACH - 1 - k : k;
     const float dy = c.at(DY, 0, e);
     g[e] = HAS_GATE ? fmaf(c.at(HAS_GATE ? GATE : DY, 0, e), dy, carried[0]) : dy + carried[0];
-    const float line[N] = {g[e]};
-    const Weighed weights[N] = {weight[e]};
-    Shown shown = carry_line(carried, line, weights);
-    if (RESTARTS && (restarts >> e & 1)) shown = {0.f, 0.f}, carried[0] = 0.f;
+    const Taps& w = weight[e].w;
+    const bool restart = RESTARTS && (restarts >> e & 1);
+    const Shown shown = {restart ? 0.f : w.before * g[e], restart ? 0.f : w.after * g[e]};
     publish(t, shown);
     const Edges from = settle(t, shown);
-    carried[0] += from.before + from.after;
+    carried[0] = restart ? 0.f : fmaf(w.here, g[e], from.before + from.after);
   }
 }
 

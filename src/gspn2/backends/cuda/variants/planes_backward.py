@@ -397,8 +397,9 @@ def _cost(case: Case, cut: Cut) -> float:
     instructions = back + (0 if hidden else 2 * forward)
     # What one line waits for the one before, and a segment for its operands; what a cluster sums over its
     # blocks comes through their shared memory, and slowly.
-    waiting = 100 + 50 * wide + (600 + 600 * (cut.cluster > 1)) / cut.segment
+    waiting = 100 + 25 * wide * warps + (600 + 600 * (cut.cluster > 1)) / cut.segment
     waiting += (cut.together > 1) * (1000 + 5 * cut.own)
+    waiting += (cut.strips > 1) * (3000 if hidden else 12000) / cut.segment
     if not hidden:
         waiting += 2 * (60 + 50 * wide)
     traffic = _traffic(case, cut) * _pages(case, cut)
@@ -419,8 +420,11 @@ def _cost(case: Case, cut: Cut) -> float:
 
     rest = cut.blocks % at_once
     total = cut.blocks // at_once * wave(at_once) + (wave(rest) if rest else 0)
-    # Of equals, the one with fewer places beyond its own.
-    return total * (0.9 + 0.1 * place / own) * (SPILLS if _spills(cut) else 1)
+    # Of equals, the one with fewer places beyond its own, and not the fewest threads.
+    total *= 0.9 + 0.1 * place / own
+    if not cut.sizes.horizontal and cut.places * case.itemsize == UNIT:
+        total *= 1.05
+    return total * (SPILLS if _spills(cut) else 1)
 
 
 def _pages(case: Case, cut: Cut) -> float:

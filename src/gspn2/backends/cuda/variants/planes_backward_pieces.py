@@ -17,6 +17,9 @@ LANES = 32
 HALO = 16
 """Rows beyond its own that a block scans along on either side, and lines between exchanges of blocks."""
 
+OWN = 128
+"""Rows of a block where there are many: 5 warps with those that it scans along."""
+
 MOST_THREADS = 512
 """Of a block."""
 
@@ -105,7 +108,7 @@ def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
             continue
         rows = min(height, own + HALO * min(2, strips - 1))
         threads = -(-rows // LANES) * LANES
-        if threads > min(MOST_THREADS, _most_threads(case, walk)):
+        if threads > (MOST_THREADS if walk.states(case) < 2 else 256):
             continue
         for piece in (32, 64, 128):
             for buffers in (1, 2):
@@ -120,7 +123,7 @@ def best(case: Case, walks: list[Walk]) -> tuple[Pieces, ...] | None:
     """The walks as they are cut; None if one of them fits in no way."""
     found = []
     for walk in walks:
-        cut = min(pieces(case, walk), key=lambda cut: _cost(case, cut), default=None)
+        cut = min(pieces(case, walk), key=lambda cut: _rank(case, cut), default=None)
         if cut is None:
             return None
         found.append(cut)
@@ -197,49 +200,35 @@ def _shared(case: Case, walk: Walk, strips: int, threads: int, piece: int, buffe
     return threads // LANES * buffers * tile + 16 * (threads // LANES + 2) + mail + 32 + 16 * operands
 
 
-def _traffic(case: Case, walk: Walk) -> int:
-    """Bytes of one place to and from memory."""
-    size, lam, gate = case.itemsize, "lam" in case.views, "gate" in case.views
-    if walk.forward:
-        return size * (4 + lam) + 4
-    sums = 8 if len(case.problem.directions) > 1 else size
-    states = 4 if walk.own_states else size
-    return size * (5 + 2 * lam + 2 * gate) + states + sums + (12 if walk.shared else 3 * size)
-
-
-def _cost(case: Case, cut: Pieces) -> float:
-    """Cycles of a multiprocessor, estimated: an order of magnitude, to choose by."""
-    problem, device = case.problem, case.device
-    resident = _resident(case, cut)
-    blocks = problem.batch * problem.channels * cut.strips
-    at_once = device.multiprocessors * resident
-    if cut.strips > 1:
-        at_once = device.multiprocessors // 16 * (16 * resident // cut.strips) * cut.strips
-    busy = min(resident, -(-blocks // device.multiprocessors))
-    warps = cut.threads // LANES
-    columns = cut.piece // case.itemsize
-    # One line: what it waits for the one before, what a multiprocessor issues, and what memory brings it.
-    line = 110 + 40 * (cut.threads > LANES) + (150 if cut.strips > 1 else 50) / HALO
-    if cut.buffers == 1:
-        line += 2000 / columns
-    issued = 55 * warps * busy / 4
-    taken = _traffic(case, cut.walk) * cut.own * busy / 18 * {32: 2.5, 64: 1.2, 128: 1}[cut.piece]
-    return -(-blocks // max(1, at_once)) * problem.width * max(line + issued / 3, issued, taken)
+def _rank(case: Case, cut: Pieces) -> tuple[float, ...]:
+    """How far a way of cutting is from what was fastest on an H200, least first."""
+    planes, processors = case.problem.batch * case.problem.channels, case.device.multiprocessors
+    own, buffers = OWN, 2
+    if cut.walk.forward and planes * -(-case.problem.height // OWN) > 2 * processors:
+        buffers = 1  # blocks fill each other's time
+    elif cut.walk.own_states and case.problem.height > OWN:
+        buffers = 1
+        if 2 * (_shared(case, cut.walk, 2, OWN + 2 * HALO, 64, 1) + RESERVED) > _room(case):
+            own = 205  # one block has the multiprocessor for itself: 8 warps
+    return abs(cut.own / own - 1), abs(cut.piece / 64 - 1), abs(cut.buffers - buffers)
 
 
 def _resident(case: Case, cut: Pieces) -> int:
     """Blocks that a multiprocessor holds."""
-    shared = (case.device.shared_memory + RESERVED) // (cut.shared + RESERVED)
+    shared = _room(case) // (cut.shared + RESERVED)
     return max(1, min(shared, _most_threads(case, cut.walk) // cut.threads))
+
+
+def _room(case: Case) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return case.device.shared_memory + RESERVED
 
 
 def _most_threads(case: Case, walk: Walk) -> int:
     """Threads of a multiprocessor that leave each of them the registers that it takes."""
     if walk.forward:
         return 768
-    if walk.states(case) < 2:
-        return 512
-    return 384 if walk.shared else 256
+    return 512 if walk.states(case) < 2 else 384
 
 
 def _kernel(case: Case, cut: Pieces) -> Kernel:
