@@ -12,6 +12,7 @@ from .pixels_layout import (
     blocks_of,
     channel_blocks,
     defines,
+    largest_cluster,
     launch,
     own_taps,
     reasons,
@@ -62,7 +63,7 @@ def _split(case: Case, vector: int, vectors: int, on_chip: bool, places: int) ->
         return _fit(case, vector, vectors, roles, 1, True, places) if splits == 1 else None
     while True:
         tiling = _fit(case, vector, vectors, roles, splits, False, places)
-        if tiling is not None or places == 1 or roles * splits * 2 > _largest_cluster(case):
+        if tiling is not None or places == 1 or roles * splits * 2 > largest_cluster(case):
             return tiling
         splits *= 2
 
@@ -144,15 +145,7 @@ def _most_blocks(case: Case, vector: int, vectors: int) -> int:
     blocks = case.problem.batch * blocks_of(case, vector, vectors)
     roles = roles_of(case, blocks)
     shortest = min(case.problem.height, case.problem.width)
-    return blocks * roles * max(1, min(_largest_cluster(case) // roles, shortest // SHORTEST_SPLIT))
-
-
-def _largest_cluster(case: Case) -> int:
-    """Blocks of a cluster at most: 16 where several groups of multiprocessors must have as many."""
-    capability = case.device.capability
-    if capability < (9, 0):
-        return 1
-    return 16 if capability == (9, 0) and case.device.multiprocessors >= 132 else 8
+    return blocks * roles * max(1, min(largest_cluster(case) // roles, shortest // SHORTEST_SPLIT))
 
 
 def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
@@ -165,7 +158,7 @@ def _cluster(case: Case, vector: int, vectors: int) -> tuple[int, int]:
     blocks = case.problem.batch * blocks_of(case, vector, vectors)
     roles, splits = roles_of(case, blocks), 1
     shortest = min(case.problem.height, case.problem.width)
-    while roles * splits * 2 <= _largest_cluster(case) and shortest >= SHORTEST_SPLIT * 2 * splits:
+    while roles * splits * 2 <= largest_cluster(case) and shortest >= SHORTEST_SPLIT * 2 * splits:
         cluster = roles * splits * 2
         more = blocks * cluster
         if more > device.multiprocessors and more % (device.multiprocessors // cluster * cluster or 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, View, options
@@ -14,7 +13,7 @@ SHORTEST_SPLIT = 128
 """Places of a split at least: with fewer, what it recomputes and exchanges costs more than it gains."""
 
 LARGEST_CLUSTER = 8
-"""Blocks."""
+"""Blocks that every device with clusters can run together."""
 
 SECTOR = 32
 """Bytes that a read moves at least."""
@@ -59,28 +58,6 @@ class Tiling:
         return self.roles * self.splits
 
 
-def first_fitting(case: Case, fit: Callable[[Case, int, int, int, int], Tiling | None]) -> Tiling | None:
-    """The first tiling that fits a block, from the widest channel blocks on.
-
-    Args:
-        case: the call.
-        fit: of the case, bytes of a vector, vectors, roles and splits: a tiling, or None where a line is
-            too long.
-    """
-    bytes_ = vector_of(case)
-    assert bytes_ is not None
-    for vectors in widths(case, bytes_):
-        roles_, splits = cluster_of(case, bytes_, vectors)
-        while True:
-            tiling = fit(case, bytes_, vectors, roles_, splits)
-            if tiling is not None:
-                return tiling
-            if roles_ * splits * 2 > LARGEST_CLUSTER or case.device.capability < (9, 0):
-                break
-            splits *= 2
-    return None
-
-
 def rounded(threads: int) -> int:
     """Whole warps, of few different numbers: a kernel is compiled for one."""
     warps = -(-threads // 32)
@@ -97,40 +74,12 @@ def roles_of(case: Case, blocks: int) -> int:
     return 4 if few and len(problem.directions) == 4 else 2
 
 
-def cluster_of(case: Case, vector: int, vectors: int) -> tuple[int, int]:
-    """Roles and splits: as many blocks as the GPU has multiprocessors, if the cluster can be so large."""
-    problem, device = case.problem, case.device
-    blocks = problem.batch * blocks_of(case, vector, vectors)
-    roles = roles_of(case, blocks)
-    splits = 1
-    shortest = min(problem.height, problem.width)
-    while (
-        device.capability >= (9, 0)
-        and roles * splits * 2 <= LARGEST_CLUSTER
-        and blocks * roles * splits * 2 <= device.multiprocessors
-        and shortest >= SHORTEST_SPLIT * 2 * splits
-    ):
-        splits *= 2
-    return roles, splits
-
-
-def widths(case: Case, vector: int) -> list[int]:
-    """Vectors that a block may have, the most wanted first.
-
-    Wanted are the bytes of a sector, or half of them where that gives more multiprocessors work. No
-    group of taps is cut.
-    """
-    problem = case.problem
-    vectors = problem.channels * case.itemsize // vector
-    wanted = max(1, SECTOR // vector)
-    blocks = problem.batch * blocks_of(case, vector, wanted)
-    if vector * wanted > 16 and 2 * blocks * roles_of(case, blocks) <= case.device.multiprocessors:
-        wanted //= 2
-    if own_taps(case) or problem.groups == 1:
-        return list(dict.fromkeys((min(wanted, vectors), 1)))
-    group = vectors // problem.groups
-    fitting = [n for n in range(1, 17) if group % n == 0 or (n % group == 0 and vectors % n == 0)]
-    return sorted(fitting, key=lambda n: (n < wanted, abs(n - wanted)))
+def largest_cluster(case: Case) -> int:
+    """Blocks of a cluster at most: 16 where several groups of multiprocessors must have as many."""
+    capability = case.device.capability
+    if capability < (9, 0):
+        return 1
+    return 16 if capability == (9, 0) and case.device.multiprocessors >= 132 else LARGEST_CLUSTER
 
 
 def vector_of(case: Case) -> int | None:
