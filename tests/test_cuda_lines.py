@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ import torch
 from cuda_emulator import compiler, run_plan
 from cuda_emulator.emulator import Inputs, case_of
 from cuda_emulator.problems import ALL, BF16, FP16, Small, truth
+from gspn2.backends.cuda.geometry import Case, Device
+from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.variants import lines
 from gspn2.backends.cuda.variants.lines import Layout
+from gspn2.backends.problem import DIRECTIONS, Problem
 from helpers import max_error, relative_l2
 
 TOLERANCE = {torch.float32: (3e-6, 3e-6), BF16: (2.5e-3, 1.02 * 2**-8), FP16: (4e-4, 1.02 * 2**-11)}
@@ -130,6 +134,26 @@ def test_layouts(index: int) -> None:
     l2, largest = TOLERANCE[small.dtype]
     assert max_error(y, expected) <= largest
     assert relative_l2(y, expected) <= l2
+
+
+def imagined_case(height: int, width: int) -> Case:
+    x = torch.empty(1, 2, height, width, dtype=BF16, device="meta")
+    taps = torch.empty(1, 4, 1, 3, height, width, dtype=BF16, device="meta")
+    problem = replace(Problem.of(x, taps, DIRECTIONS, None, True), device="cuda")
+    return imagined(problem, "planes", Device())
+
+
+def test_long_lines_are_taken() -> None:
+    case = imagined_case(4096, 4096)
+    assert lines.why_not(case) is None
+    assert lines.best_layout(case) is not None
+
+
+def test_the_stride_of_a_single_column_says_nothing() -> None:
+    case = imagined_case(16, 1)
+    scan = replace(case, problem=replace(case.problem, directions=("down",), dtype=torch.float32))
+    views = {name: replace(view, w=7919) for name, view in scan.views.items()}
+    assert lines.why_not(replace(scan, views=views)) is None
 
 
 @functools.cache

@@ -129,34 +129,6 @@ void cluster_barrier() {
   may_switch();
 }
 
-// Mail ------------------------------------------------------------------------------------------------------
-
-void post(u64* slot, float value, u32 count) {
-  check_shared(slot, 8, 8, "post", SITE);
-  touch(slot, 8, WRITE, SITE);
-  std::vector<u32> clock(fibers.size());
-  release_to(clock);
-  Mail& mail = mails[slot];
-  mail.value = value, mail.count = count;
-  mail.known = std::make_shared<const std::vector<u32>>(std::move(clock));
-  for (Fiber* f : mail.waiting) make_ready(f);
-  mail.waiting.clear();
-  may_switch();
-}
-
-float take(const u64* slot, u32 count) {
-  check_shared(slot, 8, 8, "take", SITE);
-  may_switch();
-  // What is numbered otherwise may be of the turn before, or of a turn that this thread has missed.
-  while (!mails[slot].known || mails[slot].count != count) {
-    mails[slot].waiting.push_back(self());
-    wait("take", SITE);
-  }
-  acquire(mails[slot].known);
-  touch(slot, 8, READ, SITE);
-  return mails[slot].value;
-}
-
 // mbarriers -------------------------------------------------------------------------------------------------
 
 Mbarrier& mbarrier_at(u64* bar, const char* what, void* site) {

@@ -3,7 +3,6 @@
 #include <setjmp.h>
 
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 #include "fiber.h"
@@ -90,14 +89,6 @@ struct Block {
   std::vector<Cell> cells;
 };
 
-// 8 bytes of shared memory that `post` wrote, and what its thread knew.
-struct Mail {
-  float value;
-  u32 count;
-  Knowledge known;
-  std::vector<Fiber*> waiting;
-};
-
 // An mbarrier's place in shared memory holds a token that leads here.
 struct Mbarrier {
   u64* place;
@@ -148,7 +139,6 @@ extern std::vector<Block> blocks;
 extern Guarded stacks;
 extern std::vector<Guarded> shared_memories;
 extern std::vector<Mbarrier> mbarriers;
-extern std::unordered_map<const void*, Mail> mails;
 extern std::vector<Bulk> bulks;
 extern std::vector<int> ready;
 extern Barrier cluster;

@@ -88,8 +88,6 @@ EMULATED void copy_wait() {
 }
 
 EMULATED void named_barrier(int id, int threads) { emulator::block_barrier(id, threads, 0); }
-EMULATED void post(u64* slot, float value, u32 count) { emulator::post(slot, value, count); }
-EMULATED float take(const u64* slot, u32 count, bool wanted) { return wanted ? emulator::take(slot, count) : NAN; }
 EMULATED void mbarrier_init(u64* bar, int count) { emulator::mbarrier_init(bar, count); }
 EMULATED void mbarrier_init_fence() { emulator::mbarrier_init_fence(); }
 EMULATED void mbarrier_arrive(u64* bar) { emulator::mbarrier_arrive(bar, 0, "mbarrier_arrive"); }

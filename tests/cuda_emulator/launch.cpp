@@ -20,7 +20,6 @@ std::vector<Block> blocks;
 Guarded stacks;
 std::vector<Guarded> shared_memories;
 std::vector<Mbarrier> mbarriers;
-std::unordered_map<const void*, Mail> mails;
 std::vector<Bulk> bulks;
 std::vector<int> ready;
 Barrier cluster;
@@ -145,7 +144,6 @@ void set_up_cluster(u32 first_block, u32 grid) {
   warps.assign((size_t)(ranks * warps_each), {});
   fibers.assign((size_t)(ranks * threads), {});
   mbarriers.clear();
-  mails.clear();
   bulks.clear();
   ready.clear();
   cluster = {};

@@ -46,8 +46,6 @@ void copy_async(void* shared, const void* global, int size, int bytes);
 void copy_commit();
 void copy_wait(int pending);
 
-void post(u64* slot, float value, u32 count);
-float take(const u64* slot, u32 count);
 void mbarrier_init(u64* bar, int count);
 void mbarrier_init_fence();
 void mbarrier_arrive(u64* bar, u32 expected_bytes, const char* what);

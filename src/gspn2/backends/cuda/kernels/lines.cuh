@@ -6,7 +6,6 @@
 //              (down, up) are scanned a plane a block unless VSPLIT
 //   VSPLIT     1: rows are cut over the blocks, too
 //   CHANNELS   neighbouring ones, of one group, that a thread scans side by side: taps are read and normalised once
-//   POSTS      1: warps of a block meet without a barrier (see Edges)
 //   SUMS       1: more than one direction, whose sum travels in float32
 //   VTHREADS, VPLACES, VLINES, VRING   down and up: threads that hold places, places of each, lines copied together,
 //              groups of these in a ring; VPLACES 0: no such direction
@@ -23,15 +22,14 @@ constexpr int TENSORS = 3 + CHANNELS * OWN;       // three taps, then those of e
 constexpr int HALO = CLUSTER > 1 ? 16 : 0;       // places beyond a block's own, and lines between exchanges
 
 // Shared memory: the warps' edges, then what blocks of a cluster send each other, then rings.
-constexpr int TURN = WARPS > 16 ? 512 : 256;            // bytes: [warp][side] of 8 bytes
-constexpr int EDGES = CHANNELS * 2 * TURN / 8;         // [channel][turn]
+constexpr int EDGES = CHANNELS * 2 * 2 * (WARPS + 2);   // floats: [channel][turn][side][warp]
 constexpr int SIDE = CHANNELS * HALO;                  // floats that come from one side: [channel][row]
 constexpr int HALOS = 2 * 2 * (HALO > 0 ? SIDE : 1);   // [turn][side]
-constexpr int RING = (8 * EDGES + 4 * HALOS + 32 + 127) / 128 * 128;
+constexpr int RING = (4 * (EDGES + HALOS) + 32 + 127) / 128 * 128;
 
-__device__ __forceinline__ u64* edges() { return (u64*)shared_memory(); }
-__device__ __forceinline__ float* halos() { return (float*)(edges() + EDGES); }
-__device__ __forceinline__ u64* halo_barriers() { return (u64*)(halos() + HALOS); }
+__device__ __forceinline__ float* edges() { return (float*)shared_memory(); }
+__device__ __forceinline__ float* halos() { return edges() + EDGES; }
+__device__ __forceinline__ u64* halo_barriers() { return (u64*)(shared_memory() + (4 * (EDGES + HALOS) + 7) / 8 * 8); }
 
 // Element e of stored words.
 __device__ __forceinline__ float element(const u32* words, int e) {
@@ -204,98 +202,57 @@ __device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e) {
   return it;
 }
 
-// Counts lines to the next restart.
+// Counts lines to the next restart; true where one is.
 struct Restarts {
   int chunk, until;
-  // Those among the next `lines`: bit i is line i.
-  __device__ __forceinline__ u32 among(int lines) {
-    u32 found = 0;
-#pragma unroll 1
-    for (; until < lines; until += chunk) found |= 1u << until;
-    until -= lines;
-    return found;
+  __device__ __forceinline__ bool next() {
+    const bool now = until == 0;
+    until = (now ? chunk : until) - 1;
+    return now;
   }
 };
 
-// Hands the states at the two ends of every warp to its neighbours: put, sync, then get in the next line. Two turns, as
-// a warp may put those of the next line while its neighbour still gets these.
-// POSTS: without a barrier. What is put is numbered, and who gets it waits for the number. Two turns are enough here, too:
-// a warp puts the states of a line after it has got those of the line before, which its neighbour put when it had got
-// those of the line before that.
+// Hands the states at the two ends of every warp to its neighbours: put, which meets all threads, then get in the next
+// line. Two turns, as a warp may put those of the next line while its neighbour still gets these.
 struct Edges {
-  u32 count;                    // of puts; every warp's are numbered alike
-  u32 slot;                     // byte of this lane's last put, or what would be it: [turn][warp][side]
-  int lane, threads, get_from;  // those that hold places; bytes from where it puts to where its neighbour does
-  bool puts, gets;
+  int turn, warp, lane, threads;  // threads: those that hold places
 
-  // After `before` puts.
-  __device__ __forceinline__ void start(u32 before, int of_threads) {
-    const int warp = threadIdx.x / 32;
-    lane = threadIdx.x % 32, count = before, threads = of_threads;
-    const bool first = lane < 16, beside = first ? warp > 0 : warp + 1 < threads / 32;
-    puts = lane == 0 || lane == 31;
-    gets = puts && beside;
-    slot = (count & 1) * TURN + (warp * 2 + !first) * 8;
-    get_from = beside ? (first ? -8 : 8) : 0;
-    const float none[CHANNELS][1] = {};
-    put(none);
-  }
-  __device__ __forceinline__ unsigned char* at(int channel, int offset) const {
-    return shared_memory() + 2 * TURN * channel + (int)slot + offset;
+  __device__ __forceinline__ float* at(int channel, int side) const {
+    return edges() + ((channel * 2 + turn) * 2 + side) * (WARPS + 2) + warp + 1;
   }
 
+  __device__ __forceinline__ void start(int of_threads) {
+    turn = 0, warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = of_threads;
+    for (int i = threadIdx.x; i < EDGES; i += threads) edges()[i] = 0.f;
+    barrier();
+  }
   // The states beside this thread's own: of other lanes, or other warps.
   template <int N>
   __device__ __forceinline__ void get(float (&before)[CHANNELS], float (&after)[CHANNELS], const float (&h)[CHANNELS][N]) const {
 #pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) {
-      before[i] = __shfl_up_sync(0xffffffffu, h[i][N - 1], 1), after[i] = __shfl_down_sync(0xffffffffu, h[i][0], 1);
-      float state = 0.f;
-#if POSTS
-      state = take((const u64*)at(i, get_from), count, gets);
-#else
-      if (gets) state = *(const float*)at(i, get_from);
-#endif
-      if (gets && lane == 0) before[i] = state;
-      if (gets && lane == 31) after[i] = state;
+    for (int c = 0; c < CHANNELS; ++c) {
+      before[c] = __shfl_up_sync(0xffffffffu, h[c][N - 1], 1), after[c] = __shfl_down_sync(0xffffffffu, h[c][0], 1);
+      if (lane == 0) before[c] = at(c, 1)[-1];
+      if (lane == 31) after[c] = at(c, 0)[1];
     }
   }
   template <int N>
   __device__ __forceinline__ void put(const float (&h)[CHANNELS][N]) {
-    ++count, slot ^= TURN;
+    turn ^= 1;
 #pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) {
-      if (!puts) continue;
-      const float state = lane == 0 ? h[i][0] : h[i][N - 1];
-#if POSTS
-      post((u64*)at(i, 0), state, count);
-#else
-      *(float*)at(i, 0) = state;
-#endif
+    for (int c = 0; c < CHANNELS; ++c) {
+      if (lane == 0) *at(c, 0) = h[c][0];
+      if (lane == 31) *at(c, 1) = h[c][N - 1];
     }
-#if !POSTS
+    barrier();
+  }
+  __device__ __forceinline__ void barrier() const {
     if (WARPS > 1)
       named_barrier(1, threads);
     else
       __syncwarp();
-#endif
-  }
-  // Again, as states have changed since: not before neighbours have put the last ones.
-  template <int N>
-  __device__ __forceinline__ void put_again(const float (&h)[CHANNELS][N]) {
-#if POSTS
-    float before[CHANNELS], after[CHANNELS];
-    get(before, after, h);
-#endif
-    put(h);
   }
 };
-
-// Zero numbers, before the first put; a barrier has to follow.
-__device__ __forceinline__ void clear_edges() {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < EDGES; i += THREADS) edges()[i] = 0;
-}
 
 // Whole warps that hold `places` of a line; the others of the block rest.
 __device__ __forceinline__ int threads_for(int places, int each) { return ((places + each - 1) / each + 31) / 32 * 32; }
@@ -321,7 +278,6 @@ struct Strip {
   // h: the states from `first` on. Places of a thread are all on one side of every border.
   template <int N>
   __device__ __forceinline__ void exchange(float (&h)[CHANNELS][N], int first, int& count) const {
-    __syncwarp();  // what the lanes at its ends took says that others have read what is now written over
     const int turn = count & 1;
     const u32 parity = count >> 1 & 1;
     ++count;
@@ -355,17 +311,8 @@ __device__ __forceinline__ Strip strip_of(int places, int own, int rank) {
   return {places, begin, end, max(0, begin - HALO), min(places, end + HALO), rank};
 }
 
-// How many lines' states warps have posted, and how often blocks have exchanged theirs, in all scans so far. Threads
-// that rest count, too: they may take part in the next.
-struct Counts {
-  u32 posts;
-  int exchanges;
-
-  __device__ __forceinline__ void add(int lines, bool exchanging) {
-    const int more = exchanging && HALO > 0 ? (lines - 1) / (HALO > 0 ? HALO : 1) : 0;
-    posts += 1 + lines + more, exchanges += more;
-  }
-};
+// Of states between blocks in one scan. Threads that rest count them, too: they may take part in the next.
+__device__ __forceinline__ int exchanges_in(int lines) { return HALO > 0 ? (lines - 1) / (HALO > 0 ? HALO : 1) : 0; }
 
 __device__ __forceinline__ void wait_for_everybody() {
 #if CLUSTER > 1

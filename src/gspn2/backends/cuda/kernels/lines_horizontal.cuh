@@ -11,7 +11,7 @@ constexpr int TILE = 32 * HPIECE;          // bytes of one tensor in a warp's ti
 constexpr int HTILE = TENSORS * TILE;
 constexpr int SPAN = WARPS > 9 ? 4 : VECTOR;  // columns that a thread takes at once: many warps have few registers
 constexpr int SPANS = HPIECE / SIZE / SPAN;
-constexpr int AHEAD = 8 / SPAN;  // spans between asking for sums and using them
+constexpr int AHEAD = WARPS > 9 ? 1 : 8 / SPAN;  // spans between asking for sums and using them
 
 // Where vector v of a row is: permuted so that 8 rows' vectors meet 8 different groups of banks.
 template <int N>
@@ -118,7 +118,6 @@ struct HorizontalScan {
       if (starts) words[0][i] = MISSING;
       if (ends) words[2][i] = MISSING;
     }
-    const u32 restarting = restarts.among(SPAN);
     // Weights first: what is between two lines is on the way of the states.
     Place places[SPAN];
     if (ordinary<SPAN * SIZE / 4>(words)) {
@@ -134,13 +133,16 @@ struct HorizontalScan {
       const Place& it = places[e];
       float before[CHANNELS], after[CHANNELS];
       edges.get(before, after, h);
-      const bool restarts_here = restarting >> i & 1;
+      const bool restart = restarts.next();
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
-        float next = fmaf(it.w.here, h[c][0], it.u[c]);
-        next = fmaf(it.w.before, starts ? 0.f : before[c], next);
-        next = fmaf(it.w.after, ends ? 0.f : after[c], next);
-        h[c][0] = restarts_here ? it.u[c] : next;
+        if (restart) {
+          h[c][0] = it.u[c];
+        } else {
+          float next = fmaf(it.w.here, h[c][0], it.u[c]);
+          next = fmaf(it.w.before, starts ? 0.f : before[c], next);
+          h[c][0] = fmaf(it.w.after, ends ? 0.f : after[c], next);
+        }
       }
       edges.put(h);
 #pragma unroll
@@ -172,14 +174,14 @@ struct HorizontalScan {
     }
   }
 
-  __device__ __forceinline__ void run(const Scan& scan, int rank, Counts counts) {
+  __device__ __forceinline__ void run(const Scan& scan, int rank, [[maybe_unused]] int exchanges) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     strip = strip_of(scan.places, p.knobs[1], rank);
     const int first_row = strip.own_begin - HALO;
     const int threads = threads_for(strip.end - first_row, 1);
     if ((int)threadIdx.x >= threads) return;
     Edges edges;
-    edges.start(counts.posts, threads);
+    edges.start(threads);
     warp_row = first_row + warp * 32;
     const int row = warp_row + lane;
     const bool starts = row == 0, ends = row + 1 == scan.places, inside = strip.has(row);
@@ -214,8 +216,8 @@ struct HorizontalScan {
         const int s = REVERSED ? spans - 1 - i : i;
 #if CLUSTER > 1
         if (until_exchange == 0) {
-          strip.exchange(h, row, counts.exchanges);
-          edges.put_again(h);
+          strip.exchange(h, row, exchanges);
+          edges.put(h);
           until_exchange = HALO;
         }
         until_exchange -= SPAN;

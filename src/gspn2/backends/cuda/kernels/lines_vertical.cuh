@@ -134,13 +134,13 @@ struct VerticalScan {
     }
   }
 
-  __device__ __forceinline__ void run(const Scan& scan, int rank, Counts counts) {
+  __device__ __forceinline__ void run(const Scan& scan, int rank, [[maybe_unused]] int exchanges) {
     strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank) : strip_of(scan.places, scan.places, 0);
     const int first = strip.begin + (int)threadIdx.x * VPLACES;
     const int threads = threads_for(strip.end - strip.begin, VPLACES);
     if ((int)threadIdx.x >= threads) return;
     Edges edges;
-    edges.start(counts.posts, threads);
+    edges.start(threads);
     inside = strip.has(first);
     writes = strip.owns(first);
     [[maybe_unused]] int until_exchange = HALO;
@@ -168,8 +168,8 @@ struct VerticalScan {
       copy_group(g + VRING - 1);
 #if VSPLIT
       if (until_exchange == 0) {
-        strip.exchange(h, first, counts.exchanges);
-        edges.put_again(h);
+        strip.exchange(h, first, exchanges);
+        edges.put(h);
         until_exchange = HALO;
       }
       until_exchange -= VLINES;
@@ -180,17 +180,23 @@ struct VerticalScan {
           for (int e = 0; e < VPLACES; ++e) h[c][e] = 0.f;
       }
 #endif
-      const u32 restarting = restarts.among(VLINES);
 #pragma unroll
       for (int i = 0; i < VLINES; ++i) {
         if (g * VLINES + i >= lines) break;
         read_line(words, i + 1 < VLINES ? g : g + 1, i + 1 < VLINES ? i + 1 : 0);
         float before[CHANNELS], after[CHANNELS];
         edges.get(before, after, h);
-        const bool restarts_here = restarting >> i & 1;
+        const bool restart = restarts.next();
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)  // a state outside of the image may be anything, and 0 times that is not always 0
-          advance(h[c], places, c, restarts_here, starts ? 0.f : before[c], ends ? 0.f : after[c]);
+        for (int c = 0; c < CHANNELS; ++c) {
+          if (restart) {
+#pragma unroll
+            for (int e = 0; e < VPLACES; ++e) h[c][e] = places[e].u[c];
+          } else {
+            // A state outside of the image may be anything, and 0 times that is not always 0.
+            advance(h[c], places, c, starts ? 0.f : before[c], ends ? 0.f : after[c]);
+          }
+        }
         edges.put(h);
         if (writes) write_line(g, i, places, h);
         y += y_step;
@@ -206,7 +212,7 @@ struct VerticalScan {
   }
 
   // h <- w h + u. What comes from other lanes is added last: it is there last.
-  static __device__ __forceinline__ void advance(float (&h)[VPLACES], const Place (&places)[VPLACES], int c, bool restarts,
+  static __device__ __forceinline__ void advance(float (&h)[VPLACES], const Place (&places)[VPLACES], int c,
                                                  float before, float after) {
     float next[VPLACES];
 #pragma unroll
@@ -218,7 +224,7 @@ struct VerticalScan {
     next[0] = fmaf(places[0].w.before, before, next[0]);
     next[VPLACES - 1] = fmaf(places[VPLACES - 1].w.after, after, next[VPLACES - 1]);
 #pragma unroll
-    for (int e = 0; e < VPLACES; ++e) h[e] = restarts ? places[e].u[c] : next[e];
+    for (int e = 0; e < VPLACES; ++e) h[e] = next[e];
   }
 };
 #endif

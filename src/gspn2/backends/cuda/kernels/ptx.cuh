@@ -128,26 +128,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A value handed to one other thread of the block without a barrier: in 8 bytes of shared memory, which are read and
-// written as one, with a count that tells the reader whether it is the one it waits for.
-__device__ __forceinline__ void post(u64* slot, float value, u32 count) {
-  asm volatile("{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.volatile.shared.b64 [%0], both;\n}\n" ::"r"(shared_address(slot)),
-               "f"(value), "r"(count)
-               : "memory");
-}
-// Waits for number `count`, or, where it is not wanted, for any after it: all lanes of a warp ask together, as a loop that
-// some leave earlier costs more.
-__device__ __forceinline__ float take(const u64* slot, u32 count, bool) {
-  float value;
-  u32 found;
-  do asm volatile("{\n.reg .b64 both;\nld.volatile.shared.b64 both, [%2];\nmov.b64 {%0, %1}, both;\n}\n"
-                  : "=f"(value), "=r"(found)
-                  : "r"(shared_address(slot))
-                  : "memory");
-  while (__any_sync(0xffffffffu, (int)(found - count) < 0));
-  return value;
-}
-
 // Barriers in shared memory that bulk copies complete on (sm_90).
 __device__ __forceinline__ void mbarrier_init(u64* bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");

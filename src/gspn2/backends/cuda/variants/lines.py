@@ -111,8 +111,8 @@ class Layout:
     def shared(self) -> int:
         """Bytes of shared memory, as `kernels/lines.cuh` cuts it."""
         warps = self.threads // LANES
-        states = 2 * (512 if warps > 16 else 256) + 4 * 4 * (HALO if self.cluster > 1 else 1)
-        head = self.channels * states + 32
+        edges, halos = 4 * (warps + 2), 4 * (HALO if self.cluster > 1 else 1)
+        head = 4 * (self.channels * edges + (halos if self.cluster == 1 else self.channels * halos)) + 32
         return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
 
     @property
@@ -189,7 +189,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
 
     def cut(threads: int, cluster: int, split: int, channels: int = 1, blocks: int = 1) -> Macros:
         macros = {"THREADS": threads, "BLOCKS": blocks, "CLUSTER": cluster, "VSPLIT": split}
-        return (*macros.items(), ("CHANNELS", channels), ("POSTS", 0))
+        return (*macros.items(), ("CHANNELS", channels))
 
     def rows(threads: int, places: int, lines: int, ring: int) -> Macros:
         return (("VTHREADS", threads), ("VPLACES", places), ("VLINES", lines), ("VRING", ring))
@@ -209,9 +209,16 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
             (*scan, *cut(288, 4, 0), *no_rows, *columns(64, 2)),
             (*four, *cut(256, 1, 0), *rows(256, most, 2, 4), *columns(32, 2)),
             (*four, *cut(288, 4, 0), *rows(128, most, 2, 4), *columns(64, 2)),
+            (*scan, *cut(160, 8, 0, channels=2, blocks=3), *no_rows, *columns(64, 1)),
+            (*four, *cut(160, 8, 1, channels=2, blocks=2), *rows(64, 4, 4, 3), *columns(32, 2)),
             (*four, *cut(160, 8, 1), *rows(160, least, 8, 6), *columns(64, 2)),
         ]
-    return [(_kernel(macros), True) for macros in kernels]
+    # Columns of 1024 rows over two blocks leave 96 registers: a few addresses are spilled, once in a tile.
+    tall = [
+        (("STORAGE", 1), *four[1:], *cut(544, 2, 0), *rows(256, 4, 4, 3), *columns(64, 1)),
+        (("STORAGE", 0), *four[1:], *cut(544, 2, 0), *rows(256, 4, 2, 4), *columns(64, 1)),
+    ]
+    return [(_kernel(macros), True) for macros in kernels] + [(_kernel(macros), False) for macros in tall]
 
 
 def plan_of(layout: Layout) -> Plan:
@@ -226,7 +233,6 @@ def plan_of(layout: Layout) -> Plan:
             ("BLOCKS", layout.blocks),
             ("CLUSTER", layout.cluster),
             ("CHANNELS", layout.channels),
-            ("POSTS", 0),
             ("VSPLIT", int(layout.split)),
             ("SUMS", int(_sums(case))),
             ("VTHREADS", layout.row_threads),
@@ -289,27 +295,38 @@ def best_layout(case: Case) -> Layout | None:
 def _rank(layout: Layout) -> tuple[float, ...]:
     """How far a layout is from what was fastest on an H200 (docs/backends.md), least first."""
     case, problem = layout.case, layout.case.problem
-    planes, processors = problem.batch * problem.channels, case.device.multiprocessors
-    busy = (2 if _sums(case) else 4) * planes >= (1 if _sums(case) else 3) * processors  # by a plane a block
+    planes, processors, sums = problem.batch * problem.channels, case.device.multiprocessors, _sums(case)
+    busy = 4 * planes >= 3 * processors  # one plane a block keeps the device busy
+    pairs = _channels(case)[-1] > 1 and (
+        not _vertical(case) or (sums and not busy and 2 * planes >= processors)
+    )
     # Rows of a plane of its own keep a block busy if there are planes enough; else all share every plane.
-    alone = layout.cluster > 1 and not layout.split
-    score: list[float] = [layout.channels, float(_vertical(case) and layout.cluster > 1 and alone != busy)]
+    alone = busy or (sums and not pairs and 2 * planes >= processors)
+    score = [
+        abs(layout.channels - 1 - pairs),
+        float(_vertical(case) and layout.cluster > 1 and layout.split == alone),
+    ]
     if layout.columns is not None:
-        tall = case.itemsize == 2 and problem.height > 512 and not _sums(case)
-        tallest = 512 if _sums(case) and problem.height > 512 else 256
-        own = tallest if busy and not tall else 128
+        tall = problem.height > 512 and not sums
+        own = 512 if sums and alone and problem.height > 512 else 256 if alone and not tall else 128
         score.append(abs(layout.own_rows / own - 1) if problem.height > own else layout.cluster)
-        buffers = 1 if problem.height <= 64 or (tall and busy) else 2
-        score += [abs(layout.columns.buffers - buffers), abs(layout.columns.piece - 64)]
+        once = (
+            problem.height <= 64
+            or own == 512
+            or (pairs and not sums)
+            or (tall and busy and case.itemsize == 2)
+        )
+        piece = 32 if pairs and sums else 64
+        score += [abs(layout.columns.buffers - (1 if once else 2)), abs(layout.columns.piece - piece)]
     if layout.rows is not None:
         own = layout.own_columns
-        if not busy and not _sums(case):
+        if not busy and not sums:
             score.append(abs(own / 128 - 1) if problem.width > 256 else layout.cluster)
-        lanes = LANES * (8 if _sums(case) else 1 if planes >= 3 * processors else 4)
+        lanes = LANES if pairs else LANES * (8 if sums else 1 if planes >= 3 * processors else 4)
         places = min(VECTOR_BYTES // case.itemsize, max(4 // case.itemsize, own // lanes))
-        score.append(abs(layout.rows.places - places))
-        ring = 3 if layout.rows.lines * 24 > problem.height or not busy else 6
-        score.append(abs(layout.rows.ring - ring))
+        few = layout.rows.lines * 24 > problem.height or (sums and layout.rows.lines > 2)
+        ring = 3 if few else 6 if busy and not sums else 4
+        score += [abs(layout.rows.places - places), abs(layout.rows.ring - ring)]
     return tuple(score)
 
 
