@@ -253,39 +253,16 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     shared = (("OWN_TAPS", 0), ("INTERLEAVED", 0), ("TAP_GROUPS", 1))
     own = (("OWN_TAPS", 1), ("INTERLEAVED", 1), ("TAP_GROUPS", 1))
     alone = (("ROLES", 1), ("SPLIT", 0), ("HALO", 0))
-    wide = (
-        ("VECTOR", 16),
-        ("VECTORS", 2),
-        ("PLACES", 2),
-        ("LANES", 2),
-        ("WHOLE", 1),
-        ("THREADS", 128),
-        ("MIN_BLOCKS", 2),
-    )
-    packed = (
-        ("VECTOR", 8),
-        ("VECTORS", 4),
-        ("PLACES", 2),
-        ("LANES", 4),
-        ("WHOLE", 1),
-        ("THREADS", 256),
-        ("MIN_BLOCKS", 1),
-    )
-    long = (
-        ("VECTOR", 16),
-        ("VECTORS", 1),
-        ("PLACES", 1),
-        ("LANES", 1),
-        ("WHOLE", 0),
-        ("THREADS", 288),
-        ("MIN_BLOCKS", 1),
-    )
+    wide = (("VECTOR", 16), ("VECTORS", 4), ("LANES", 4), ("THREADS", 256))
+    packed = (("VECTOR", 8), ("VECTORS", 2), ("LANES", 2), ("THREADS", 288))
+    long = (("VECTOR", 16), ("VECTORS", 2), ("LANES", 2), ("THREADS", 288))
     gradients = tuple((f"NEED_{name}", 1) for name in ("DX", "DTAPS", "DLAM", "DGATE"))
     kernels = []
     for taps in (shared, own):
-        for size, lines in ((wide, 4), (packed, 8), (long, 4)):
+        for size, lines in ((wide, 4), (packed, 2), (long, 4)):
+            block = (("PLACES", 1), ("MIN_BLOCKS", 1), ("WHOLE", 1))
             rest = (("TAP_LINES", lines), ("SEGMENT", lines), *gradients)
-            macros = (*plain, *taps, *size, *alone, *rest)
+            macros = (*plain, *taps, *size, *block, *alone, *rest)
             kernels.append((Kernel("pixels_backward.cu", "pixels_backward", macros), True))
     kernels.append((Kernel("pixels_taps.cu", "pixels_taps", plain[:4]), False))
     return kernels
