@@ -43,8 +43,8 @@ __device__ __forceinline__ int pixels_of(const Params& p) { return p.height * p.
 
 // What a warp reads, in the order in which it needs it: for each task of the block, in each pass, its share of the bundles.
 struct Stream {
-  const unsigned char *records, *x, *dy;  // of the image that is read next, or null
-  unsigned char* slots;                   // of this warp
+  const unsigned char *records, *x, *dy;  // of the image that is read next, from this lane's copies on, or null
+  unsigned char *slots, *copies;          // of this warp; from this lane's copies on
   int task, pass, first;                  // task, pass and pixel to be read next
   int slot;                               // of the bundle to be used next
 };
@@ -68,35 +68,36 @@ __device__ __forceinline__ const unsigned char* records_of(const Params& p) {
 // To the images of the task that is read next.
 __device__ __forceinline__ void find_images(const Params& p, Stream& s) {
   const long long first = (long long)s.task * pixels_of(p);
-  s.records = records_of(p) + first * (4 * RECORD_WORDS);
+  const int mine = ((int)threadIdx.x & 31) * COPY;
+  s.records = records_of(p) + (first * (4 * RECORD_WORDS) + mine);
 #if !RECORD_X
-  s.x = (const unsigned char*)p.x.data + first * 4;
+  s.x = (const unsigned char*)p.x.data + (first * 4 + mine);
 #endif
 #if BACKWARD
-  s.dy = (const unsigned char*)p.dy.data + first * 4;
+  s.dy = (const unsigned char*)p.dy.data + (first * 4 + mine);
 #endif
 }
 
-// `pixels` pixels of WORDS words on their way.
+// This lane's part of `pixels` pixels of WORDS words on their way.
 template <int WORDS>
 __device__ __forceinline__ void copy_pixels(unsigned char* to, const unsigned char* from, int pixels) {
-  const int mine = ((int)threadIdx.x & 31) * COPY;
+  const int mine = ((int)threadIdx.x & 31) * COPY, bytes = min(pixels, BUNDLE) * 4 * WORDS;
 #pragma unroll
-  for (int i = 0; i < (4 * WORDS + COPY - 1) / COPY; i++)
-    if (mine + i * 32 * COPY < pixels * 4 * WORDS) copy_async<COPY>(to + mine + i * 32 * COPY, from + mine + i * 32 * COPY);
+  for (int o = 0; o < 4 * WORDS * BUNDLE; o += 32 * COPY)
+    if (mine + o < bytes) copy_async<COPY>(to + o, from + o);
 }
 
 // Starts reading the warp's next bundle into a slot.
 __device__ __forceinline__ void read_bundle(const Params& p, Stream& s, int slot) {
   if (s.task < p.knobs[TASKS]) {
-    unsigned char* to = s.slots + slot * SLOT;
+    unsigned char* to = s.copies + slot * SLOT;
     const int pixels = pixels_of(p) - s.first;
-    copy_pixels<RECORD_WORDS>(to, s.records + s.first * (4 * RECORD_WORDS), min(pixels, BUNDLE));
+    copy_pixels<RECORD_WORDS>(to, s.records + s.first * (4 * RECORD_WORDS), pixels);
 #if !RECORD_X
-    copy_pixels<1>(to + SLOT_X, s.x + s.first * 4, min(pixels, BUNDLE));
+    copy_pixels<1>(to + SLOT_X, s.x + s.first * 4, pixels);
 #endif
 #if BACKWARD
-    copy_pixels<1>(to + SLOT_DY, s.dy + s.first * 4, min(pixels, BUNDLE));
+    copy_pixels<1>(to + SLOT_DY, s.dy + s.first * 4, pixels);
 #endif
     s.first += THREADS;
     if (s.first >= pixels_of(p)) {
@@ -112,7 +113,8 @@ __device__ __forceinline__ void read_bundle(const Params& p, Stream& s, int slot
 
 // Starts reading.
 __device__ __forceinline__ Stream stream_of(const Params& p, unsigned char* shared) {
-  Stream s = {nullptr, nullptr, nullptr, shared + p.knobs[RING_AT] + (int)threadIdx.x / 32 * (RING * SLOT), (int)blockIdx.x, 0,
+  unsigned char* slots = shared + p.knobs[RING_AT] + (int)threadIdx.x / 32 * (RING * SLOT);
+  Stream s = {nullptr, nullptr, nullptr, slots, slots + ((int)threadIdx.x & 31) * COPY, (int)blockIdx.x, 0,
               (int)threadIdx.x & ~31, 0};
   if (records_of(p) == nullptr || s.first >= pixels_of(p))
     s.task = p.knobs[TASKS];
@@ -123,20 +125,16 @@ __device__ __forceinline__ Stream stream_of(const Params& p, unsigned char* shar
   return s;
 }
 
-// Brings what will be read of a task into the second-level cache, ahead of the rings: each warp its bundles.
+// Brings what will be read of a task into the second-level cache, ahead of the rings. One thread asks, of a warp that does
+// not scan if there is one, for few large pieces: each takes long to ask for, whatever its size.
 __device__ __forceinline__ void prefetch_task(const Params& p, int task) {
 #if COPY == 16 && (defined(GSPN2_EMULATE) || __CUDA_ARCH__ >= 900)
   const unsigned char* records = records_of(p);
-  if (records == nullptr || task >= p.knobs[TASKS] || (threadIdx.x & 31) != 0) return;
-  const long long image = (long long)task * pixels_of(p);
-#pragma unroll 1
-  for (int first = threadIdx.x; first < pixels_of(p); first += THREADS) {
-    const long long at = image + first;
-    const int pixels = min(BUNDLE, pixels_of(p) - first);
-    bulk_prefetch(records + at * (4 * RECORD_WORDS), pixels * 4 * RECORD_WORDS);
-    if (!RECORD_X) bulk_prefetch((const u32*)p.x.data + at, pixels * 4);
-    if (BACKWARD) bulk_prefetch((const u32*)p.dy.data + at, pixels * 4);
-  }
+  if (records == nullptr || task >= p.knobs[TASKS] || threadIdx.x != THREADS - 32) return;
+  const long long first = (long long)task * pixels_of(p);
+  bulk_prefetch(records + first * (4 * RECORD_WORDS), pixels_of(p) * 4 * RECORD_WORDS);
+  if (!RECORD_X) bulk_prefetch((const u32*)p.x.data + first, pixels_of(p) * 4);
+  if (BACKWARD) bulk_prefetch((const u32*)p.dy.data + first, pixels_of(p) * 4);
 #endif
 }
 

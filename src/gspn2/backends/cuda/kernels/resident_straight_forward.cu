@@ -57,10 +57,17 @@ __device__ __forceinline__ Numbers numbers_at(const storage_t* p, long long chan
   return n;
 }
 
-// What this block does: channels from c0 of image b, in direction d.
+// What this block does: channels from c0 of image b, in direction d; and where their tensors begin.
 struct Work {
   int b, c0, d;
+  const storage_t *x, *lam, *gate, *taps;
 };
+
+__device__ __forceinline__ Work work_of(const Params& p, int task, int d) {
+  const int b = task / p.knobs[PARTS], c0 = (task - b * p.knobs[PARTS]) * VECTOR;
+  return {b, c0, d, at(p.x, b, 0, c0, 0, 0), at(p.lam, b, d, c0, 0, 0), at(p.gate, b, d, c0, 0, 0),
+          at(p.taps, b, d, c0 / (p.channels / p.groups), 0, 0)};
+}
 
 struct Operands {
   Numbers x;
@@ -84,16 +91,19 @@ __device__ __forceinline__ Pixel pixel_of(const Params& p, int round) {
   return {row, min(index, last) - row * p.width, index, index <= last};
 }
 
+// Elements from the first pixel of an image to this one: an image is no longer than 2^31 of them (the plan's promise).
+__device__ __forceinline__ int distance(const View& v, const Pixel& pixel) { return pixel.row * (int)v.h + pixel.column * (int)v.w; }
+
 __device__ __forceinline__ Operands operands_of(const Params& p, const Work& work, const Pixel& pixel) {
   Operands o;
-  o.x = numbers_at(at(p.x, work.b, 0, work.c0, pixel.row, pixel.column), p.x.c);
+  o.x = numbers_at(work.x + distance(p.x, pixel), p.x.c);
 #if HAS_LAM
-  o.lam = numbers_at(at(p.lam, work.b, work.d, work.c0, pixel.row, pixel.column), p.lam.c);
+  o.lam = numbers_at(work.lam + distance(p.lam, pixel), p.lam.c);
 #endif
 #if HAS_GATE
-  o.gate = numbers_at(at(p.gate, work.b, work.d, work.c0, pixel.row, pixel.column), p.gate.c);
+  o.gate = numbers_at(work.gate + distance(p.gate, pixel), p.gate.c);
 #endif
-  const storage_t* taps = at(p.taps, work.b, work.d, work.c0 / (p.channels / p.groups), pixel.row, pixel.column);
+  const storage_t* taps = work.taps + distance(p.taps, pixel);
 #pragma unroll
   for (int k = 0; k < 3; k++) o.taps[k] = __ldg(taps + k * p.taps.k);
   return o;
@@ -105,7 +115,8 @@ __device__ __forceinline__ int place_of(const Params& p, bool vertical, const Pi
 }
 
 // Puts a pixel in order.
-__device__ __forceinline__ void put(const Params& p, bool vertical, const Pixel& pixel, const Operands& o) {
+__device__ __forceinline__ void put(const Params& p, bool vertical, const Pixel& pixel, const Operands& o,
+                                    unsigned char* shared) {
   if (!pixel.inside) return;
   const int index = place_of(p, vertical, pixel), plane = plane_of(p, vertical), taps = vertical ? p.knobs[TAPS_V] : p.knobs[TAPS_H];
 #pragma unroll
@@ -115,11 +126,11 @@ __device__ __forceinline__ void put(const Params& p, bool vertical, const Pixel&
 #else
     const float u = o.x[c];
 #endif
-    *(float*)(shared_memory() + c * plane + 4 * index) = u;
+    *(float*)(shared + c * plane + 4 * index) = u;
   }
   const int place = vertical ? pixel.column : pixel.row, places = vertical ? p.width : p.height;
   const Taps a = {widen(o.taps[0]), widen(o.taps[1]), widen(o.taps[2])};
-  store_taps(shared_memory() + VECTOR * plane, index, taps / TAP_PLANES, weights_of(a, place > 0, place + 1 < places));
+  store_taps(shared + VECTOR * plane, index, taps / TAP_PLANES, weights_of(a, place > 0, place + 1 < places));
 }
 
 __device__ __forceinline__ void store_y(const Params& p, const Work& work, int row, int column, const float (&y)[VECTOR]) {
@@ -169,7 +180,8 @@ __device__ __forceinline__ void sum_directions(const Params& p, const Work& work
 #endif
 
 // Reads the operands of this thread's pixels and puts them in order; the gates are returned.
-__device__ __forceinline__ void gather(const Params& p, const Work& work, bool vertical, Numbers (&gates)[ROUNDS]) {
+__device__ __forceinline__ void gather(const Params& p, const Work& work, bool vertical, unsigned char* shared,
+                                       Numbers (&gates)[ROUNDS]) {
 #pragma unroll
   for (int first = 0; first < ROUNDS; first += BATCH) {
     Operands operands[BATCH];
@@ -179,7 +191,7 @@ __device__ __forceinline__ void gather(const Params& p, const Work& work, bool v
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       if (first + i >= ROUNDS) continue;
-      put(p, vertical, pixel_of(p, first + i), operands[i]);
+      put(p, vertical, pixel_of(p, first + i), operands[i], shared);
 #if HAS_GATE
       gates[first + i] = operands[i].gate;
 #endif
@@ -201,16 +213,16 @@ KERNEL(THREADS, BLOCKS) resident_straight_forward(CONSTANT_PARAMS p) {
 #else
   const int d = 0;
 #endif
+  unsigned char* shared = held_shared_memory();
   const bool vertical = vertical_at(d);
   const int plane = plane_of(p, vertical);
   for (int task = blockIdx.x / SCANS; task < p.knobs[TASKS]; task += gridDim.x / SCANS) {
-    const int b = task / p.knobs[PARTS];
-    const Work work = {b, (task - b * p.knobs[PARTS]) * VECTOR, d};
+    const Work work = work_of(p, task, d);
     Numbers gates[ROUNDS];
-    gather(p, work, vertical, gates);
+    gather(p, work, vertical, shared, gates);
     __syncthreads();
     const int c = warp_index();
-    if (c < VECTOR) scan<false>(p, d, shared_memory() + c * plane, shared_memory() + VECTOR * plane);
+    if (c < VECTOR) scan<false>(p, d, shared + c * plane, shared + VECTOR * plane);
     whole_cluster();
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
@@ -218,7 +230,7 @@ KERNEL(THREADS, BLOCKS) resident_straight_forward(CONSTANT_PARAMS p) {
       float state[VECTOR];
 #pragma unroll
       for (int c = 0; c < VECTOR; c++) {
-        state[c] = *(const float*)(shared_memory() + c * plane + 4 * place_of(p, vertical, pixel));
+        state[c] = *(const float*)(shared + c * plane + 4 * place_of(p, vertical, pixel));
 #if HAS_GATE
         state[c] *= gates[round][c];
 #endif

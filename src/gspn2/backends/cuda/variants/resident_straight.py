@@ -16,17 +16,31 @@ MOST_BATCH = 4
 ENOUGH_THREADS = 1280
 """On a multiprocessor: more do not bring more bytes on their way."""
 
+MOST_ROWS = 64
+"""Of planes that are scanned along their rows here and not by `lines`."""
+
 FEW_BLOCKS = 16
 """With more, a block takes several channels if they are adjacent: less than a sector costs as much."""
 
 
 def takes(case: Case) -> bool:
-    """Are there several directions of so few images that all blocks run at the same time?"""
+    """Several directions of so few images that all blocks run at once, or small planes along their rows?"""
     it = layout(case)
-    if it is None or it.scans == 1:
+    if it is None:
         return False
+    if it.scans == 1:
+        return _scans_rows(case)
     tasks = case.problem.batch * case.problem.channels // it.vector
     return tasks * it.scans <= case.device.multiprocessors
+
+
+def _scans_rows(case: Case) -> bool:
+    """Small float32 planes along their rows, weights as given: `lines` takes only four columns at a time."""
+    problem = case.problem
+    planes = all(view.w == 1 for view in case.views.values())
+    small = max(problem.height, problem.width) <= MOST_ROWS
+    along = problem.directions[0] in ("right", "left")
+    return planes and small and along and case.itemsize == 4 and not problem.normalize
 
 
 def plan(case: Case) -> Plan:
@@ -69,17 +83,17 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     four = (("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("SCANS", 4), ("DIRECTIONS", 0x3210))
     one = (("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0), ("SCANS", 1), ("DIRECTIONS", 2))
-    large = (("THREADS", 1024), ("BLOCKS", 1), ("PLACES", 2), ("ROUNDS", 4), ("BATCH", 4))
-    small = (("THREADS", 1024), ("BLOCKS", 1), ("PLACES", 2), ("ROUNDS", 4), ("BATCH", 4))
+    few = (("THREADS", 1024), ("BLOCKS", 1), ("PLACES", 2), ("ROUNDS", 4), ("BATCH", 4))
+    many = (("THREADS", 416), ("BLOCKS", 3), ("PLACES", 2), ("ROUNDS", 10), ("BATCH", 4))
     single, pair = (("VECTOR", 1), ("ADJACENT", 0)), (("VECTOR", 2), ("ADJACENT", 1))
     name = "resident_straight_forward"
     # The first one has no cluster: it is compiled for older GPUs, too.
     every = [
-        (("STORAGE", 0), *one, *small, *single),
-        (("STORAGE", 1), *four, *large, *single),
-        (("STORAGE", 0), *four, *large, *pair),
+        (("STORAGE", 0), *one, *many, *single),
+        (("STORAGE", 1), *four, *few, *single),
+        (("STORAGE", 0), *four, *few, *pair),
     ]
-    return [(Kernel(f"{name}.cu", name, macros), macros is not every[0]) for macros in every]
+    return [(Kernel(f"{name}.cu", name, macros), True) for macros in every]
 
 
 @dataclass(frozen=True)
@@ -122,9 +136,14 @@ def layout(case: Case) -> Layout | None:
     scans = len(case.problem.directions)
     if case.backward or scans == 3 or (scans > 1 and case.device.capability < (9, 0)):
         return None
-    if longest(case) > LANES * MOST_PLACES:
+    if longest(case) > LANES * MOST_PLACES or any(_spans(case, view) for view in case.views.values()):
         return None
     return max(_layouts(case, _vector(case)), key=_rank, default=None)
+
+
+def _spans(case: Case, view: View) -> bool:
+    """Are pixels of one image 2^31 elements apart?"""
+    return (case.problem.height - 1) * abs(view.h) + (case.problem.width - 1) * abs(view.w) >= 2**31
 
 
 def _rank(it: Layout) -> tuple[int, ...]:
