@@ -159,7 +159,7 @@ def _infer(model: nn.Module, setting: Setting, device: torch.device) -> Pass:
             truth = _reference(fixed, some) if not setting.compiled else fixed(some)
         return {} if truth is None else {"logits": _close(found[:2], truth)}
 
-    facts = _facts(setting, call, device)
+    facts = _facts(setting, call, device, lambda: [*fixed.parameters(), *fixed.buffers(), images])
     return Pass(Work(call, graph=False), check, *_cost(model, setting, device), facts)
 
 
@@ -193,7 +193,13 @@ def _train(model: nn.Module, setting: Setting, device: torch.device) -> Pass:
         return {}
 
     moved, flops = _cost(model, setting, device)
-    return Pass(Work(call, graph=False), check, 3 * moved, 3 * flops, _facts(setting, call, device))
+    facts = _facts(
+        setting,
+        call,
+        device,
+        lambda: [*model.parameters(), *model.buffers(), images, labels, *_states(optimizer)],
+    )
+    return Pass(Work(call, graph=False), check, 3 * moved, 3 * flops, facts)
 
 
 def _reference(model: nn.Module, images: Tensor) -> Tensor | None:
@@ -217,17 +223,32 @@ def _close(found: Tensor, truth: Tensor) -> float:
     return refuse_if_far("logits", found, truth.double(), AGREEMENT[truth.dtype])
 
 
-def _facts(setting: Setting, call: Callable[[int], Any], device: torch.device) -> dict[str, Any]:
-    """Images of a call; on a GPU the most memory that is allocated during one."""
+def _facts(
+    setting: Setting, call: Callable[[int], Any], device: torch.device, own: Callable[[], list[Tensor]]
+) -> dict[str, Any]:
+    """Images of a call; on a GPU the most memory that it needs.
+
+    Args:
+        setting, call, device: of what is measured.
+        own: what outlives a call: weights, images, states of the optimizer. Other models are in memory, too.
+    """
     facts = {"images": setting.batch}
     if device.type == "cuda":
         call(0)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         call(0)
         torch.cuda.synchronize()
-        facts["peak_bytes"] = torch.cuda.max_memory_allocated()
+        during = torch.cuda.max_memory_allocated() - before
+        facts["peak_bytes"] = during + sum(it.nbytes for it in own())
     return facts
+
+
+def _states(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
+    """Tensors that optimizers keep."""
+    kept = [value for it in optimizers for state in it.state.values() for value in state.values()]
+    return [it for it in kept if isinstance(it, Tensor)]
 
 
 def _cost(model: nn.Module, setting: Setting, device: torch.device) -> tuple[int, int]:

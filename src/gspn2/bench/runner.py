@@ -236,7 +236,7 @@ def _guarded(runner: Runner, case: Case, rates: dict[str, Any]) -> Row:
     """A case's row, also if it cannot be run at all."""
     begin = time.monotonic()
     if runner.device.type == "cuda":
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(max(HANG_SECONDS, 2 * case.seconds), exit=True)
     try:
         found = runner.run(case, rates)
     except Exception as error:
