@@ -56,16 +56,21 @@ def tiling_of(case: Case) -> Tiling | None:
 def _split(case: Case, vector: int, vectors: int, on_chip: bool, places: int) -> Tiling | None:
     """The tiling, or None if there is none where a thread has at most so many places.
 
-    With one place the splits are those that the size of the problem calls for, with more those that fit.
+    A line that is too long gets more splits than the size of the problem calls for; with one place only where
+    there are so many blocks that it does not matter if the last of them run alone.
     """
-    roles, splits = _cluster(case, vector, vectors)
+    roles, wanted = _cluster(case, vector, vectors)
     if on_chip:
-        return _fit(case, vector, vectors, roles, 1, True, places) if splits == 1 else None
-    while True:
+        return _fit(case, vector, vectors, roles, 1, True, places) if wanted == 1 else None
+    blocks = case.problem.batch * blocks_of(case, vector, vectors) * roles
+    splits = wanted
+    while roles * splits <= largest_cluster(case):
         tiling = _fit(case, vector, vectors, roles, splits, False, places)
-        if tiling is not None or places == 1 or roles * splits * 2 > largest_cluster(case):
-            return tiling
+        if tiling is not None:
+            few = splits > wanted and blocks * splits < 2 * case.device.multiprocessors
+            return None if few and places == 1 else tiling
         splits *= 2
+    return None
 
 
 def plan(case: Case, tiling: Tiling) -> Plan:
