@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "classes of images",
     "export": "write a trained model for timm, torch.export and ONNX",
     "bench": "measure the operator, mixers and backbones beside others, check, draw",
+    "generate": "pictures from text, up to 16384 x 16384",
     "info": "versions, devices and backends",
 }
 
@@ -37,7 +38,14 @@ EXAMPLES = """examples:
 
 # Import name: what an extra brings. Anything else that is missing is a bug, and shows as one.
 OPTIONAL = {"timm", "torchvision", "safetensors", "sklearn", "PIL", "rich", "matplotlib", "huggingface_hub"}
-EXTRAS = {"datasets": "datasets", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
+EXTRAS = {
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+    "datasets": "datasets",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

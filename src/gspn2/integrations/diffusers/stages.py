@@ -62,11 +62,9 @@ def progressive(
             no step of its pass would be run.
     """
     scale = min(1.0, base / math.sqrt(height * width))
-    sizes = []
+    sizes: list[tuple[int, int]] = []
     while scale * _WORTHWHILE <= 1:
-        sizes.append(
-            tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
-        )
+        sizes.append((_rounded(height * scale, multiple), _rounded(width * scale, multiple)))
         scale *= 2
     sizes.append((height, width))
     passes = len(sizes) - 1
@@ -77,7 +75,10 @@ def progressive(
         raise ValueError(
             f"strengths: expected {passes}, one for each pass after the first, got {len(strengths)}"
         )
-    stages = [Stage(*size, steps, strength) for size, strength in zip(sizes, (1.0, *strengths), strict=True)]
+    stages = [
+        Stage(size[0], size[1], steps, strength)
+        for size, strength in zip(sizes, (1.0, *strengths), strict=True)
+    ]
     for stage in stages:
         if not 0 < stage.strength <= 1:
             raise ValueError(f"strengths: expected more than 0 and at most 1, got {stage.strength}")

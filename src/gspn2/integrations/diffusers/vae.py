@@ -316,12 +316,12 @@ def _safe_dtype(vae: AutoencoderKL) -> Iterator[torch.dtype]:
     before = vae.dtype
     upcast = before == torch.float16 and vae.config.force_upcast
     if upcast:
-        vae.to(dtype=torch.float32)
+        nn.Module.to(vae, torch.float32)
     try:
         yield vae.dtype
     finally:
         if upcast:
-            vae.to(dtype=before)
+            nn.Module.to(vae, before)
 
 
 def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

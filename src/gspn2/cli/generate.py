@@ -1,0 +1,135 @@
+"""`gspn2 generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..training.errors import UserError
+from .common import floats, guarded, image_size, positive
+
+EPILOG = """examples:
+  gspn2 generate "a lighthouse at dusk" --pipeline sdxl/ --mixers mixers/ --size 16384 --out lighthouse.tif
+  gspn2 generate --prompts prompts.txt --pipeline sdxl/ --size 2048x4096 --out pictures/
+  gspn2 generate "a lighthouse at dusk" --pipeline sdxl/ --size 1024 --direct --scheduler DDIMScheduler
+
+Large pictures are made progressively: at the size the model was trained on, then enlarged and painted over at
+twice the size, and so on. An interrupted run goes on with --resume after its last finished stage. Without
+--mixers self-attention stays in place, and its time grows with the fourth power of the side."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gspn2 generate`."""
+    parser.epilog = EPILOG
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the picture shows")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; --out is a folder")
+    parser.add_argument("--pipeline", type=Path, required=True, metavar="PATH", help="folder of a pipeline")
+    parser.add_argument("--mixers", metavar="PATH", help='folder of trained mixers, or "untrained"')
+    parser.add_argument(
+        "--size", type=image_size, default=(1024, 1024), metavar="HxW", help="(default: 1024)"
+    )
+    parser.add_argument("--out", type=Path, metavar="PATH", help=".png, .tif or .tiff (default: image.png)")
+    parser.add_argument("--steps", type=positive, default=30, metavar="N", help="a stage (default: 30)")
+    parser.add_argument("--guidance", type=float, default=5.0, metavar="X", help="1 for none (default: 5)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what the picture should not show")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--scheduler", metavar="NAME", help="a class of diffusers (default: the pipeline's)")
+    parser.add_argument("--direct", action="store_true", help="one pass at the full size")
+    parser.add_argument(
+        "--strengths",
+        type=floats,
+        metavar="X,X",
+        help="of the passes after the first (default: 0.42 to 0.28)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="to use at most (default: what is free)")
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished stage")
+    parser.add_argument("--keep-stages", action="store_true", help="leave the stages' latents beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate; returns the exit code."""
+    return guarded("generate", lambda: _generate(args))
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from ..training.model import pick_device
+
+    tasks = _tasks(args)
+    import torch
+
+    from ..integrations.diffusers.generate import Generator, Job, check_output, plan
+
+    device = pick_device(args.device)
+    job = Job(
+        pipeline=args.pipeline,
+        height=args.size[0],
+        width=args.size[1],
+        mixers=args.mixers,
+        steps=args.steps,
+        guidance=args.guidance,
+        negative=args.negative,
+        seed=args.seed,
+        scheduler=args.scheduler,
+        single=args.direct,
+        strengths=args.strengths,
+        device=str(device),
+        dtype=args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        memory=None if args.memory is None else int(args.memory * 1e9),
+    )
+    for _, out in tasks:
+        check_output(out)
+    how = plan(job)
+    print(f"peak memory: about {how.peak / 1e9:.1f} GB", flush=True)
+    for i, stage in enumerate(job.stages()):
+        print(f"stage {i + 1}: {stage.height} x {stage.width}, {stage.evaluations} steps", flush=True)
+    if device.type == "cuda":
+        # Kept, not hoped for: an allocation beyond it fails.
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, how.peak / total), device)
+    show = _Lines()
+    generator = Generator(job, how, show)
+    generator.encode([prompt for prompt, _ in tasks])
+    for prompt, out in tasks:
+        if args.resume and args.prompts is not None and out.exists():
+            continue
+        began = time.perf_counter()
+        generator.run(prompt, out, resume=args.resume, keep=args.keep_stages)
+        print(f"wrote {out} ({time.perf_counter() - began:.1f} s)", flush=True)
+    if device.type == "cuda":
+        print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB allocated")
+    return 0
+
+
+def _tasks(args: argparse.Namespace) -> Sequence[tuple[str, Path]]:
+    """Prompts and files."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("prompt: expected either PROMPT or --prompts FILE")
+    if args.prompts is None:
+        return [(args.prompt, args.out or Path("image.png"))]
+    try:
+        prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: cannot read {args.prompts}: {error}") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"prompts: no prompt in {args.prompts}")
+    folder = args.out or Path(".")
+    if not folder.is_dir():
+        raise UserError(f"out: expected a folder for several pictures, got {folder}")
+    digits = len(str(len(prompts) - 1))
+    return [(prompt, folder / f"{i:0{digits}}.png") for i, prompt in enumerate(prompts)]
+
+
+class _Lines:
+    """Progress: one line that counts on a terminal, a line a stage elsewhere."""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{what} {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
+        elif done == total:
+            print(f"{what}: done", flush=True)

@@ -1,0 +1,409 @@
+"""Pictures of any size from a text-to-image pipeline: stages, memory, files to go on from.
+
+Everything that can be wrong is looked for before weights are loaded (`Job`); then the stages run one after
+the other (`run`), each from the finished latents of the one before, which are kept in a file until the
+picture is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gspn2.training.checkpoint import write_safetensors
+from gspn2.training.errors import UserError
+
+from ..images import SUFFIXES, ImageFile
+from .execution import frugal
+from .memory import available, bytes_of, peak_of
+from .mixers import UNetMixers
+from .mounting import mount
+from .stages import Stage, direct, progressive
+from .vae import TiledVae
+
+KINDS = {
+    "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline),
+    "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What counting tensors does not see: work space of convolutions, fragmentation, and the CUDA context.
+_ALLOWANCE, _CONTEXT = 1.15, 1 << 30
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate, and how.
+
+    Args:
+        pipeline: folder of a Stable Diffusion or SDXL pipeline.
+        height, width: in pixels, multiples of the VAE's factor (8).
+        mixers: folder of trained mixers; None leaves self-attention in place; "untrained" for mixers as they
+            start, which is of use for measuring only.
+        steps: of the scheduler in each stage.
+        guidance: scale of classifier-free guidance; 1 for none.
+        negative: what the picture should not show.
+        seed: of all noise.
+        scheduler: name of a scheduler class of diffusers; None for the pipeline's.
+        single: generate at the full size at once instead of progressively.
+        strengths: of the progressive passes after the first.
+        device, dtype: to run on and in.
+        memory: bytes that may be used; None for what is free.
+
+    Raises:
+        UserError: something cannot be; nothing has been loaded yet.
+    """
+
+    pipeline: Path
+    height: int
+    width: int
+    mixers: str | None = None
+    steps: int = 30
+    guidance: float = 5.0
+    negative: str = ""
+    seed: int = 0
+    scheduler: str | None = None
+    single: bool = False
+    strengths: tuple[float, ...] | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        self.kind()
+        if self.steps < 1:
+            raise UserError(f"steps: expected at least 1, got {self.steps}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.guidance < 1:
+            raise UserError(f"guidance: expected at least 1, got {self.guidance}")
+        self.scheduler_class()
+        if self.mixers not in (None, "untrained") and not Path(self.mixers, "config.json").is_file():
+            raise UserError(f"mixers: no config.json in {self.mixers}")
+        self.stages()
+
+    def kind(self) -> tuple[Any, Any]:
+        """The pipeline's class, and that of its image-to-image passes."""
+        index = self._read("model_index.json")
+        name = index.get("_class_name")
+        if name not in KINDS:
+            raise UserError(f"pipeline: expected one of {', '.join(KINDS)} in {self.pipeline}, got {name}")
+        return KINDS[name]
+
+    def stages(self) -> list[Stage]:
+        """The passes."""
+        factor = 2 ** (len(self._read("vae/config.json")["block_out_channels"]) - 1)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side < factor or side % factor:
+                raise UserError(f"{name}: expected a multiple of {factor}, got {side}")
+        if self.single:
+            if self.strengths:
+                raise UserError("strengths: a single pass takes none")
+            return direct(self.height, self.width, self.steps)
+        base = factor * int(self._read("unet/config.json").get("sample_size") or 128)
+        try:
+            return progressive(
+                self.height, self.width, self.steps, base=base, strengths=self.strengths, multiple=factor
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def scheduler_class(self) -> Any:
+        """The scheduler's class, or None for the pipeline's own."""
+        if self.scheduler is None:
+            return None
+        own = self._read("model_index.json")["scheduler"][1]
+        names = sorted({own, *(each.__name__ for each in getattr(diffusers, own)().compatibles)})
+        if self.scheduler not in names:
+            raise UserError(f"scheduler: expected one of {', '.join(names)}, got {self.scheduler!r}")
+        return getattr(diffusers, self.scheduler)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.pipeline / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise UserError(f"pipeline: no {name} in {self.pipeline}") from None
+        except ValueError as error:
+            raise UserError(f"pipeline: cannot read {path}: {error}") from error
+
+    def fingerprint(self, prompt: str, stage: int) -> str:
+        """What the latents of a stage depend on, as a digest."""
+        files = []
+        folders = [self.pipeline]
+        if self.mixers not in (None, "untrained"):
+            folders.append(Path(str(self.mixers)))
+        for folder in folders:
+            for file in sorted(folder.rglob("*.safetensors")):
+                about = file.stat()
+                files.append((str(file.resolve()), about.st_size, about.st_mtime_ns))
+        fields = asdict(self) | {"pipeline": str(self.pipeline.resolve()), "memory": None, "device": None}
+        # A picture of another size may begin with the same stages.
+        for name in ("height", "width", "strengths", "single"):
+            del fields[name]
+        passes = [asdict(each) for each in self.stages()[: stage + 1]]
+        return hashlib.sha256(json.dumps([prompt, fields, passes, files]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job fits into memory: bytes at the worst moment, and the sizes of the parts that do it."""
+
+    peak: int
+    tile: int
+    tokens: int
+
+
+def plan(job: Job) -> Plan:
+    """Find the peak memory of a job from its configuration alone, and parts small enough for the device.
+
+    Raises:
+        UserError: it does not fit with the smallest parts.
+    """
+    limit = job.memory or available(torch.device(job.device))
+    found = None
+    for tile, tokens in ((256, 65536), (128, 65536), (64, 16384), (32, 4096)):
+        found = Plan(_foresee(job, tile, tokens), tile, tokens)
+        if found.peak <= limit:
+            return found
+    assert found is not None
+    raise UserError(
+        f"memory: {job.height} x {job.width} needs about {found.peak / 1e9:.1f} GB, there are"
+        f" {limit / 1e9:.1f} GB; take a smaller size, or mixers where self-attention is the largest part"
+    )
+
+
+def _foresee(job: Job, tile: int, tokens: int) -> int:
+    """Peak bytes of a job, by running its largest stage on tensors without data."""
+    dtype = DTYPES[job.dtype]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(job._read("unet/config.json"))
+        vae = AutoencoderKL.from_config(job._read("vae/config.json"))
+    # Past diffusers' own `to`, which warns of every cast.
+    nn.Module.to(vae, dtype)
+    nn.Module.to(unet, dtype)
+    weights = bytes_of(unet) + bytes_of(vae)
+    if job.mixers is not None:
+        # On a CPU the attentions stay beside the mixers.
+        weights += bytes_of(mount(unet))
+    last = job.stages()[-1]
+    vae_scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = torch.empty(
+        1,
+        unet.config.in_channels,
+        last.height // vae_scale,
+        last.width // vae_scale,
+        dtype=dtype,
+        device="meta",
+    )
+    tiled = TiledVae(vae, tile)
+    with frugal(unet, tokens=tokens):
+        peaks = [peak_of(lambda: unet(latents, **_conditions(unet, dtype)))]
+    peaks.append(peak_of(lambda: [None for _ in tiled.decode(latents)]))
+    stages = job.stages()
+    if len(stages) > 1:
+        before = stages[-2]
+        small = latents.new_empty(1, latents.shape[1], before.height // vae_scale, before.width // vae_scale)
+        peaks.append(peak_of(lambda: _enlarge(tiled, small, last)))
+    return int((weights + max(peaks) + 16 * latents.numel() * 4) * _ALLOWANCE) + _CONTEXT
+
+
+def _conditions(unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Text of the usual length, without data."""
+    given: dict[str, Any] = {
+        "timestep": torch.empty(1, device="meta"),
+        "encoder_hidden_states": torch.empty(
+            1, 77, unet.config.cross_attention_dim, dtype=dtype, device="meta"
+        ),
+    }
+    if unet.config.addition_embed_type == "text_time":
+        ids = unet.config.projection_class_embeddings_input_dim // unet.config.addition_time_embed_dim
+        count = 6 if ids > 6 else 5
+        pooled = (
+            unet.config.projection_class_embeddings_input_dim - count * unet.config.addition_time_embed_dim
+        )
+        given["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, dtype=dtype, device="meta"),
+            "time_ids": torch.empty(1, count, device="meta"),
+        }
+    return given
+
+
+class Generator:
+    """A loaded pipeline that makes the pictures of a job.
+
+    Args:
+        job: what to make.
+        how: from `plan(job)`.
+        progress: told of every stage's steps and tiles.
+    """
+
+    def __init__(self, job: Job, how: Plan, progress: Progress = lambda what, done, total: None) -> None:
+        self.job, self.how, self.progress = job, how, progress
+        pipe = DiffusionPipeline.from_pretrained(job.pipeline, dtype=DTYPES[job.dtype])
+        if job.scheduler is not None:
+            pipe.scheduler = job.scheduler_class().from_config(pipe.scheduler.config)
+        if job.mixers == "untrained":
+            mount(pipe.unet)
+        elif job.mixers is not None:
+            try:
+                mount(pipe.unet, UNetMixers.from_pretrained(job.mixers))
+            except (ValueError, OSError) as error:
+                raise UserError(f"mixers: {error}") from error
+        self.pipe = pipe
+        self._embeds: dict[str, dict[str, Tensor]] = {}
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encode all prompts; the text encoders are then given up, their memory is the stages'."""
+        job, pipe = self.job, self.pipe
+        names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+        if isinstance(pipe, StableDiffusionXLPipeline):
+            names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        encoders = [
+            name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None
+        ]
+        for name in encoders:
+            getattr(pipe, name).to(job.device)
+        with torch.no_grad():
+            for prompt in dict.fromkeys(prompts):
+                embeds = pipe.encode_prompt(
+                    prompt=prompt,
+                    device=job.device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=job.guidance > 1,
+                    negative_prompt=job.negative,
+                )
+                self._embeds[prompt] = {
+                    name: each for name, each in zip(names, embeds, strict=True) if each is not None
+                }
+        for name in encoders:
+            setattr(pipe, name, None)
+        pipe.unet.to(job.device)
+        pipe.vae.to(job.device)
+        pipe.set_progress_bar_config(disable=True)
+        parts = {**pipe.components}
+        if not isinstance(pipe, StableDiffusionXLPipeline):
+            parts |= {"safety_checker": None, "requires_safety_checker": False}
+        self._again = job.kind()[1](**parts)
+        self._again.set_progress_bar_config(disable=True)
+
+    def run(self, prompt: str, out: str | Path, *, resume: bool = False, keep: bool = False) -> None:
+        """Make one picture.
+
+        Args:
+            prompt: one of those that were encoded.
+            out: the file to write, .png, .tif or .tiff.
+            resume: go on after the finished stages of an interrupted run with the same settings.
+            keep: leave the stages' files beside the picture.
+        """
+        out = Path(out)
+        folder = stages_folder(out)
+        stages = self.job.stages()
+        first, latents = self._finished(folder, prompt) if resume else (0, None)
+        tiled = TiledVae(self.pipe.vae, self.how.tile)
+        for i in range(first, len(stages)):
+            stage = stages[i]
+            name = f"stage {i + 1}/{len(stages)} ({stage.height} x {stage.width})"
+            if latents is not None:
+                tiled.progress = functools.partial(self.progress, f"{name}: enlarging")
+                latents = _enlarge(tiled, latents, stage)
+            latents = self._stage(stage, i, prompt, latents, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {"fingerprint": self.job.fingerprint(prompt, i)}
+            write_safetensors(folder / f"stage{i}.safetensors", {"latents": latents}, about)
+        assert latents is not None
+        tiled.progress = functools.partial(self.progress, "writing")
+        with ImageFile(out, self.job.width, self.job.height) as file:
+            for strip in tiled.decode(latents):
+                pixels = ((strip[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                file.write(pixels.permute(1, 2, 0).cpu().numpy())
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _finished(self, folder: Path, prompt: str) -> tuple[int, Tensor | None]:
+        """How many stages a run before has left finished, and the latents of the last of them."""
+        for i in reversed(range(len(self.job.stages()))):
+            path = folder / f"stage{i}.safetensors"
+            with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("fingerprint") == self.job.fingerprint(prompt, i):
+                    return i + 1, file.get_tensor("latents").to(self.job.device)
+        return 0, None
+
+    def _stage(self, stage: Stage, index: int, prompt: str, before: Tensor | None, name: str) -> Tensor:
+        """Denoise at one size; latents (1, C, h, w)."""
+        job = self.job
+        base = job.stages()[0]
+        # Each stage has its own noise, so that a resumed run makes the same picture.
+        generator = torch.Generator().manual_seed(job.seed * 1000 + index)
+
+        def count(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            self.progress(name, step + 1, stage.evaluations)
+            return tensors
+
+        options: dict[str, Any] = {
+            **self._embeds[prompt],
+            "num_inference_steps": stage.steps,
+            "guidance_scale": job.guidance,
+            "generator": generator,
+            "output_type": "latent",
+            "callback_on_step_end": count,
+        }
+        if isinstance(self.pipe, StableDiffusionXLPipeline):
+            # SDXL is told a size; beyond what it was trained on that would mean nothing to it.
+            size = (base.height, base.width)
+            options |= {"original_size": size, "target_size": size}
+        with frugal(self.pipe.unet, tokens=self.how.tokens):
+            if before is None:
+                return self.pipe(height=stage.height, width=stage.width, **options).images
+            return self._again(image=before, strength=stage.strength, **options).images
+
+
+def _enlarge(tiled: TiledVae, latents: Tensor, stage: Stage) -> Tensor:
+    """Latents of the picture, enlarged to the size of a stage. Enlarging latents themselves would blur."""
+    with torch.no_grad():
+        image = torch.cat([strip.float() for strip in tiled.decode(latents)], dim=2)
+        image = F.interpolate(
+            image, size=(stage.height, stage.width), mode="bicubic", align_corners=False
+        ).clamp_(-1, 1)
+        return tiled.encode(image).to(latents.dtype)
+
+
+def stages_folder(out: Path) -> Path:
+    """Where the finished stages of a picture lie until it is written."""
+    return out.with_name(f"{out.name}.stages")
+
+
+def check_output(out: Path) -> None:
+    """Raise where a picture could not be written.
+
+    Raises:
+        UserError: another suffix, no folder there, or a folder of that name.
+    """
+    if out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"out: expected a name that ends in {', '.join(SUFFIXES)}, got {out.name!r}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"out: cannot write {out}: {'it is' if out.is_dir() else 'there is no such'} folder")

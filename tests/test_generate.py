@@ -1,0 +1,137 @@
+"""`gspn2 generate`: stages, files, and errors before anything is done."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from PIL import Image
+
+import diffusion_helpers as tiny
+from gspn2.cli.main import main
+from gspn2.integrations.diffusers import generate as module
+from gspn2.integrations.diffusers import mount
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only get slower on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Pipelines on disk, with mixers that do something."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, pipe in (("sdxl", tiny.sdxl_pipeline(root)), ("sd15", tiny.sd15_pipeline(root))):
+        pipe.save_pretrained(root / name)
+        mount(pipe.unet, zero_output=False).save_pretrained(root / f"{name}-mixers")
+    return root
+
+
+def command(folders, out, *more, name="sdxl", size="256"):
+    fixed = [
+        "--pipeline",
+        str(folders / name),
+        "--mixers",
+        str(folders / f"{name}-mixers"),
+        "--device",
+        "cpu",
+    ]
+    return ["generate", *fixed, "--steps", "3", "--size", size, "--out", str(out), *more]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+@pytest.mark.parametrize("size", ["256x192", "128x320", "256x256"])
+def test_three_aspect_ratios(folders, tmp_path, capsys, name, size):
+    out = tmp_path / "image.png"
+    assert main(command(folders, out, "a cat", name=name, size=size)) == 0
+    height, width = map(int, size.split("x"))
+    assert pixels(out).shape == (height, width, 3)
+    printed = capsys.readouterr().out
+    assert "peak memory: about" in printed
+    assert f"stage 2: {height} x {width}, 1 steps" in printed
+    assert "stage 2/2" in printed
+    assert os.listdir(tmp_path) == ["image.png"]
+
+
+def test_the_same_seed_gives_the_same_picture(folders, tmp_path):
+    for file, more in (("a.png", []), ("b.tif", []), ("c.png", ["--seed", "1"]), ("d.png", ["--direct"])):
+        assert main(command(folders, tmp_path / file, "a cat", *more)) == 0
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.tif")).all()
+    assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "c.png")).any()
+    assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "d.png")).any()
+
+
+def test_an_interrupted_run_goes_on_between_stages(folders, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole.png", tmp_path / "image.png"
+    assert main(command(folders, whole, "a cat")) == 0
+    enlarge = module._enlarge
+    monkeypatch.setattr(module, "plan", lambda job: module.Plan(1 << 30, 256, 65536))
+    monkeypatch.setattr(module, "_enlarge", lambda *args: (_ for _ in ()).throw(OSError("no more")))
+    assert main(command(folders, out, "a cat")) == 1
+    assert sorted(os.listdir(tmp_path)) == ["image.png.stages", "whole.png"]
+    assert os.listdir(tmp_path / "image.png.stages") == ["stage0.safetensors"]
+    calls = []
+    monkeypatch.setattr(module, "_enlarge", lambda *args: calls.append(args) or enlarge(*args))
+    capsys.readouterr()
+    assert main(command(folders, out, "a cat", "--resume")) == 0
+    assert "stage 1/2" not in capsys.readouterr().out
+    assert len(calls) == 1
+    assert (pixels(out) == pixels(whole)).all()
+    assert sorted(os.listdir(tmp_path)) == ["image.png", "whole.png"]
+
+
+def test_prompts_from_a_file(folders, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
+    prompts.write_text("a cat\n\na dog\n")
+    out.mkdir()
+    assert main(command(folders, out, "--prompts", str(prompts), size="128")) == 0
+    assert sorted(os.listdir(out)) == ["0.png", "1.png"]
+    assert (pixels(out / "0.png") != pixels(out / "1.png")).any()
+
+
+BAD = {
+    "size": (["--size", "250"], "multiple of 8, got 250"),
+    "scheduler": (["--scheduler", "NoScheduler"], "EulerDiscreteScheduler"),
+    "memory": (["--memory", "0.5"], "needs about"),
+    "steps": (["--steps", "1"], "less than one"),
+    "strengths": (["--strengths", "0.5,0.5"], "expected 1, one for each pass"),
+    "pipeline": (["--pipeline", "nowhere"], "no model_index.json in nowhere"),
+    "mixers": (["--mixers", "nowhere"], "no config.json in nowhere"),
+    "dtype": (["--dtype", "int8"], "expected one of float32"),
+    "suffix": (["--out", "image.jpg"], "ends in .png"),
+    "folder": (["--out", "nowhere/image.png"], "no such folder"),
+    "prompts": (["--prompts", "nowhere.txt"], "either PROMPT or --prompts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_is_loaded(folders, tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "Generator", None)
+    more, message = BAD[case]
+    assert main(command(folders, tmp_path / "image.png", "a cat", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_a_pipeline_of_another_kind_is_refused(folders, tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert main(command(folders, tmp_path / "a.png", "a cat", "--pipeline", str(tmp_path))) == 2
+    assert "got FluxPipeline" in capsys.readouterr().err
