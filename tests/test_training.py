@@ -29,7 +29,7 @@ from gspn2.training import (
     read_history,
     train,
 )
-from training_helpers import assert_same_run, make_images, settings
+from training_helpers import assert_same_run, make_images, run_killed, settings
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,36 +50,6 @@ def folder(tmp_path_factory):
 def finished(folder, tmp_path_factory):
     """The run nobody interrupts."""
     return train(settings(folder, tmp_path_factory.mktemp("run") / "out"))
-
-
-KILLED = """
-import json, os, signal, sys
-import torch
-from gspn2.training import Interrupted, StepDone, TrainConfig, train
-
-torch.set_num_threads(int(sys.argv[2]))
-
-sent = []
-
-def on_event(event):
-    # Steps 9 and 12 are reported before they are saved: work since the checkpoint before is lost.
-    # Once: the step on which the run stops is reported too, and a second signal ends the process.
-    if isinstance(event, StepDone) and event.step >= int(sys.argv[3]) and not sent:
-        sent.append(event.step)
-        os.killpg(0, int(sys.argv[4]))
-
-try:
-    train(TrainConfig.from_json(json.loads(sys.argv[1])), on_event=on_event)
-except Interrupted as stop:
-    sys.exit(128 + stop.signum)
-"""
-
-
-def run_killed(config: TrainConfig, step: int, signum: int) -> subprocess.CompletedProcess:
-    """A run in a process group of its own that gets a signal, workers and all."""
-    arguments = [json.dumps(config.to_json()), torch.get_num_threads(), step, int(signum)]
-    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
 
 
 @pytest.mark.parametrize(("workers", "workers_then", "step"), [(0, 0, 9), (2, 0, 12), (0, 2, 1)])

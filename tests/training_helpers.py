@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +56,33 @@ def assert_same_run(out: Path, expected: Path) -> None:
         assert not different, f"{name}: {different[:5]}"
     for name in ("log.csv", "log.jsonl"):
         assert (out / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+KILLED = """
+import json, os, signal, sys
+import torch
+from gspn2.training import Interrupted, StepDone, TrainConfig, train
+
+torch.set_num_threads(int(sys.argv[2]))
+
+sent = []
+
+def on_event(event):
+    # Steps 9 and 12 are reported before they are saved: work since the checkpoint before is lost.
+    # Once: the step on which the run stops is reported too, and a second signal ends the process.
+    if isinstance(event, StepDone) and event.step >= int(sys.argv[3]) and not sent:
+        sent.append(event.step)
+        os.killpg(0, int(sys.argv[4]))
+
+try:
+    train(TrainConfig.from_json(json.loads(sys.argv[1])), on_event=on_event)
+except Interrupted as stop:
+    sys.exit(128 + stop.signum)
+"""
+
+
+def run_killed(config: TrainConfig, step: int, signum: int) -> subprocess.CompletedProcess:
+    """A run in a process group of its own that gets a signal, workers and all."""
+    arguments = [json.dumps(config.to_json()), torch.get_num_threads(), step, int(signum)]
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)

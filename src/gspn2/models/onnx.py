@@ -78,11 +78,22 @@ def export_onnx(
     assert made is not None, "a program was given, so a program comes back"
     # Functions are a way to say it; runtimes that know none of them still know their operators.
     proto = onnx.inliner.inline_local_functions(made.model_proto)
-    for node in proto.graph.node:
-        # Where in somebody's files each node came from.
-        del node.metadata_props[:]
+    _forget_origins(proto)
+    _forget_origins(proto.graph)
     large = proto.ByteSize() >= 2**31
     onnx.save_model(proto, str(path), save_as_external_data=large, location=f"{Path(path).name}.data")
+
+
+def _forget_origins(part: Any) -> None:
+    """Remove notes on where in somebody's files each node came from, in subgraphs as well."""
+    del part.metadata_props[:]
+    for field in ("node", "value_info", "initializer", "input", "output"):
+        for inner in getattr(part, field, ()):
+            if hasattr(inner, "metadata_props"):
+                del inner.metadata_props[:]
+            for attribute in getattr(inner, "attribute", ()):
+                if attribute.HasField("g"):
+                    _forget_origins(attribute.g)
 
 
 def _translate(

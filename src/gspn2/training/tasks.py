@@ -247,8 +247,8 @@ def _draw(
 # -- the maze: is there a way from one mark to the other, after one passage was walled up?
 
 _CELL = 4
-_CUTS = 6
-_PAIRS = 64
+_CUTS = 16
+_PAIRS = 24
 
 
 def _maze(rng: Generator, count: int, canvas: int, scale: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -338,15 +338,15 @@ def _marks(
 ) -> NDArray[np.int64]:
     """Two cells (count, 2) in the same region or not, at a distance drawn without regard to which."""
     count, cells = region.shape
-    pairs = rng.integers(0, cells, (count, _PAIRS, 2))
     n = np.arange(count)[:, None]
-    joined = region[n, pairs[..., 0]] == region[n, pairs[..., 1]]
-    gap = np.stack((pairs // side, pairs % side))
-    distance = np.hypot(*(gap[..., 0] - gap[..., 1]))
+    first = rng.integers(0, cells, (count, _PAIRS))
+    wanted_region = region[n, first] ^ (1 - labels[:, None])
+    chances = rng.random((count, _PAIRS, cells), np.float32)
+    second = np.where(region[:, None] == wanted_region[..., None], chances, np.float32(-1)).argmax(-1)
+    distance = np.hypot(first // side - second // side, first % side - second % side)
     wanted = rng.uniform(0.25, 0.75, (count, 1)) * side
-    fits = (joined == labels[:, None].astype(bool)) & (distance > 1)
-    best = np.where(fits, np.abs(distance - wanted), np.inf).argmin(1)
-    return pairs[np.arange(count), best]
+    best = np.where(distance > 1, np.abs(distance - wanted), np.inf).argmin(1)[:, None]
+    return np.concatenate((first[n, best], second[n, best]), axis=1)
 
 
 def _cells(images: NDArray[np.uint8], top: int, left: int, side: int) -> NDArray[np.uint8]:
