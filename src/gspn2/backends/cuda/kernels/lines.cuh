@@ -166,9 +166,10 @@ __device__ __forceinline__ Taps weights_of(const Taps& a) {
 }
 
 // Do all lanes of the warp have none but ordinary logits in the first WORDS words of each tap? As integers, these are
-// the positive numbers, and negative ones up to -20.
+// the positive numbers, and negative ones up to -20. Lanes that are not `inside` hold whatever was in shared memory: it
+// must not decide, as both ways round differently.
 template <int WORDS>
-__device__ __forceinline__ bool ordinary([[maybe_unused]] const u32 (&words)[TENSORS][4]) {
+__device__ __forceinline__ bool ordinary([[maybe_unused]] const u32 (&words)[TENSORS][4], [[maybe_unused]] bool inside) {
 #if NORMALIZE && STORAGE != 0
   constexpr u32 LEAST = STORAGE == 1 ? 0xc1a0u : 0xcd00u;
   u32 largest = 0;
@@ -176,7 +177,7 @@ __device__ __forceinline__ bool ordinary([[maybe_unused]] const u32 (&words)[TEN
   for (int k = 0; k < 3; ++k)
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) largest = max_halves(largest, words[k][i]);
-  return __all_sync(0xffffffffu, (largest & 0xffffu) <= LEAST && largest >> 16 <= LEAST);
+  return __all_sync(0xffffffffu, !inside || ((largest & 0xffffu) <= LEAST && largest >> 16 <= LEAST));
 #else
   return false;
 #endif

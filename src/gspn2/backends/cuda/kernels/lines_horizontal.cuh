@@ -111,8 +111,8 @@ struct HorizontalScan {
 
   // One span of this thread's row, added to `result`.
   __device__ __forceinline__ void scan_span(float (&result)[CHANNELS][SPAN], u32 (&words)[TENSORS][4],
-                                              float (&h)[CHANNELS][1], Edges& edges, Restarts& restarts, bool starts,
-                                              bool ends) const {
+                                              float (&h)[CHANNELS][1], Edges& edges, Restarts& restarts, bool inside,
+                                              bool starts, bool ends) const {
 #pragma unroll
     for (int i = 0; i < SPAN * SIZE / 4; ++i) {
       if (starts) words[0][i] = MISSING;
@@ -120,7 +120,7 @@ struct HorizontalScan {
     }
     // Weights first: what is between two lines is on the way of the states.
     Place places[SPAN];
-    if (ordinary<SPAN * SIZE / 4>(words)) {
+    if (ordinary<SPAN * SIZE / 4>(words, inside)) {
 #pragma unroll
       for (int e = 0; e < SPAN; ++e) places[e] = unpack<true>(words, e);
     } else {
@@ -237,7 +237,7 @@ struct HorizontalScan {
             for (int k = 1; k < AHEAD; ++k) sums[k - 1][c][e] = sums[k][c][e];
           }
         if (SUMS) read_sums(sums[AHEAD - 1], row, n + AHEAD);
-        scan_span(result, words, h, edges, restarts, starts, ends);
+        scan_span(result, words, h, edges, restarts, inside, starts, ends);
         write_span(result, row, t, s, n);
       }
       __syncwarp();

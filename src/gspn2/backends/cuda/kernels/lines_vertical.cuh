@@ -125,7 +125,7 @@ struct VerticalScan {
     constexpr u32 FIRST = SIZE < 4 ? 0x0000ffffu : ~0u, LAST = SIZE < 4 ? 0xffff0000u : ~0u;
     if (starts) words[0][0] = (words[0][0] & ~FIRST) | (MISSING & FIRST);
     if (ends) words[2][VWORDS - 1] = (words[2][VWORDS - 1] & ~LAST) | (MISSING & LAST);
-    if (ordinary<VWORDS>(words)) {
+    if (ordinary<VWORDS>(words, inside)) {
 #pragma unroll
       for (int e = 0; e < VPLACES; ++e) places[e] = unpack<true>(words, e);
     } else {
