@@ -99,7 +99,7 @@ SIZES = (
     *((96, 160), (1000, 3), (2, 1000), (1000, 33), (129, 1000), (4096, 7), (7, 4096)),
 )
 FEW_NUMBERS = 2000  # these may be exact by luck, on either side: small problems get a larger batch
-FEW_SCANS = 24  # along a long and narrow image errors are one random walk: one alone may be any size
+FEW_SCANS = 192  # along a long and narrow image errors are one random walk: one alone may be any size
 
 
 def varied(height: int, width: int, precision: str) -> Case:

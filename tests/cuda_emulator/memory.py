@@ -131,7 +131,7 @@ class Memory:
         self._scratch: list[tuple[str, Tensor, Tensor]] = []
 
     def scratch(self, size: int, name: str) -> int:
-        """Address of a buffer of `size` bytes, all 0xFF, to be read where it was written; 0 if there are none."""
+        """Address of a buffer of `size` bytes, all 0xFF, readable where written; 0 if there are none."""
         if size == 0:
             return 0
         memory = _guarded(size)

@@ -195,7 +195,8 @@ class Mixer(nn.Module):
 
     def _operand_rows(self, merge: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (P, source) and bias (P,) of the operands' projection, the gate's rows scaled by `merge`."""
-        weight, bias = self.to_operands.weight, self.to_operands.bias
+        weight: Tensor = self.to_operands.weight
+        bias: Tensor = self.to_operands.bias
         if self.sizes[1]:
             scale = F.pad(merge.flatten(), (self.sizes[0], self.sizes[2]), value=1.0)
             weight, bias = weight * scale[:, None], bias * scale
