@@ -310,12 +310,7 @@ def _rank(layout: Layout) -> tuple[float, ...]:
         tall = problem.height > 512 and not sums
         own = 512 if sums and alone and problem.height > 512 else 256 if alone and not tall else 128
         score.append(abs(layout.own_rows / own - 1) if problem.height > own else layout.cluster)
-        once = (
-            problem.height <= 64
-            or own == 512
-            or (pairs and not sums)
-            or (tall and busy and case.itemsize == 2)
-        )
+        once = problem.height <= 64 or own == 512 or (pairs and not sums)
         piece = 32 if pairs and sums else 64
         score += [abs(layout.columns.buffers - (1 if once else 2)), abs(layout.columns.piece - piece)]
     if layout.rows is not None:
