@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a trained model for timm, torch.export and ONNX",
     "bench": "measure the operator, mixers and backbones beside others, check, draw",
     "generate": "pictures from text, up to 16384 x 16384",
+    "distill": "train mixers in a text-to-image UNet to do what its self-attention does",
     "info": "versions, devices and backends",
 }
 
@@ -41,6 +42,7 @@ OPTIONAL = {"timm", "torchvision", "safetensors", "sklearn", "PIL", "rich", "mat
 EXTRAS = {
     "diffusers": "diffusers",
     "transformers": "diffusers",
+    "accelerate": "diffusers",
     "datasets": "datasets",
     "onnx": "onnx",
     "onnxscript": "onnx",

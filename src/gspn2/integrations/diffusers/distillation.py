@@ -1,0 +1,181 @@
+"""What mixers learn from a frozen UNet: the noise, its predictions, and the outputs of what they replace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from .mixers import UNetMixers
+from .mounting import mount
+
+LOSSES = ("noise", "teacher", "features")
+
+
+@dataclass
+class Batch:
+    """Inputs of a step, of one size.
+
+    Args:
+        latents, noise: (B, C, h, w).
+        timesteps: (B,), whole numbers.
+        prompt: `embeds` (B, N, D), and `pooled` (B, P) of SDXL.
+        time_ids: (B, 6), for SDXL: original size, crop and size, each as rows and columns.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompt: dict[str, Tensor]
+    time_ids: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device."""
+        prompt = {name: tensor.to(device) for name, tensor in self.prompt.items()}
+        tensors = (self.latents, self.noise, self.timesteps)
+        latents, noise, timesteps = (tensor.to(device) for tensor in tensors)
+        return Batch(latents, noise, timesteps, prompt, self.time_ids.to(device))
+
+
+class Distiller(nn.Module):
+    """A frozen UNet as the teacher, and its twin with mixers; both hold the same frozen tensors.
+
+    Args:
+        teacher: on its device; it is frozen and otherwise left as it is.
+        scheduler: the pipeline's, of any kind: its noise schedule and prediction type count.
+        weights: of the losses, by the names in `LOSSES`.
+        checkpointing: recompute the student's activations in the backward pass.
+        options: of `mount`.
+
+    Raises:
+        ValueError: the UNet cannot be mounted, or predicts something else than noise or velocity.
+    """
+
+    # Both are held past nn.Module's registration: the student's tensors are all of them already.
+    teacher: UNet2DConditionModel
+    mixers: UNetMixers
+
+    def __init__(
+        self,
+        teacher: UNet2DConditionModel,
+        scheduler: Any,
+        weights: dict[str, float],
+        *,
+        checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.schedule = DDPMScheduler.from_config(scheduler.config)
+        kind = self.schedule.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"scheduler: expected prediction of epsilon or v_prediction, got {kind!r}")
+        teacher.requires_grad_(False).eval()
+        self.student = twin(teacher)
+        mixers = mount(self.student, **options)
+        # What learns is float32, whatever the frozen weights are; autocast sees to the rest.
+        mixers.float().requires_grad_(True).train()
+        if checkpointing:
+            self.student.enable_gradient_checkpointing()
+        self.__dict__["teacher"] = teacher
+        self.__dict__["mixers"] = mixers
+        self.weights = dict(weights)
+        self._features: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
+        self._watched: str | None = None
+        for name, _ in mixers.layers():
+            teacher.get_submodule(name).register_forward_hook(self._watch("teacher", name))
+            self.student.get_submodule(name).register_forward_hook(self._watch("student", name))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses by name, and their weighted sum as `loss`; each a float32 scalar."""
+        noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        if self.schedule.config.prediction_type == "v_prediction":
+            target = self.schedule.get_velocity(batch.latents, batch.noise, batch.timesteps)
+        else:
+            target = batch.noise
+        with torch.no_grad(), self._watching("teacher"):
+            expected = self._predict(self.teacher, noisy, batch)
+        with self._watching("student"):
+            predicted = self._predict(self.student, noisy, batch)
+        features = [
+            _relative_error(self._features["student"].pop(name), self._features["teacher"].pop(name))
+            for name in list(self._features["teacher"])
+        ]
+        losses = {
+            "noise": F.mse_loss(predicted.float(), target.float()),
+            "teacher": F.mse_loss(predicted.float(), expected.float()),
+            "features": torch.stack(features).mean(),
+        }
+        total = torch.stack([self.weights[name] * losses[name] for name in LOSSES]).sum()
+        return {**losses, "loss": total}
+
+    def _predict(self, unet: nn.Module, noisy: Tensor, batch: Batch) -> Tensor:
+        more: dict[str, Any] = {}
+        if "pooled" in batch.prompt:
+            more["added_cond_kwargs"] = {"text_embeds": batch.prompt["pooled"], "time_ids": batch.time_ids}
+        return unet(noisy, batch.timesteps, batch.prompt["embeds"], return_dict=False, **more)[0]
+
+    def _watch(self, who: str, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if self._watched == who:
+                self._features[who][name] = output
+
+        return hook
+
+    @contextlib.contextmanager
+    def _watching(self, who: str) -> Iterator[None]:
+        """Keep outputs of the layers; not when the backward pass runs them again."""
+        self._watched = who
+        try:
+            yield
+        finally:
+            self._watched = None
+
+
+def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Other modules around the same tensors."""
+    shared = {id(tensor): tensor for tensor in [*unet.parameters(), *unet.buffers()]}
+    return copy.deepcopy(unet, shared)
+
+
+def _relative_error(given: Tensor, expected: Tensor) -> Tensor:
+    """Mean square over that of the expected: layers of any scale count alike."""
+    expected = expected.float()
+    return F.mse_loss(given.float(), expected) / expected.square().mean().clamp_min(1e-8)
+
+
+class Average:
+    """A moving average of mixers' weights, warmed up so that the first steps do not weigh for long."""
+
+    def __init__(self, mixers: UNetMixers, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: p.detach().clone() for name, p in mixers.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, mixers: UNetMixers, step: int) -> None:
+        """Take in the weights after a step, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in mixers.named_parameters():
+            self.tensors[name].lerp_(parameter, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self, mixers: UNetMixers) -> Iterator[None]:
+        """The mixers with the average for their weights."""
+        own = {name: p.detach().clone() for name, p in mixers.named_parameters()}
+        _copy(mixers, self.tensors)
+        try:
+            yield
+        finally:
+            _copy(mixers, own)
+
+
+@torch.no_grad()
+def _copy(mixers: UNetMixers, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in mixers.named_parameters():
+        parameter.copy_(tensors[name])

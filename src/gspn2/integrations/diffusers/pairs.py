@@ -1,0 +1,231 @@
+"""Pictures with captions at the aspect ratios they have, and what a frozen pipeline makes of them.
+
+The VAE and the text encoders do not learn: latents and prompt embeddings are computed once and kept in a
+folder, a safetensors file each, named by a digest of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gspn2.training.checkpoint import write_safetensors
+from gspn2.training.errors import DataError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_NARROWEST = 2.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and its caption.
+
+    Args:
+        image: the file.
+        caption: what it shows.
+        size: height and width it is brought to, in pixels.
+        original: height and width it has.
+        crop: rows and columns cut off at the top and left, once it covers `size`.
+    """
+
+    image: Path
+    caption: str
+    size: tuple[int, int]
+    original: tuple[int, int]
+    crop: tuple[int, int]
+
+
+def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) of about resolution^2 pixels, multiples of `multiple`, up to 2:1 either way.
+
+    Raises:
+        ValueError: the resolution is no multiple, or not even one.
+    """
+    if resolution < multiple or resolution % multiple:
+        raise ValueError(f"resolution: expected a multiple of {multiple}, got {resolution}")
+    area = resolution * resolution
+    sizes = {(resolution, resolution)}
+    for short in range(multiple, resolution, multiple):
+        long = area // short // multiple * multiple
+        if long <= _NARROWEST * short:
+            sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def find_pairs(folder: Path, sizes: Sequence[tuple[int, int]]) -> list[Pair]:
+    """Pictures with a caption of the same name that ends in .txt, in a folder and those below it, by name.
+
+    Every picture's header is read and every caption, so that what is wrong is found before long work.
+
+    Raises:
+        DataError: no such folder, no picture in it, a caption that is missing, empty or unreadable, or a file
+            that is no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not folder.is_dir():
+        raise DataError(f"data: {folder}: {'is a file, expected a folder' if folder.exists() else 'no such'}")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+    if not files:
+        raise DataError(f"data: no picture ({', '.join(IMAGES)}) in {folder}")
+    found = []
+    for file in files:
+        text = file.with_suffix(".txt")
+        try:
+            caption = " ".join(text.read_text(encoding="utf-8").split())
+        except FileNotFoundError:
+            raise DataError(f"data: {file} has no caption, expected {text.name} beside it") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data: cannot read {text}: {error}") from error
+        if not caption:
+            raise DataError(f"data: the caption {text} is empty")
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(f"data: cannot read {file}: {error}") from error
+        found.append(_fitted(file, caption, (height, width), sizes))
+    return found
+
+
+def _fitted(file: Path, caption: str, original: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Pair:
+    """The bucket of the nearest aspect ratio, and what is cut off there."""
+    aspect = math.log(original[0] / original[1])
+    size = min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
+    covering = _covering(original, size)
+    crop = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    return Pair(file, caption, size, original, crop)
+
+
+def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest height and width of the picture's aspect ratio that cover a size."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    return max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
+
+
+def read_pixels(pair: Pair) -> Tensor:
+    """The picture, resized and cut, (1, 3, height, width) in [-1, 1].
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
+    from PIL import Image
+
+    height, width = _covering(pair.original, pair.size)
+    top, left = pair.crop
+    try:
+        with Image.open(pair.image) as image:
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"data: cannot decode {pair.image}: {error}") from error
+    cut = resized.crop((left, top, left + pair.size[1], top + pair.size[0]))
+    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None]
+    return pixels.float() / 127.5 - 1
+
+
+class Cache:
+    """Latents and prompt embeddings on disk.
+
+    Args:
+        folder: made where it is missing.
+        pipeline: folder of the pipeline; its files are part of every name.
+        dtype: of what is stored.
+    """
+
+    def __init__(self, folder: Path, pipeline: Path, dtype: torch.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+        self._encoders = [str(dtype), *_stamps(pipeline, ("vae", "text_encoder", "text_encoder_2"))]
+
+    def latents_file(self, pair: Pair) -> Path:
+        """Where the latents of a picture are, or will be."""
+        about = pair.image.stat()
+        named = [str(pair.image.resolve()), about.st_size, about.st_mtime_ns, pair.size, pair.crop]
+        return self._file("latents", named)
+
+    def prompt_file(self, caption: str | None) -> Path:
+        """Where the embeddings of a caption are; None stands for no caption, as guidance has it."""
+        return self._file("prompt", caption)
+
+    def _file(self, kind: str, named: Any) -> Path:
+        digest = hashlib.sha256(json.dumps([kind, self._encoders, named]).encode()).hexdigest()
+        return self.folder / f"{kind}-{digest[:32]}.safetensors"
+
+    def missing(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[str | None]]:
+        """Pictures and captions that have not been encoded yet."""
+        captions: list[str | None] = [None, *dict.fromkeys(pair.caption for pair in pairs)]
+        return (
+            [pair for pair in pairs if not self.latents_file(pair).is_file()],
+            [caption for caption in captions if not self.prompt_file(caption).is_file()],
+        )
+
+    def latents(self, pair: Pair) -> Tensor:
+        """Scaled latents of a picture, (C, h, w)."""
+        return self._load(self.latents_file(pair))["latents"]
+
+    def prompt(self, caption: str | None) -> dict[str, Tensor]:
+        """`embeds` (N, C), and `pooled` (C,) of SDXL."""
+        return self._load(self.prompt_file(caption))
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"cache: cannot read {path}: {error}; remove it, it will be made again"
+            ) from error
+
+    def build(
+        self,
+        pipe: Any,
+        pairs: Sequence[Pair],
+        captions: Sequence[str | None],
+        device: torch.device,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Encode what is missing; each file is written whole or not at all, so a later call goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            for i, caption in enumerate(captions):
+                self._write(self.prompt_file(caption), _embed(pipe, caption, device))
+                progress("prompts", i + 1, len(captions))
+            for i, pair in enumerate(pairs):
+                latents = pipe.vae.encode(read_pixels(pair).to(device, pipe.vae.dtype)).latent_dist.mode()
+                shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+                scaled = (latents[0].float() - shift) * pipe.vae.config.scaling_factor
+                self._write(self.latents_file(pair), {"latents": scaled})
+                progress("latents", i + 1, len(pairs))
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        write_safetensors(path, {name: tensor.to(self.dtype) for name, tensor in tensors.items()}, {})
+
+
+def _embed(pipe: Any, caption: str | None, device: torch.device) -> dict[str, Tensor]:
+    """Embeddings of a caption; of none, what the pipeline itself takes for the unconditional pass."""
+    embeds = pipe.encode_prompt(
+        prompt=caption or "",
+        device=device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=caption is None,
+    )
+    # Of SDXL: embeddings, negative ones, pooled, negative pooled; of SD-1.5 the first two.
+    names = ("embeds", "negative_embeds", "pooled", "negative_pooled")
+    given = dict(zip(names, embeds, strict=False))
+    prefix = "negative_" if caption is None else ""
+    return {name: given[prefix + name][0] for name in ("embeds", "pooled") if prefix + name in given}
+
+
+def _stamps(pipeline: Path, parts: Sequence[str]) -> list[str]:
+    """Names, sizes and times of a pipeline's weights."""
+    files = [file for part in parts for file in sorted((pipeline / part).glob("*")) if file.is_file()]
+    return [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]

@@ -1,0 +1,233 @@
+"""`gspn2 distill`: losses, encodings kept, exact resume, errors before anything is done."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+
+import diffusion_helpers as tiny
+from gspn2.cli.main import main
+from gspn2.integrations.diffusers import UNetMixers, mount, unmount
+from gspn2.integrations.diffusers.distill import DistillConfig, batches_of, distill
+from gspn2.integrations.diffusers.distillation import Batch, Distiller, twin
+from gspn2.integrations.diffusers.pairs import buckets, find_pairs
+from gspn2.training.errors import DataError, UserError
+
+SIZES = {"wide": (48, 96), "square": (64, 64), "high": (100, 60), "other": (70, 66)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only get slower on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Its state belongs to the process; precision may change between tests."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Pipelines on disk, and pictures with captions."""
+    root = tmp_path_factory.mktemp("distill")
+    tiny.sdxl_pipeline(root).save_pretrained(root / "sdxl")
+    tiny.sd15_pipeline(root).save_pretrained(root / "sd15")
+    (root / "data" / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, (name, (height, width)) in enumerate(SIZES.items()):
+        file = root / "data" / ("more" if i == 3 else "") / f"{name}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file)
+        file.with_suffix(".txt").write_text(f"a {name}\n")
+    return root
+
+
+def config(folders, out, name="sdxl", **changes):
+    settings = {"resolution": 64, "steps": 6, "batch_size": 2, "warmup": 1, "sample_every": 0, "lr": 3e-3}
+    return DistillConfig(
+        folders / name, folders / "data", out, device="cpu", **{**settings, "save_every": 4, **changes}
+    )
+
+
+def losses(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_twin_shares_every_tensor_and_no_module():
+    unet = tiny.sdxl_unet()
+    other = twin(unet)
+    assert all(a is b for a, b in zip(unet.parameters(), other.parameters(), strict=True))
+    assert not set(unet.modules()) & set(other.modules())
+    mount(other)
+    assert unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q is not None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_mixers_learn_and_unmounting_gives_the_teacher(checkpointing):
+    """Whatever is recomputed, the losses are those of the layers as they ran forward."""
+    unet = tiny.sdxl_unet()
+    weights = {"noise": 0.0, "teacher": 1.0, "features": 1.0}
+    scheduler = EulerDiscreteScheduler(**tiny.SCHEDULER)
+    distiller = Distiller(unet, scheduler, weights, checkpointing=checkpointing)
+    given = tiny.inputs(unet, 16, 24)
+    prompt = {"embeds": given["encoder_hidden_states"], "pooled": given["added_cond_kwargs"]["text_embeds"]}
+    batch = Batch(
+        given["sample"],
+        torch.randn_like(given["sample"]),
+        torch.tensor([3, 700]),
+        prompt,
+        given["added_cond_kwargs"]["time_ids"],
+    )
+    found = distiller(batch)
+    # Mixers start with outputs of 0: as far from the teacher as its outputs are from 0.
+    torch.testing.assert_close(found["features"], torch.tensor(1.0))
+    assert found["teacher"] > 0
+    found["loss"].backward()
+    assert all(parameter.grad is None for parameter in unet.parameters())
+    for name, parameter in distiller.mixers.named_parameters():
+        assert parameter.grad is not None, name
+        if name.endswith("from_proxy.weight"):
+            assert parameter.grad.abs().sum() > 0, name
+    unmount(distiller.student)
+    with torch.no_grad():
+        assert distiller._predict(distiller.student, batch.latents, batch).equal(
+            distiller._predict(unet, batch.latents, batch)
+        )
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd15"])
+def test_losses_fall(folders, tmp_path, name):
+    run = config(folders, tmp_path / "run", name, steps=24, noise=0.0)
+    mixers = UNetMixers.from_pretrained(distill(run))
+    found = losses(tmp_path / "run")
+    assert [line["step"] for line in found] == list(range(24))
+    for kind in ("features", "loss"):
+        first, last = (sum(line[kind] for line in part) / 8 for part in (found[:8], found[-8:]))
+        assert last < 0.97 * first, kind
+    pipe = getattr(tiny, f"{name}_pipeline")(tmp_path)
+    mount(pipe.unet, mixers)
+    assert any(p.abs().sum() > 0 for n, p in mixers.named_parameters() if n.endswith("from_proxy.weight"))
+
+
+def test_a_resumed_run_is_the_same(folders, tmp_path):
+    """Killed after step 5, resumed from the checkpoint at 4: same losses, same weights, same encodings."""
+    whole = distill(config(folders, tmp_path / "whole", cache=tmp_path / "cache"))
+    encodings = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+
+    def killed(what, done, total, found):
+        if what == "steps" and done == 5:
+            raise MemoryError
+
+    run = config(folders, tmp_path / "run", cache=tmp_path / "cache")
+    with pytest.raises(MemoryError):
+        distill(run, killed)
+    assert not (tmp_path / "run" / "mixers").exists()
+    resumed = distill(run, resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    theirs = dict(UNetMixers.from_pretrained(resumed).named_parameters())
+    for name, parameter in UNetMixers.from_pretrained(whole).named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == encodings
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+    with pytest.raises(UserError, match="seed is 1, was 0"):
+        distill(config(folders, tmp_path / "run", seed=1), resume=True)
+    with pytest.raises(UserError, match="holds a run"):
+        distill(run)
+
+
+def test_bf16_with_checkpointing_and_grids(folders, tmp_path):
+    out = tmp_path / "run"
+    changes = {"steps": 2, "sample_every": 2, "samples": 2, "sample_steps": 2, "checkpointing": True}
+    distill(config(folders, out, bf16=True, **changes))
+    assert all(np.isfinite(line["loss"]) for line in losses(out))
+    with Image.open(out / "samples" / "step-0000002.png") as grid:
+        assert grid.height > grid.width / 2
+        assert np.asarray(grid).std() > 0
+    assert {p.dtype for p in UNetMixers.from_pretrained(out / "mixers").parameters()} == {torch.float32}
+
+
+def test_buckets_and_crops(folders):
+    sizes = buckets(128, 32)
+    assert (128, 128) in sizes
+    assert all(h % 32 == w % 32 == 0 and h * w <= 128 * 128 and max(h, w) <= 2 * min(h, w) for h, w in sizes)
+    assert {(w, h) for h, w in sizes} == set(sizes)
+    with pytest.raises(ValueError, match="multiple of 32, got 100"):
+        buckets(100, 32)
+    pairs = find_pairs(folders / "data", buckets(128, 32))
+    assert [pair.caption for pair in pairs] == ["a high", "a other", "a square", "a wide"]
+    for pair in pairs:
+        assert pair.original == SIZES[pair.image.stem]
+        assert (pair.size[0] - pair.size[1]) * (pair.original[0] - pair.original[1]) >= 0
+    order = batches_of(pairs, 2, 0, 0)
+    assert {i for batch in order for i in batch} == set(range(4))
+    assert all(len({pairs[i].size for i in batch}) == 1 and len(batch) == 2 for batch in order)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("caption", "no caption, expected lonely.txt"),
+        ("empty", "is empty"),
+        ("picture", "cannot read"),
+        ("none", "no picture"),
+        ("folder", "no such"),
+    ],
+)
+def test_bad_data_is_refused(folders, tmp_path, fault, message):
+    data = tmp_path / "data"
+    if fault != "folder":
+        data.mkdir()
+    if fault in ("caption", "empty", "picture"):
+        if fault == "picture":
+            (data / "lonely.png").write_bytes(b"no picture")
+        else:
+            Image.new("RGB", (64, 64)).save(data / "lonely.png")
+        if fault != "caption":
+            (data / "lonely.txt").write_text(" " if fault == "empty" else "words")
+    with pytest.raises(DataError, match=message):
+        find_pairs(data, [(64, 64)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolution", "100"], "resolution: expected a multiple of"),
+        (["--drop", "1"], "drop: expected"),
+        (["--noise", "0", "--teacher", "0", "--features", "0"], "one loss"),
+        (["--pipeline", "nowhere"], "no model_index.json in nowhere"),
+        (["--resume"], "no last.safetensors to resume from"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(folders, tmp_path, capsys, options, message):
+    out = tmp_path / "run"
+    fixed = ["--pipeline", str(folders / "sdxl"), "--data", str(folders / "data"), "--device", "cpu"]
+    assert main(["distill", *fixed, "--out", str(out), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_command(folders, tmp_path, capsys):
+    fixed = ["--pipeline", str(folders / "sd15"), "--data", str(folders / "data"), "--device", "cpu"]
+    sizes = ["--resolution", "64", "--steps", "2", "--batch-size", "2", "--sample-every", "0"]
+    assert main(["distill", *fixed, *sizes, "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "latents 4/4" in printed
+    assert "steps 2/2" in printed
+    assert (tmp_path / "run" / "mixers" / "config.json").is_file()
