@@ -136,6 +136,27 @@ def test_layouts(index: int) -> None:
     assert relative_l2(y, expected) <= l2
 
 
+@pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
+@pytest.mark.parametrize("index", range(len(chosen())), ids=[name(layout) for _, layout in chosen()])
+@pytest.mark.usefixtures("threads")
+def test_what_shared_memory_held_before_changes_no_bit(index: int) -> None:
+    """Lanes without places compute with it; they must not decide how others round."""
+    torch.set_num_threads(1)
+    number, layout = chosen()[index]
+    small = PROBLEMS[number]
+    case = small.case()
+    if small.normalize:  # where all logits of a place are negative there are two ways to its weights
+        case = replace(case, logits=case.logits - 8)
+    problem = small.problem(case)
+    results = []
+    for seed in (0, 6):
+        y = torch.full_like(case.x, torch.nan)
+        tensors = {"x": case.x, "taps": case.logits, "lam": case.lam, "gate": case.gate, "y": y}
+        run_plan(lines.plan_of(layout), problem, tensors, seed=seed, device=small.device)
+        results.append(y)
+    assert torch.equal(*results)
+
+
 def imagined_case(height: int, width: int) -> Case:
     x = torch.empty(1, 2, height, width, dtype=BF16, device="meta")
     taps = torch.empty(1, 4, 1, 3, height, width, dtype=BF16, device="meta")

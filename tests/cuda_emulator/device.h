@@ -145,6 +145,7 @@ extern Barrier cluster;
 extern int alive;
 extern Order order;
 extern bool bulks_early;
+extern unsigned char leftover;  // what each byte of shared memory holds at first
 extern u64 chance_state;
 extern u64 switches, watched;
 extern Fiber* watched_fiber;

@@ -26,6 +26,7 @@ Barrier cluster;
 int alive;
 Order order;
 bool bulks_early;
+unsigned char leftover;
 u64 chance_state;
 u64 switches, watched;
 Fiber* watched_fiber;
@@ -224,6 +225,7 @@ extern "C" __attribute__((visibility("default"))) bool gspn2_emulate(void* funct
   chance_state = (seed + 1) * 0x9e3779b97f4a7c15ull;
   order = (Order)(seed % 3);
   bulks_early = seed / 3 % 2;
+  leftover = seed / 6 % 2 ? 0x3f : 0xff;  // some 0.75 in all types, or NaN
   failed = false;
   message = text;
   message_size = text_size;

@@ -184,6 +184,7 @@ void start_block(Block& b) {
   b.started = true;
   if (ranks > 1) b.memory->allow(true);
   memset(b.memory->first, 0xff, (size_t)(b.memory->last - b.memory->first));
+  memset(b.shared, leftover, shared_bytes);
   start_race_cells(b);
 }
 
