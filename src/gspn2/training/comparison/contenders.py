@@ -1,0 +1,147 @@
+"""The models that are compared, all of about as many parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..rng import seeded
+from ..state import count_parameters
+
+PARAMETERS = 1_243_000
+"""As many as the ConvNet has, whose expansion is fixed; the others' is chosen."""
+TOLERANCE = 0.025
+"""Of each contender around `PARAMETERS`: no two of them are further apart than 5%."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model of the comparison.
+
+    Args:
+        name: as the command line and file names have it.
+        label: for people.
+        kind: "gspn2", "vit" or "convnet".
+        changes: arguments of the GSPN-2 backbone that differ from `GSPN2`; an ablation changes one thing.
+        question: what an ablation asks; empty for the three that are compared.
+    """
+
+    name: str
+    label: str
+    kind: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    question: str = ""
+
+
+# Half the resolution, then a quarter: the ways that have to be followed are a pixel or two wide. Every scan
+# runs over the whole map.
+GSPN2: dict[str, Any] = {
+    "depths": (2, 5),
+    "dims": (64, 128),
+    "stem_stride": 2,
+    "proxy_dim": 8,
+    "chunk": 0,
+    "operands_from": "input",
+}
+# A token every 4 x 4 pixels, the grid of the others' second stage; pooled as they are.
+VIT: dict[str, Any] = {
+    "patch_size": 4,
+    "embed_dim": 128,
+    "depth": 6,
+    "num_heads": 4,
+    "class_token": False,
+    "global_pool": "avg",
+}
+# ConvNeXt's own pyramid, from half the resolution on: at 64 pixels its last stage has 4 x 4 places, and
+# kernels of 7 x 7 that see all of them.
+CONVNET: dict[str, Any] = {"depths": (2, 2, 6, 2), "dims": (24, 48, 96, 192), "patch_size": 2}
+
+MAIN = ("gspn2", "vit", "convnet")
+CONTENDERS = {
+    it.name: it
+    for it in (
+        Contender("gspn2", "GSPN-2", "gspn2"),
+        Contender("vit", "ViT", "vit"),
+        Contender("convnet", "ConvNet (ConvNeXt)", "convnet"),
+        Contender(
+            "gspn2-one-axis", "down and up only", "gspn2", {"directions": ("down", "up")}, "directions"
+        ),
+        Contender("gspn2-local", "chunks of 8 lines", "gspn2", {"chunk": 8}, "reach"),
+        Contender("gspn2-per-channel", "taps for each channel", "gspn2", {"groups": 8}, "taps"),
+        Contender("gspn2-proxy-2", "2 proxy channels", "gspn2", {"proxy_dim": 2}, "proxy"),
+        Contender("gspn2-proxy-4", "4 proxy channels", "gspn2", {"proxy_dim": 4}, "proxy"),
+        Contender("gspn2-proxy-16", "16 proxy channels", "gspn2", {"proxy_dim": 16}, "proxy"),
+        Contender(
+            "gspn2-from-proxy", "gates and taps from the proxy", "gspn2", {"operands_from": "proxy"}, "gates"
+        ),
+    )
+}
+
+
+def build(contender: Contender, size: int, seed: int) -> nn.Module:
+    """A fresh model for grey images of `size` x `size` pixels and two classes.
+
+    Args:
+        contender: which.
+        size: pixels; the ViT's position embedding has a place for each token of this size, and is
+            interpolated at any other.
+        seed: of its weights.
+
+    Raises:
+        ValueError: it cannot be given about `PARAMETERS` parameters at this size.
+    """
+    import gspn2.models  # noqa: F401 - registers ours with timm
+
+    with seeded(seed):
+        model = _MAKERS[contender.kind](contender, size)
+    count = count_parameters(model)
+    if abs(count / PARAMETERS - 1) > TOLERANCE:
+        raise ValueError(
+            f"{contender.name} at {size}: expected {PARAMETERS:,} parameters within {TOLERANCE:.1%}, "
+            f"got {count:,}"
+        )
+    return model
+
+
+def _gspn2(contender: Contender, size: int) -> nn.Module:
+    arguments = GSPN2 | contender.changes
+    return _with_equal_parameters(lambda ratio: _create("test_gspn2", mlp_ratio=ratio, **arguments))
+
+
+def _vit(contender: Contender, size: int) -> nn.Module:
+    arguments = VIT | {"img_size": size, "dynamic_img_size": True}
+    return _with_equal_parameters(lambda ratio: _create("vit_tiny_patch16_224", mlp_ratio=ratio, **arguments))
+
+
+def _convnet(contender: Contender, size: int) -> nn.Module:
+    return _create("convnext_atto", **CONVNET)
+
+
+_MAKERS: dict[str, Callable[[Contender, int], nn.Module]] = {
+    "gspn2": _gspn2,
+    "vit": _vit,
+    "convnet": _convnet,
+}
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, in_chans=1, num_classes=2, **arguments)
+
+
+def _with_equal_parameters(make: Callable[[float], nn.Module]) -> nn.Module:
+    """The model whose FFN is as wide as brings it nearest to `PARAMETERS`.
+
+    The FFN is what every block has, whatever else is in it, so what an ablation saves elsewhere goes there.
+    """
+    state = torch.get_rng_state()
+    low, high = (count_parameters(make(ratio)) for ratio in (2.0, 4.0))
+    # Weights must not depend on how many models were made to find the width.
+    torch.set_rng_state(state)
+    ratio = 2.0 + 2.0 * (PARAMETERS - low) / (high - low)
+    return make(max(1, round(32 * ratio)) / 32)

@@ -1,0 +1,307 @@
+"""docs/learning.md and its pictures, made from result files by `gspn2 learn docs`; never edited by hand."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ...demo.charts import HEIGHT, WIDTH, Axis, Series, duration, line_chart, linear_axis
+from .contenders import CONTENDERS, MAIN, PARAMETERS
+from .runner import read
+
+Result = dict[str, Any]
+Case = tuple[str, int]
+"""Task and size."""
+
+HEAD = f"""# Does it learn?
+
+Tasks whose answer is nowhere in particular: whether two marks are joined, by one dashed contour among others
+(*pathfinder*, the idea of [arXiv 1805.08315](https://arxiv.org/abs/1805.08315)) or by a way through a maze of
+which one passage was walled up (*maze*). Images are generated; the distance between the marks has the same
+distribution in both classes, and both classes are equally frequent, so guessing is right half of the time.
+
+GSPN-2 runs beside a ViT and a ConvNet (ConvNeXt), all of {PARAMETERS / 1e6:.2f} M parameters within 2.5%, on
+the same images in the same order, with the same optimizer, schedule and number of steps. Each image is
+turned and mirrored at random. Ablations change one thing about GSPN-2; what that saves in parameters goes to
+the FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more pixels, and
+*larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
+
+```
+gspn2 learn --out benchmarks/results/learning
+gspn2 learn docs --out benchmarks/results/learning
+```
+
+The first command takes up to ten minutes a run on a GPU, can be stopped at any time and goes on when it is
+given again; the second writes this page.
+"""
+
+NOTHING = """## Results
+
+Nothing has been run yet: there is no result file, and nothing is claimed.
+"""
+
+STYLE = """
+text { font: 13px sans-serif; fill: #7d8590 }
+.grid { stroke: #7d859044 } .axis { stroke: #7d8590 }
+.curve { fill: none; stroke-width: 1.8 }
+.gspn2 .curve { stroke: #3b82f6 } .vit .curve { stroke: #e8871e } .convnet .curve { stroke: #3fa45b }
+text.gspn2 { fill: #3b82f6 } text.vit { fill: #e8871e } text.convnet { fill: #3fa45b }
+"""
+COLOURED = "Colours as in the names above the curves; a curve for each seed."
+
+
+def load(folder: Path) -> list[Result]:
+    """The results in a folder, by name; none if there is no such folder.
+
+    Raises:
+        UserError: a file is no result of a comparison.
+    """
+    return [read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def files(results: Sequence[Result]) -> dict[str, str]:
+    """The document and its pictures: text by path inside docs/."""
+    pictures = {
+        f"images/{_picture(case)}": curves(case, _of(results, case))
+        for case in _cases(results)
+        if any(_tested(result) for result in _of(results, case) if result["run"]["contender"] in MAIN)
+    }
+    return {"learning.md": text(results), **pictures}
+
+
+def text(results: Sequence[Result]) -> str:
+    """The document."""
+    if not results:
+        return f"{HEAD}\n{NOTHING}"
+    sections = [HEAD.rstrip(), "## The goal", _goal(results)]
+    for case in _cases(results):
+        mine = _of(results, case)
+        sections += [f"## {case[0].capitalize()}, {case[1]} pixels", _comparison(mine)]
+        if any(_tested(result) for result in mine if result["run"]["contender"] in MAIN):
+            name = f"Accuracy against steps and seconds, and training loss, {case[0]} at {case[1]} pixels"
+            sections += [f"![{name}](images/{_picture(case)})", COLOURED]
+        ablations = _ablations(mine)
+        if ablations:
+            sections += ["Ablations, beside GSPN-2 as above:", ablations]
+        sections += _losses(mine)
+    return "\n\n".join([*sections, "## How", _how(results)]) + "\n"
+
+
+def _goal(results: Sequence[Result]) -> str:
+    """What was asked for, and whether it came out, case by case."""
+    rows = []
+    for case in _cases(results):
+        ours, vit = (_ended(_of(results, case), name) for name in ("gspn2", "vit"))
+        # A cut run, or a seed that only one of them has, compares nothing.
+        if not ours or _ways(ours) != _ways(vit):
+            continue
+        target = _mean(vit, "accuracy")
+        soon, theirs = _time_to(ours, target), _mean(vit, "seconds")
+        moved = [(_transfer(ours, name), _transfer(vit, name)) for name in ("scaled", "larger")]
+        rows.append(
+            [
+                f"{case[0]}, {case[1]}",
+                _verdict(_mean(ours, "accuracy") >= target, _mean(ours, "accuracy"), target),
+                "no, never" if soon is None else f"{_yes(soon < theirs)}, {soon:.0f} s, {theirs:.0f} s",
+                *(_verdict(mine > other, mine, other) for mine, other in moved),
+            ]
+        )
+    told = "At least the ViT's accuracy at the same steps, in less time, and better at twice the size: GSPN-2"
+    if not rows:
+        return _wrapped(
+            f"{told} against the ViT. There are no runs of both with the same seeds and steps yet."
+        )
+    heads = ["task, pixels", "accuracy", "time to the ViT's accuracy", "scaled", "larger"]
+    return f"{_wrapped(f'{told} first, then the ViT; means over seeds.')}\n\n{_table(heads, rows)}"
+
+
+def _comparison(results: Sequence[Result]) -> str:
+    vit = _ended(results, "vit")
+    target = _mean(vit, "accuracy") if vit else None
+    rows = []
+    for name in MAIN:
+        mine = _ended(results, name)
+        if mine:
+            soon = None if target is None else _time_to(mine, target)
+            rows.append([*_row(name, mine), "-" if soon is None else f"{soon:.0f} s"])
+    return _table([*_HEADS, "to the ViT's accuracy"], rows) if rows else "No run of the three has ended."
+
+
+_HEADS = ["", "parameters", "seeds", "steps", "accuracy", "lowest to highest", "training", "scaled", "larger"]
+
+
+def _row(name: str, mine: Sequence[Result]) -> list[str]:
+    accuracies = [result["accuracy"] for result in mine]
+    steps = sorted({result["step"] for result in mine})
+    return [
+        CONTENDERS[name].label if name in CONTENDERS else name,
+        f"{mine[0]['parameters']:,}",
+        str(len(mine)),
+        " to ".join(dict.fromkeys((str(steps[0]), str(steps[-1])))),
+        _percent(statistics.fmean(accuracies)),
+        f"{_percent(min(accuracies))} to {_percent(max(accuracies))}",
+        f"{_mean(mine, 'seconds'):.0f} s",
+        _percent(_transfer(mine, "scaled")),
+        _percent(_transfer(mine, "larger")),
+    ]
+
+
+def _ablations(results: Sequence[Result]) -> str:
+    names = [name for name in CONTENDERS if name not in MAIN]
+    rows = [
+        [CONTENDERS[name].question, *_row(name, mine)] for name in names if (mine := _ended(results, name))
+    ]
+    return _table(["of", *_HEADS], rows, left=2) if rows else ""
+
+
+def _losses(results: Sequence[Result]) -> list[str]:
+    """Runs that did not come to their last step, in words."""
+    lines = []
+    for result in results:
+        run, where = result["run"], f"at step {result['step']} of {result['settings']['steps']}"
+        name = f"{run['contender']}, seed {run['seed']}"
+        if result["ended"] == "diverged":
+            lines.append(f"- {name}: the loss was no longer finite {where}; not in the table.")
+        elif result["ended"] == "time":
+            lines.append(f"- {name}: its {result['settings']['minutes']:g} minutes were over {where}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _how(results: Sequence[Result]) -> str:
+    """Settings, machines and versions; all that differ among the results are named."""
+    settings = [result["settings"] for result in results]
+    told = "; ".join(
+        f"{name.replace('_', ' ')} {_values(it[name] for it in settings)}" for name in settings[0]
+    )
+    machines = [result["machine"] for result in results]
+    where = _values(it.get("device") or it["processor"] for it in machines)
+    versions = ", ".join(
+        f"{label} {_values(it.get(name, '-') for it in machines)}"
+        for name, label in (("python", "Python"), ("torch", "PyTorch"), ("timm", "timm"))
+    )
+    commits = _values(f"{it['commit']}{'+' if it['uncommitted_changes'] else ''}" for it in machines)
+    dates = _values(it["date"] for it in machines)
+    return _wrapped(
+        f"AdamW with a warm-up over a twentieth of the steps and half a cosine; {told}. Seconds are those "
+        f"of training alone, without testing and the first compilation. On {where}, {versions}, commit "
+        f"{commits}, {dates}."
+    )
+
+
+def curves(case: Case, results: Sequence[Result]) -> str:
+    """An SVG: accuracy against steps, accuracy against seconds, training loss against steps."""
+    mine = [it for it in results if it["run"]["contender"] in MAIN and it["curve"]]
+    steps = max(it["step"] for it in mine)
+    seconds = max(it["seconds"] for it in mine)
+    worst = max(point["train_loss"] for it in mine for point in it["curve"])
+    over_steps = linear_axis("steps", 0, steps, lambda value: f"{value:g}")
+    over_time = linear_axis(
+        "seconds of training", 0, seconds, lambda value: duration(value) if value else "0"
+    )
+    accuracy = linear_axis("accuracy, %", 40, 100, lambda value: f"{value:g}", steps=6)
+    loss = linear_axis("training loss", 0, worst, lambda value: f"{value:.2g}")
+    panels = [
+        ("Accuracy, %, against steps", over_steps, accuracy, "step", "accuracy", 100.0),
+        ("Accuracy, %, against seconds", over_time, accuracy, "seconds", "accuracy", 100.0),
+        ("Training loss against steps", over_steps, loss, "step", "train_loss", 1.0),
+    ]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * WIDTH} {HEIGHT + 50}" role="img" '
+        f'aria-label="{escape(f"{case[0]} at {case[1]} pixels")}">',
+        f"<style>{STYLE}</style>",
+    ]
+    for i, name in enumerate(MAIN):
+        parts.append(f'<text class="{name}" x="{62 + 90 * i}" y="18">{escape(CONTENDERS[name].label)}</text>')
+    for i, (title, x, y, across, up, factor) in enumerate(panels):
+        parts.append(f'<text x="{62 + i * WIDTH}" y="44">{escape(title)}</text>')
+        place = f'x="{i * WIDTH}" y="50" width="{WIDTH}" height="{HEIGHT}" '
+        parts.append(_panel(title, x, y, mine, across, up, factor).replace("<svg ", f"<svg {place}", 1))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(
+    title: str, x: Axis, y: Axis, results: Sequence[Result], across: str, up: str, factor: float
+) -> str:
+    series = []
+    for result in results:
+        points = [point for point in result["curve"] if up in point]
+        if points:
+            run = result["run"]
+            label = f"{run['contender']}, seed {run['seed']}"
+            values = [factor * point[up] for point in points]
+            series.append(Series(run["contender"], label, [point[across] for point in points], values))
+    return line_chart(title, x, y, series)
+
+
+def _cases(results: Iterable[Result]) -> list[Case]:
+    found = {(result["run"]["task"], result["run"]["size"]) for result in results}
+    return sorted(found, key=lambda case: (case[0] != "pathfinder", case))
+
+
+def _of(results: Iterable[Result], case: Case) -> list[Result]:
+    return [result for result in results if (result["run"]["task"], result["run"]["size"]) == case]
+
+
+def _ended(results: Iterable[Result], contender: str) -> list[Result]:
+    """The contender's results that have an accuracy."""
+    return [it for it in results if it["run"]["contender"] == contender and "accuracy" in it]
+
+
+def _tested(result: Result) -> bool:
+    return any("accuracy" in point for point in result["curve"])
+
+
+def _picture(case: Case) -> str:
+    return f"learning_{case[0]}_{case[1]}.svg"
+
+
+def _mean(results: Sequence[Result], name: str) -> float:
+    return statistics.fmean(result[name] for result in results)
+
+
+def _transfer(results: Sequence[Result], name: str) -> float:
+    return statistics.fmean(result["transfer"][name]["accuracy"] for result in results)
+
+
+def _time_to(results: Sequence[Result], accuracy: float) -> float | None:
+    """Mean seconds to the first test at an accuracy; None if a seed never came to it."""
+    times = [
+        next((p["seconds"] for p in result["curve"] if p.get("accuracy", -1.0) >= accuracy), None)
+        for result in results
+    ]
+    reached = [time for time in times if time is not None]
+    return statistics.fmean(reached) if len(reached) == len(times) else None
+
+
+def _ways(results: Sequence[Result]) -> set[tuple[int, int]]:
+    """Seeds, and how many steps they were trained."""
+    return {(result["run"]["seed"], result["step"]) for result in results}
+
+
+def _verdict(met: bool, ours: float, theirs: float) -> str:
+    return f"{_yes(met)}, {_percent(ours)}, {_percent(theirs)}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _values(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    rule = ["---" if i < left else "---:" for i in range(len(heads))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
+
+
+def _wrapped(told: str) -> str:
+    return textwrap.fill(told, 118, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,139 @@
+"""Which runs a comparison has, and what they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+from ..tasks import CLASSES, Task, parse_task
+from .contenders import CONTENDERS, MAIN
+
+TASKS = tuple(CLASSES)
+SIZES = (64, 128)
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a comparison share, so that they differ in the model alone.
+
+    Args:
+        steps: of the optimizer.
+        batch_size: images a step.
+        lr: peak learning rate of AdamW, after a warm-up of a twentieth of the steps, before half a cosine.
+        weight_decay: of AdamW.
+        train_images, test_images: how many are generated; the same for all models and seeds.
+        tests: points of the curve of test accuracy, evenly over the steps.
+        minutes: time of a run, testing included; it then ends where it is, and says so.
+        amp: "auto" (bfloat16 on CUDA), "bf16" or "off".
+
+    Raises:
+        UserError: a number is not positive.
+    """
+
+    steps: int = 5000
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    train_images: int = 100_000
+    test_images: int = 5_000
+    tests: int = 20
+    minutes: float = 10.0
+    amp: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lr", "train_images", "test_images", "tests", "minutes"):
+            value = getattr(self, name)
+            # `not` also refuses NaN.
+            if not value > 0:
+                raise UserError(f"{name}: expected more than 0, got {value}")
+        if self.batch_size > self.train_images:
+            raise UserError(
+                f"batch_size: expected at most train_images = {self.train_images}, got {self.batch_size}"
+            )
+        if self.amp not in ("auto", "off", "bf16"):
+            raise UserError(f"amp: expected auto, off or bf16, got {self.amp!r}")
+
+    def decisive(self) -> dict[str, Any]:
+        """Those that change what a run that reaches its last step comes to."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "minutes"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        task: "pathfinder" or "maze".
+        size: pixels, and units of the scene.
+        contender: a name out of `CONTENDERS`.
+        seed: of weights and order.
+    """
+
+    task: str
+    size: int
+    contender: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.task}-{self.size}-{self.contender}-s{self.seed}"
+
+    @property
+    def data(self) -> Task:
+        """What it learns from and is tested on."""
+        return parse_task(f"{self.task}:{self.size}")
+
+    @property
+    def transfers(self) -> dict[str, Task]:
+        """Test sets of twice the size, without further training: the same scenes larger, and larger scenes.
+
+        The first asks whether a model depends on the number of pixels, the second also whether it has learnt
+        to follow a way further than it ever had to.
+        """
+        double = 2 * self.size
+        names = {"scaled": f"{self.task}:{self.size}@{double}", "larger": f"{self.task}:{double}"}
+        return {name: parse_task(text) for name, text in names.items()}
+
+
+def plan(
+    tasks: Sequence[str] = TASKS,
+    sizes: Sequence[int] = SIZES,
+    seeds: Sequence[int] = SEEDS,
+    contenders: Sequence[str] = tuple(CONTENDERS),
+) -> list[Run]:
+    """The runs, seed by seed: what is stopped early has compared everything at least once.
+
+    The three that are compared run at all sizes, ablations at the smallest only.
+
+    Raises:
+        UserError: no such task, size or contender, or one of them named twice.
+    """
+    for name, chosen, known in (("tasks", tasks, TASKS), ("contenders", contenders, tuple(CONTENDERS))):
+        unknown = [it for it in chosen if it not in known]
+        if unknown:
+            raise UserError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    lists: dict[str, Sequence[Any]] = {
+        "tasks": tasks,
+        "sizes": sizes,
+        "seeds": seeds,
+        "contenders": contenders,
+    }
+    for name, values in lists.items():
+        if not values or len(set(values)) != len(values):
+            raise UserError(f"{name}: expected at least one, none twice, got {list(values)}")
+    runs = [
+        Run(task, size, contender, seed)
+        for seed in seeds
+        for size in sizes
+        for task in tasks
+        for contender in contenders
+        if contender in MAIN or size == min(sizes)
+    ]
+    for run in runs:
+        _ = run.data, run.transfers
+    return runs
