@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +31,7 @@ from gspn2.training.comparison import (
 )
 from gspn2.training.comparison.plan import SIZES
 from gspn2.training.state import count_parameters
-from gspn2.training.tasks import Task
+from gspn2.training.tasks import Task, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
@@ -154,6 +155,19 @@ def test_images_in_shards_are_made_alike_and_tests_differ(tmp_path: Path, monkey
     sharded = loaded("train", "b")
     assert torch.equal(sharded.pixels[:8], train.pixels[:8])
     assert sharded.pixels.shape == train.pixels.shape
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_where_the_marks_of_a_maze_lie_tells_little(size: int):
+    pixels, labels = generate(Task("maze", size, size), 1024, seed=7)
+    # Marks are 3 x 3 pixels: sums over them are sums over marks.
+    far = np.abs(np.arange(size) - (size - 1) / 2)
+    rows, columns = (pixels == 255).sum(2), (pixels == 255).sum(1)
+    eccentric = rows @ far + columns @ far
+    thresholds = np.quantile(eccentric, np.linspace(0.05, 0.95, 37))
+    right = [((eccentric >= threshold) == labels).mean() for threshold in thresholds]
+    assert max(right) < 0.6
+    assert max(1 - one for one in right) < 0.6
 
 
 # -- runs

@@ -23,11 +23,13 @@ Tasks whose answer is nowhere in particular: whether two marks are joined, by on
 (*pathfinder*, the idea of [arXiv 1805.08315](https://arxiv.org/abs/1805.08315)) or by a way through a maze of
 which one passage was walled up (*maze*). Images are generated; the distance between the marks has the same
 distribution in both classes, and both classes are equally frequent, so guessing is right half of the time.
+Where the two marks of a maze lie tells a little by itself: the best threshold on how far they are from the
+centre is right in less than 60% of the images. An accuracy above that has followed ways.
 
 GSPN-2 runs beside a ViT and a ConvNet (ConvNeXt), all of {PARAMETERS / 1e6:.2f} M parameters within 2.5%, on
-the same images in the same order, with the same optimizer, schedule and number of steps. Each image is
-turned and mirrored at random. Ablations change one thing about GSPN-2; what that saves in parameters goes to
-the FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more pixels, and
+the same images in the same order, with the same optimizer, schedule and number of steps. Each image is turned
+and mirrored at random. Ablations change one thing about GSPN-2; what that saves in parameters goes to the
+FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more pixels, and
 *larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
 
 ```
