@@ -76,8 +76,8 @@ def test_kernels(variant: str, small: Small, backward: bool) -> None:
     case = small.case()
     problem = small.problem(case)
     expected = results(small)
-    # Two orders of threads for each case; over the cases all six kinds occur.
-    first = RUNS_SEED[variant, small, backward]
+    # Two orders of threads for each case, and other leftovers in shared memory; over the cases all six kinds occur.
+    first = RUNS_SEED[variant, small, backward] % 6
     found = [
         emulate(
             case.x,
@@ -92,13 +92,13 @@ def test_kernels(variant: str, small: Small, backward: bool) -> None:
             device=small.device,
             hidden=hidden(small),
         )
-        for seed in (first, first + 5)
+        for seed in (first, 6 + (first + 5) % 6)
     ]
     assert found[0].keys() == {name for name in expected if (name != "y") == backward}
     l2, largest = TOLERANCE[small.dtype]
     for name, tensor in found[0].items():
         same = torch.equal(tensor.nan_to_num(nan=1e30), found[1][name].nan_to_num(nan=1e30))
-        assert same, f"{name} depends on the order of threads"
+        assert same, f"{name} depends on the order of threads, or on what shared memory held"
         right = expected[name]
         if name == "dtaps" and small.nan:  # what is not read gets a gradient of 0 or NaN
             restarts = small.restarts()
