@@ -21,8 +21,8 @@ EPILOG = """verbs:
   docs     docs/learning.md and its pictures from the result files in --out
 
 examples:
-  gspn2 learn --out learn
-  gspn2 learn list --out learn
+  gspn2 learn
+  gspn2 learn list
   gspn2 learn --tasks maze --sizes 64 --contenders gspn2 vit --minutes 5
   gspn2 learn docs --out benchmarks/results/learning
 
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Settings()
     parser.epilog = EPILOG
     parser.add_argument("verb", nargs="?", choices=VERBS, default="run", help="what to do (default: run)")
-    parser.add_argument("--out", type=Path, default=Path("learn"), metavar="DIR", help="(default: learn)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/learn"), metavar="DIR", help="(default: runs/learn)"
+    )
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help="pathfinder, maze")
     parser.add_argument(
         "--sizes", nargs="+", type=positive, default=SIZES, metavar="N", help="pixels (default: 64 128)"

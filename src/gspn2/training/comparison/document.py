@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ...demo.charts import HEIGHT, WIDTH, Axis, Series, duration, line_chart, linear_axis
+from ...demo.charts import HEIGHT, WIDTH, Axis, Series, line_chart, linear_axis
 from .contenders import CONTENDERS, MAIN, PARAMETERS
 from .runner import read
 
@@ -33,12 +33,13 @@ FFN. After training every model is tested at twice its size: *scaled*, the same 
 *larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
 
 ```
-gspn2 learn --out benchmarks/results/learning
+gspn2 learn --out runs/learn
+cp runs/learn/*.json benchmarks/results/learning/
 gspn2 learn docs --out benchmarks/results/learning
 ```
 
 The first command takes up to ten minutes a run on a GPU, can be stopped at any time and goes on when it is
-given again; the second writes this page.
+given again; the last writes this page.
 """
 
 NOTHING = """## Results
@@ -201,9 +202,7 @@ def curves(case: Case, results: Sequence[Result]) -> str:
     seconds = max(it["seconds"] for it in mine)
     worst = max(point["train_loss"] for it in mine for point in it["curve"])
     over_steps = linear_axis("steps", 0, steps, lambda value: f"{value:g}")
-    over_time = linear_axis(
-        "seconds of training", 0, seconds, lambda value: duration(value) if value else "0"
-    )
+    over_time = linear_axis("seconds of training", 0, seconds, lambda value: f"{value:g}")
     accuracy = linear_axis("accuracy, %", 40, 100, lambda value: f"{value:g}", steps=6)
     loss = linear_axis("training loss", 0, worst, lambda value: f"{value:.2g}")
     panels = [
