@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from gspn2.integrations.diffusers import UNetMixers, mount, unmount
 from gspn2.integrations.diffusers.distill import DistillConfig, batches_of, distill
 from gspn2.integrations.diffusers.distillation import Batch, Distiller, twin
 from gspn2.integrations.diffusers.pairs import buckets, find_pairs
-from gspn2.training.errors import DataError, UserError
+from gspn2.training.errors import DataError, Interrupted, UserError
 
 SIZES = {"wide": (48, 96), "square": (64, 64), "high": (100, 60), "other": (70, 66)}
 
@@ -150,6 +154,52 @@ def test_a_resumed_run_is_the_same(folders, tmp_path):
         distill(config(folders, tmp_path / "run", seed=1), resume=True)
     with pytest.raises(UserError, match="holds a run"):
         distill(run)
+
+
+def test_a_signal_saves_first(folders, tmp_path):
+    """SIGTERM in the third step, between checkpoints."""
+    cache = tmp_path / "cache"
+    distill(config(folders, tmp_path / "whole", cache=cache))
+
+    def stopped(what, done, total, found):
+        if what == "steps" and done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = config(folders, tmp_path / "run", cache=cache)
+    with pytest.raises(Interrupted, match="SIGTERM at step 3"):
+        distill(run, stopped)
+    assert len(losses(tmp_path / "run")) == 3
+    distill(run, resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_two_processes_take_the_steps_of_one(folders, tmp_path):
+    distill(config(folders, tmp_path / "one", steps=3))
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "gspn2",
+        "distill",
+    ]
+    fixed = ["--pipeline", str(folders / "sdxl"), "--data", str(folders / "data"), "--device", "cpu"]
+    sizes = ["--resolution", "64", "--steps", "3", "--batch-size", "2", "--sample-every", "0"]
+    rates = ["--warmup", "1", "--lr", "3e-3", "--out", str(tmp_path / "two")]
+    done = subprocess.run(
+        [sys.executable, *command, *fixed, *sizes, *rates],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    assert (tmp_path / "two" / "mixers" / "config.json").is_file()
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_bf16_with_checkpointing_and_grids(folders, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -80,13 +81,17 @@ def _distill(args: argparse.Namespace) -> int:
         device=device,
         **{name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)},
     )
+    main_process = int(os.environ.get("RANK", 0)) == 0
     try:
         mixers = distill(config, _Lines(), resume=args.resume)
     except Interrupted as stop:
+        if not main_process:
+            return 128 + stop.signum
         print(f"stopped at {stop.where}; saved {stop.checkpoint}", file=sys.stderr)
         print("resume with: the same command and --resume", file=sys.stderr)
         return 128 + stop.signum
-    print(f"wrote {mixers}; use it with: gspn2 generate PROMPT --mixers {shlex.quote(str(mixers))} ...")
+    if main_process:
+        print(f"wrote {mixers}; use it with: gspn2 generate PROMPT --mixers {shlex.quote(str(mixers))} ...")
     return 0
 
 

@@ -145,9 +145,13 @@ def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def _relative_error(given: Tensor, expected: Tensor) -> Tensor:
-    """Mean square over that of the expected: layers of any scale count alike."""
+    """Mean square over that of the expected, so that layers of any scale count alike; mean over pictures.
+
+    By picture, not by batch: the loss must not depend on how processes share a batch.
+    """
     expected = expected.float()
-    return F.mse_loss(given.float(), expected) / expected.square().mean().clamp_min(1e-8)
+    error = (given.float() - expected).square().mean(dim=(1, 2))
+    return (error / expected.square().mean(dim=(1, 2)).clamp_min(1e-8)).mean()
 
 
 class Average:
