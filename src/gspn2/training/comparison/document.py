@@ -34,7 +34,7 @@ FFN. After training every model is tested at twice its size: *scaled*, the same 
 
 ```
 gspn2 learn --out runs/learn
-cp runs/learn/*.json benchmarks/results/learning/
+mkdir -p benchmarks/results/learning && cp runs/learn/*.json benchmarks/results/learning/
 gspn2 learn docs --out benchmarks/results/learning
 ```
 
