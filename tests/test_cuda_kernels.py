@@ -76,7 +76,7 @@ def test_kernels(variant: str, small: Small, backward: bool) -> None:
     case = small.case()
     problem = small.problem(case)
     expected = results(small)
-    # Two orders of threads for each case, and other leftovers in shared memory; over the cases all six kinds occur.
+    # Two orders of threads, and two leftovers in shared memory; over the cases all six kinds of order occur.
     first = RUNS_SEED[variant, small, backward] % 6
     found = [
         emulate(
