@@ -37,7 +37,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LIMITS = {"tests": 330.0, **dict.fromkeys(TOOLS, 75.0)}
 # A sanitizer begins no new case this long before its limit.
 SPARE_SECONDS = 25
-WORKERS = min(14, os.cpu_count() or 1)  # most of their time compiles kernels
+WORKERS = min(14, os.cpu_count() or 1)  # most of their time goes into compiling kernels
 Summary = dict[str, Any]
 
 
@@ -166,6 +166,12 @@ def sanitizer(tool: str) -> Callable[[Path, float, list[str]], Summary]:
     return part
 
 
+def compile_ahead(log: Path) -> None:
+    """What the sanitizers will run, compiled once and on all cores; what fails shows where it is run."""
+    run([sys.executable, str(ROOT / "tests" / "cuda_sanitizer.py"), "--compile"], log, 120)
+    print(f"sanitizers: {log.read_text(errors='replace').strip()[-2000:]}", flush=True)
+
+
 def read_sanitizer(output: str) -> Summary:
     """Number of errors (None when the tool did not get to its summary), messages, and the script's words."""
     found = re.search(r"^=+ ERROR SUMMARY: (\d+) error", output, re.MULTILINE)
@@ -229,6 +235,8 @@ def main() -> int:
     writing = Lock()
     good = "tests" not in args.parts or part("tests")
     tools = [name for name in args.parts if name in TOOLS]
+    if tools and which("compute-sanitizer") is not None:
+        compile_ahead(logs / "compile.log")
     with ThreadPoolExecutor(len(TOOLS)) as side_by_side:
         good = all([*side_by_side.map(part, tools), good])
     print(f"wrote {args.out / 'tests.json'}, logs in {logs}")

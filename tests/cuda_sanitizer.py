@@ -7,7 +7,8 @@
     compute-sanitizer --tool synccheck python tests/cuda_sanitizer.py
 
 PyTorch's allocator cuts tensors out of large blocks, which hides accesses beyond a tensor: without the
-variable the script refuses to run. Only the project's kernels run on the GPU: tensors are made on the CPU and
+variable the script refuses to run. `--compile`, without a sanitizer, only compiles everything on all cores:
+most of the time of a first run. Only the project's kernels run on the GPU: tensors are made on the CPU and
 copied whole, storage and all, and results are compared there. So initcheck sees who wrote what, and no report
 is about anyone else's kernel. `--seconds` bounds the time, after which no further case is begun; first come
 cases that differ in everything. The last line is a summary in JSON; the exit code is 1 if a result was wrong.
@@ -21,14 +22,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
+import pytest
 import torch
 from torch import Tensor
 
 from cuda_helpers import ALL_LAYOUTS, VARIANTS, Declined, forced
 from gspn2.backends import DIRECTIONS, Problem
+from gspn2.backends.cuda.geometry import Case as PlannerCase
+from gspn2.backends.cuda.geometry import Kernel, Plan
 from helpers import Case, make_case, relative_l2, truth
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
@@ -101,7 +109,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="only these")
+    parser.add_argument("--compile", action="store_true", help="compile only")
     args = parser.parse_args()
+    if args.compile:
+        return compile_all(args.variants.split(","))
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: PyTorch's allocator hides accesses beyond a tensor")
     begin = time.monotonic()
@@ -115,21 +126,18 @@ def main() -> int:
             complete = False
             break
         if (size, dtype) not in truths:
-            truths[size, dtype] = posed(size, dtype)
+            case = posed(size, dtype)
+            truths[size, dtype] = case, truth(case)
         case, expected = truths[size, dtype]
-        laid, upload = ALL_LAYOUTS[layout](case), Uploaded()
-        uploaded = laid.map(upload)
-        hidden = upload(torch.empty_like(laid.x).copy_(expected["y"])) if case.gate is None else None
-        problem = Problem.of(uploaded.x, uploaded.logits, case.directions, case.chunk, normalize=True)
-        for variant, operator in product(variants, (forward, backward)):
+        for variant, operator, call in calls(case, layout, variants, expected["y"]):
             with forced(variant, strictly=True):
                 try:
-                    found = operator(uploaded, problem, hidden)
+                    found = call()
                 except Declined:
                     continue
-            ran[f"{variant} {operator.__name__}"] += 1
+            ran[f"{variant} {operator}"] += 1
             # Before anything waits for the kernel: should it stop the process, this is what it was.
-            print(f"{variant} {operator.__name__}, {layout}, {dtype}, {size}", file=sys.stderr, flush=True)
+            print(f"{variant} {operator}, {layout}, {dtype}, {size}", file=sys.stderr, flush=True)
             for name, tensor in found.items():
                 error = relative_l2(tensor.cpu(), expected[name])
                 if not error <= TOLERANCE[dtype]:
@@ -148,9 +156,9 @@ def in_diagonals() -> list[tuple[Size, torch.dtype, str]]:
     return [(SIZES[size], dtypes[dtype], LAYOUTS[layout]) for size, dtype, layout in order]
 
 
-def posed(size: Size, dtype: torch.dtype) -> tuple[Case, dict[str, Tensor]]:
-    """The problem and what belongs there, on the CPU."""
-    case = make_case(
+def posed(size: Size, dtype: torch.dtype) -> Case:
+    """The problem, on the CPU."""
+    return make_case(
         size.batch,
         size.channels,
         size.height,
@@ -161,7 +169,65 @@ def posed(size: Size, dtype: torch.dtype) -> tuple[Case, dict[str, Tensor]]:
         dtype,
         gate=len(size.directions) > 1,
     )
-    return case, truth(case)
+
+
+def calls(
+    case: Case, layout: str, variants: list[str], y: Tensor
+) -> Iterator[tuple[str, str, Callable[[], dict[str, Tensor]]]]:
+    """By variant and pass, what runs it on the GPU."""
+    laid, upload = ALL_LAYOUTS[layout](case), Uploaded()
+    uploaded = laid.map(upload)
+    hidden = upload(torch.empty_like(laid.x).copy_(y)) if case.gate is None else None
+    problem = Problem.of(uploaded.x, uploaded.logits, case.directions, case.chunk, normalize=True)
+    for variant, operator in product(variants, (forward, backward)):
+        yield variant, operator.__name__, partial(operator, uploaded, problem, hidden)
+
+
+class Planned(Exception):
+    """A call that was to be planned only, and is."""
+
+
+@contextmanager
+def planning(kernels: dict[Kernel, None]) -> Iterator[None]:
+    """Calls note their kernels and end there, with `Planned`."""
+    from gspn2.backends.cuda import launch
+
+    choose = launch.choose
+
+    def note(case: PlannerCase) -> Plan:
+        kernels.update(dict.fromkeys(it.kernel for it in choose(case).launches))
+        raise Planned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "choose", note)
+        yield
+
+
+def compile_all(variants: list[str]) -> int:
+    """Every kernel of every case into the cache on disk; the exit code is 1 if one does not compile."""
+    from gspn2.backends.cuda import driver
+
+    kernels: dict[Kernel, None] = {}
+    for size, dtype, layout in in_diagonals():
+        case = posed(size, dtype)
+        for variant, _, call in calls(case, layout, variants, case.x):
+            with suppress(Declined, Planned), forced(variant, strictly=True), planning(kernels):
+                call()
+    with ProcessPoolExecutor() as pool:
+        failed = sum(pool.map(partial(fails, driver.device(0).capability), kernels))
+    print(f"{len(kernels) - failed} of {len(kernels)} kernels compiled")
+    return int(failed > 0)
+
+
+def fails(capability: tuple[int, int], kernel: Kernel) -> bool:
+    from gspn2.backends.cuda import toolchain
+
+    try:
+        toolchain.code(kernel, toolchain.target(capability))
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return True
+    return False
 
 
 if __name__ == "__main__":
