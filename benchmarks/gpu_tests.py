@@ -158,7 +158,7 @@ def sanitizer(tool: str) -> Callable[[Path, float, list[str]], Summary]:
             command += ["--report-api-errors", "no"]  # PyTorch asks older drivers for what they do not know
         if tool == "racecheck":
             # Lanes of a warp meet, then one of them arrives at an mbarrier for all.
-            command += ["--racecheck-indirect-barrier-dependency", "yes"]
+            command.append("--racecheck-indirect-barrier-dependency")
         command += [sys.executable, *script]
         summary = run(command, log, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         return summary | read_sanitizer(log.read_text(errors="replace"))

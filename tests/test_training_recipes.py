@@ -246,12 +246,15 @@ def test_compiled_training_gives_the_same_losses(folder, tmp_path, monkeypatch, 
     """Where compiling takes minutes, graphs are captured all the same, but run as they are."""
     if device == "cpu":
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    # Convolutions in TF32 differ by a thousandth from one algorithm to another, which an epoch multiplies.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     changes = {"epochs": 1, "model_args": {}, "random_erasing": 0.0, "mesa": 1.0, "mesa_start": 0.0}
     changes |= {"device": device, "amp": "off"}
     plain = train(settings(folder, tmp_path / "plain", **changes))
     fused = train(settings(folder, tmp_path / "fused", compile=True, **changes))
     for ours, theirs in zip(fused.history, plain.history, strict=True):
-        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
+        # Other kernels on the GPU: another order of sums, step after step.
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3 if device == "cpu" else 1e-2)
     load_checkpoint(fused.out)
 
 
