@@ -94,7 +94,7 @@ class Disturbance:
         self.stream = torch.cuda.Stream() if ON_GPU else None
         self.source, self.target = torch.zeros(2, 2**24, device=DEVICE)
         if ON_GPU:
-            # The other stream waits for nobody, and this memory may be scratch of calls that are still to run.
+            # The other stream waits for nobody: this memory may be scratch of calls that are still to run.
             torch.cuda.synchronize()
 
     def start(self) -> None:
