@@ -60,6 +60,7 @@ class Case:
         rounds: samples of each number, or None for the run's.
         seconds: about what it takes, so that a run with a limit does not begin what it cannot end.
         host: measured on the CPU, whatever the run's device is.
+        derive: contenders' rows that follow from the measured ones, which it is given.
     """
 
     bench: str
@@ -70,6 +71,7 @@ class Case:
     rounds: int | None = None
     seconds: float = 10.0
     host: bool = False
+    derive: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda rows: []
 
     @property
     def key(self) -> str:
@@ -95,6 +97,6 @@ class Part:
 
 def parts() -> dict[str, Part]:
     """All parts, in the order in which they run."""
-    from . import attention, cpu, ladder, models, sweep, throughput
+    from . import attention, cpu, ladder, models, sweep, t2i, throughput
 
-    return {it.PART.name: it.PART for it in (ladder, throughput, sweep, cpu, attention, models)}
+    return {it.PART.name: it.PART for it in (ladder, throughput, sweep, cpu, attention, models, t2i)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import paper
@@ -11,6 +11,8 @@ from .case import parts
 from .figures import images_per_second, of
 from .ladder import RUNGS
 from .results import Row, broken, find, timed
+from .t2i_image import DIRECT, IMAGE, PROGRESSIVE
+from .t2i_step import ATTENTION, CUT, GRAPH, MIXERS, STEP
 from .tables import busy, method, where
 from .terminal import digits, milliseconds
 
@@ -155,6 +157,59 @@ def _models(rows: Sequence[Row]) -> str:
     return _table(["", "model", "", "batch", "images/s", "peak memory"], lines, left=3)
 
 
+def _t2i(rows: Sequence[Row]) -> str:
+    steps = [[row["case"].removeprefix("step, "), *cells] for row in rows for cells in _steps(row)]
+    images = [[row["case"].removeprefix("image, "), *cells] for row in rows for cells in _images(row)]
+    heads = ["", "pass", ATTENTION, MIXERS, CUT, "over the floor", "of attention", "peak memory"]
+    shown = [_table(heads, steps, left=2) + "\nMilliseconds a step.\n"] if steps else []
+    heads = ["", DIRECT, PROGRESSIVE, "faster", "peak memory", "stated before"]
+    shown += [_table(heads, images, left=1) + "\nSeconds a picture; * is composed.\n"] if images else []
+    notes = [
+        f"- {row['case']}, {it['name']}: {it['note']}"
+        for row in rows
+        for it in timed(row)
+        if it["pass"] in (STEP, IMAGE) and "note" in it
+    ]
+    return "\n".join([*shown, *notes])
+
+
+def _steps(row: Row) -> Iterator[list[str]]:
+    """Lines of a case: ours over the floor, and over attention."""
+    for which in (STEP, GRAPH) if row["case"].startswith("step") else ():
+        found = [find(row, name, which) for name in (ATTENTION, MIXERS, CUT)]
+        if not any(found):
+            continue
+        other, ours, floor = found
+        yield [
+            which,
+            *("-" if it is None else _starred(it, 1e3) for it in found),
+            f"{ours['ms'] / floor['ms']:.3f}x" if ours and floor else "-",
+            f"{ours['ms'] / other['ms']:.3f}x" if ours and other else "-",
+            _gigabytes(ours, "peak_bytes"),
+        ]
+
+
+def _images(row: Row) -> Iterator[list[str]]:
+    found = [find(row, name, IMAGE) for name in (DIRECT, PROGRESSIVE)]
+    if any(found):
+        other, ours = found
+        yield [
+            *("-" if it is None else _starred(it, 1.0) for it in found),
+            f"{other['ms'] / ours['ms']:.1f}x" if ours and other else "-",
+            _gigabytes(ours, "peak_bytes"),
+            _gigabytes(ours, "planned_bytes"),
+        ]
+
+
+def _starred(it: Row, unit: float) -> str:
+    """A time, with a star if it is composed; unit is 1000 for milliseconds."""
+    return milliseconds(it["ms"] / 1e3 * unit) + ("*" if it["method"] == "composed" else "")
+
+
+def _gigabytes(it: Row | None, name: str) -> str:
+    return "-" if it is None or name not in it else f"{it[name] / 1e9:.1f} GB"
+
+
 _TABLES = {
     "ladder": _ladder,
     "throughput": _throughput,
@@ -162,6 +217,7 @@ _TABLES = {
     "cpu": _times,
     "attention": _times,
     "models": _models,
+    "t2i": _t2i,
 }
 
 

@@ -214,6 +214,22 @@ def cpu(rows: Rows) -> Figure | None:
     return _finished(figure)
 
 
+def t2i(rows: Rows) -> Figure | None:
+    """Milliseconds of a step against the size of the picture."""
+    cases = [row for row in of(rows, "t2i") if row["case"].startswith("step")]
+    if not cases:
+        return None
+    passes = [which for which in ("step", "step, CUDA graph") if any(_has(row, which) for row in cases)]
+    figure, panels = _panels(len(passes), width=5.8, height=3.8)
+    for axes, which in zip(panels, passes, strict=True):
+        mine = [row for row in cases if _has(row, which)]
+        _lines(axes, mine, lambda row: row["facts"]["pixels"], which)
+        axes.set_title(f"{cases[0]['facts']['model']}: {which}")
+        axes.set_xlabel("pixels of a side")
+    _legend(figure, panels)
+    return _finished(figure)
+
+
 def roofline(rows: Rows) -> Figure | None:
     """Share of copy bandwidth against the bytes that have to move: every pass of the operator."""
     parts = ("ladder", "throughput", "sweep")
@@ -253,6 +269,7 @@ PICTURES: dict[str, Callable[[Rows], Any]] = {
     "models": models,
     "proxies": proxies,
     "cpu": cpu,
+    "t2i": t2i,
     "roofline": roofline,
 }
 

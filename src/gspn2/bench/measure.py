@@ -31,11 +31,13 @@ class Work:
         sets: number of input sets, used in rotation.
         graph: repeat it in a CUDA graph. A copy is no kernel there but a node of its own, which runs at two
             thirds of the speed.
+        warm: call it before it is timed. What takes long and has been called already need not be.
     """
 
     call: Callable[[int], Any]
     sets: int = 1
     graph: bool = True
+    warm: bool = True
 
 
 @dataclass
@@ -54,10 +56,10 @@ def prepare(work: Work, device: torch.device) -> Prepared:
     Where capturing fails the plain calls are timed by events; `method` tells.
     """
     if device.type == "cpu":
-        for i in range(work.sets):
+        for i in range(work.sets if work.warm else 0):
             work.call(i)
         return Prepared(lambda: [work.call(i) for i in range(work.sets)], work.sets, "host clock")
-    for i in range(work.sets):  # all of them: one that is aligned differently may need another kernel
+    for i in range(work.sets if work.warm else 0):  # all: one aligned differently may need another kernel
         work.call(i)
     torch.cuda.synchronize()
     if not work.graph:

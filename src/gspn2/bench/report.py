@@ -28,6 +28,7 @@ FIGURES = {
     "cpu": ["cpu"],
     "attention": ["attention"],
     "models": ["models", "proxies"],
+    "t2i": ["t2i"],
 }
 """Pictures of each part."""
 

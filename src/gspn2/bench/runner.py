@@ -114,6 +114,7 @@ class Runner:
                 continue
             row |= self._judged(passes[key], times[key], bandwidth, rates)
         passes.clear()
+        found += case.derive(found)
         return {"copy_gb_per_s": None if bandwidth is None else bandwidth / 1e6, "contenders": found}
 
     def _prepared(self, contender: Contender, passes: dict[tuple[str, str], Pass]) -> list[Row]:

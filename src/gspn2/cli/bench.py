@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gspn2.bench.case import Case
     from gspn2.bench.results import Results
 
-PARTS = ("ladder", "throughput", "sweep", "cpu", "attention", "models")
+PARTS = ("ladder", "throughput", "sweep", "cpu", "attention", "models", "t2i")
 VERBS = ("all", "list", "compare", "report", "docs")
 MINUTES = {"cuda": 14.5, "cpu": 2.0}
 """For `all`, by device; then what is left is left out, and the report is written."""

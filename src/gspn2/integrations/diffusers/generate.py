@@ -260,10 +260,22 @@ class Generator:
         job: what to make.
         how: from `plan(job)`.
         progress: told of every stage's steps and tiles.
+        pipe: a pipeline that is loaded already, with its mixers and scheduler; None loads the job's.
     """
 
-    def __init__(self, job: Job, how: Plan, progress: Progress = lambda what, done, total: None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        how: Plan,
+        progress: Progress = lambda what, done, total: None,
+        pipe: DiffusionPipeline | None = None,
+    ) -> None:
         self.job, self.how, self.progress = job, how, progress
+        self.pipe = self._loaded() if pipe is None else pipe
+        self._embeds: dict[str, dict[str, Tensor]] = {}
+
+    def _loaded(self) -> DiffusionPipeline:
+        job = self.job
         pipe = DiffusionPipeline.from_pretrained(job.pipeline, dtype=DTYPES[job.dtype])
         if job.scheduler is not None:
             pipe.scheduler = job.scheduler_class().from_config(pipe.scheduler.config)
@@ -274,8 +286,7 @@ class Generator:
                 mount(pipe.unet, UNetMixers.from_pretrained(job.mixers))
             except (ValueError, OSError) as error:
                 raise UserError(f"mixers: {error}") from error
-        self.pipe = pipe
-        self._embeds: dict[str, dict[str, Tensor]] = {}
+        return pipe
 
     def encode(self, prompts: Sequence[str]) -> None:
         """Encode all prompts; the text encoders are then given up, their memory is the stages'."""
@@ -302,6 +313,12 @@ class Generator:
                 }
         for name in encoders:
             setattr(pipe, name, None)
+        self.take(self._embeds)
+
+    def take(self, embeds: dict[str, dict[str, Tensor]]) -> None:
+        """Take prompts that are encoded: for each what `encode_prompt` of the pipeline returns, by name."""
+        job, pipe = self.job, self.pipe
+        self._embeds = embeds
         pipe.unet.to(job.device)
         pipe.vae.to(job.device)
         pipe.set_progress_bar_config(disable=True)
