@@ -27,6 +27,7 @@ def propagate(
     directions: Sequence[str] = DIRECTIONS,
     chunk: int | None = None,
     backend: str | None = None,
+    keep_hidden: bool = False,
 ) -> Tensor:  # (B, C, H, W)
     """Propagate an image line by line in several directions and sum the gated results.
 
@@ -52,6 +53,11 @@ def propagate(
             None for one scan over the whole image. The last segment may be short.
         backend: name of the implementation ("cuda", "cpu", "reference"); None for the fastest that takes the
             problem.
+        keep_hidden: where a gradient will be asked for, forward leaves h of every direction, (B, D, C, H, W)
+            in the dtype of x, for backward to read instead of computing it again: faster on large images, for
+            D times the memory of x until backward has run. y is then formed from h as it was rounded. Only
+            the CUDA backend gains by it; elsewhere, in float64, and for a single direction without gate
+            (where y is h, and always kept) it changes nothing.
 
     Returns:
         y (B, C, H, W), with the dtype of x and, where x is dense, its strides. State and sums are float32
@@ -81,7 +87,8 @@ def propagate(
     _check_chunk(chunk)
     x, logits, lam, gate = _follow_autocast(x, logits, lam, gate)
     _check_alike(x, ("logits", "lam", "gate"), (logits, lam, gate))
-    return ops.propagate(x, logits, lam, gate, names, chunk, True, backend)
+    run = ops.propagate_keeping if keep_hidden else ops.propagate
+    return run(x, logits, lam, gate, names, chunk, True, backend)
 
 
 def line_scan(

@@ -1,8 +1,8 @@
 """One table of implementations, and the choice between them.
 
-A backend is a module with three functions: `why_not(problem)`, a sentence saying why it declines a problem or
-None, and `propagate` and `propagate_backward` with the signatures of `reference`. The table is in order of
-preference.
+A backend is a module with four functions: `why_not(problem)`, a sentence saying why it declines a problem or
+None, and `propagate`, `propagate_keeping` and `propagate_backward` with the signatures of `reference`. The
+table is in order of preference.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .keeping import states_of
 from .problem import Problem, accumulation_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -117,6 +118,16 @@ def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, 
     return torch.empty_like(x).copy_(y)
 
 
+def propagate_keeping(
+    x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    """y, and h (B, D, C, H, W) of every direction as it is rounded to storage, laid out by `empty_states`.
+
+    A backend may form y from the states as they were rounded; this one does not.
+    """
+    return propagate(x, taps, lam, gate, problem), states_of(propagate, x, taps, lam, problem)
+
+
 def propagate_backward(
     dy: Tensor,
     x: Tensor,
@@ -129,8 +140,9 @@ def propagate_backward(
 ) -> Gradients:
     """Gradients of sum(y dy) in x, taps, lam and gate; None where `needs` says so or the input is None.
 
-    hidden: for a single direction without gate, y as forward returned it, which is h rounded to storage. A
-    backend may use it instead of computing h again; this one does not.
+    hidden: h rounded to storage. Either what `propagate_keeping` left, (B, D, C, H, W), or for a single
+    direction without gate y as forward returned it. A backend may use it instead of computing h again; this
+    one does not.
     """
     dtype = accumulation_dtype(x.dtype)
     dx = torch.zeros(x.shape, dtype=dtype, device=x.device)

@@ -144,6 +144,7 @@ class GSPN2(nn.Module):
         groups: tap groups of a mixer.
         directions: scan directions of a mixer.
         backend: implementation of the operator; None chooses.
+        keep_hidden: keep the states of all scans for backward (`gspn2.propagate`): faster, for more memory.
         expand_ratio: inner channels of the GSPN module over `dims`.
         mlp_ratio: hidden channels of the FFN over `dims`.
         kernel_size: of the GSPN module's depthwise convolution.
@@ -167,6 +168,7 @@ class GSPN2(nn.Module):
         groups: int = 1,
         directions: Sequence[str] = DIRECTIONS,
         backend: str | None = None,
+        keep_hidden: bool = False,
         expand_ratio: float = 1.5,
         mlp_ratio: float = 4.0,
         kernel_size: int = 7,
@@ -196,6 +198,7 @@ class GSPN2(nn.Module):
                 "groups": groups,
                 "directions": directions,
                 "backend": backend,
+                "keep_hidden": keep_hidden,
             }
             stages.append(
                 GSPN2Stage(

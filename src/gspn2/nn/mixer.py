@@ -74,7 +74,7 @@ class Mixer(nn.Module):
             holds the resting values of taps, lam and gate.
         gain: size of a fresh output projection: how much of the average's amplitude the mixer puts out. The
             default suits a residual stream of many mixers; next to a norm it may be 1.
-        backend: as for `gspn2.propagate`.
+        backend, keep_hidden: as for `gspn2.propagate`; kept states are (B, D, proxy_dim, H, W).
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or the input is no (B, dim, H, W).
@@ -96,6 +96,7 @@ class Mixer(nn.Module):
         bias: bool = True,
         gain: float = 0.2,
         backend: str | None = None,
+        keep_hidden: bool = False,
     ) -> None:
         super().__init__()
         _check_arguments(dim, proxy_dim, groups, directions, chunk, operands_from)
@@ -107,6 +108,7 @@ class Mixer(nn.Module):
         self.operands_from = operands_from
         self.gain = gain
         self.backend = backend
+        self.keep_hidden = keep_hidden
         scans = len(self.directions)
         per_channel = scans * proxy_dim
         # Channels of the packed tensor: (lam, gate, logits).
@@ -182,7 +184,13 @@ class Mixer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = propagate(*self.operands(x), directions=self.directions, chunk=self.chunk, backend=self.backend)
+        y = propagate(
+            *self.operands(x),
+            directions=self.directions,
+            chunk=self.chunk,
+            backend=self.backend,
+            keep_hidden=self.keep_hidden,
+        )
         return self.from_proxy(y)
 
     def _merge(self, height: int, width: int) -> Tensor:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from ..keeping import states_of
 from ..problem import Problem
 from ..reference import Gradients
 
@@ -31,6 +32,13 @@ def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, 
     from . import launch
 
     return launch.propagate(x, taps, lam, gate, problem)
+
+
+def propagate_keeping(
+    x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    """As `reference.propagate_keeping`; y is that of `propagate`, and nothing is faster for it."""
+    return propagate(x, taps, lam, gate, problem), states_of(propagate, x, taps, lam, problem)
 
 
 def propagate_backward(

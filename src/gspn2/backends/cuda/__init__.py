@@ -51,6 +51,13 @@ def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, 
     return _launch().propagate(x, taps, lam, gate, problem)
 
 
+def propagate_keeping(
+    x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    """As `reference.propagate_keeping`; y is the sum of the states as they were rounded."""
+    return _launch().propagate_keeping(x, taps, lam, gate, problem)
+
+
 def propagate_backward(
     dy: Tensor,
     x: Tensor,

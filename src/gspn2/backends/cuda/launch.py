@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..keeping import empty_states, one_direction
 from ..problem import Problem
 from ..reference import Gradients
-from . import driver, params
+from . import driver, params, states_sum
 from .geometry import Case, View
 from .plan import OLDEST, choose, too_old
 
@@ -26,6 +27,7 @@ ALIGNMENT = 128
 SCRATCH_ALIGNMENT = 512
 
 _FORWARD = ("x", "taps", "lam", "gate", "y")
+_SUM = states_sum.NAMES
 _BACKWARD = ("x", "taps", "lam", "gate", "y", "dy", "dx", "dtaps", "dlam", "dgate")
 
 _ready: dict[tuple[object, ...], Call] = {}
@@ -37,6 +39,22 @@ def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, 
     if problem.batch:
         _run(_FORWARD, (x, taps, lam, gate, y), problem)
     return y
+
+
+def propagate_keeping(
+    x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    """As `reference.propagate_keeping`: a scan for each direction, whose output is h, and one launch for y.
+
+    A single scan writes h as fast as a kernel of all directions would write y, and adds to nothing.
+    """
+    y, h = torch.empty_like(x), empty_states(x, len(problem.directions))
+    if problem.batch:
+        for d in range(len(problem.directions)):
+            lam_d = None if lam is None else lam[:, d : d + 1]
+            _run(_FORWARD, (x, taps[:, d : d + 1], lam_d, None, h[:, d]), one_direction(problem, d))
+        _run(_SUM, (h, gate, y), problem)
+    return y, h
 
 
 def propagate_backward(
@@ -64,7 +82,7 @@ def propagate_backward(
 
 
 def _run(names: tuple[str, ...], tensors: tuple[Tensor | None, ...], problem: Problem) -> None:
-    """Look the call up, or make it ready, and launch; the first of the tensors is x."""
+    """Look the call up, or make it ready, and launch; the first of the tensors is there in any case."""
     x = tensors[0]
     assert x is not None
     index = x.get_device()
@@ -121,7 +139,8 @@ class Call:
         if device.capability < OLDEST:
             raise RuntimeError(f"gspn2: {too_old(device.capability)}; pass backend='reference'")
         views = {name: View.of(tensor) for name, tensor in tensors.items()}
-        self.plan = choose(Case(problem, device, views, backward="dy" in views))
+        case = Case(problem, device, views, backward="dy" in views)
+        self.plan = choose(case) if "taps" in views else states_sum.plan(case)
         self.problem = problem
         self.index = index
         places = [params.place(name) for name in tensors]

@@ -2,15 +2,16 @@
 // gradient of shared taps is a sum over their channels. Direction after direction:
 //   1. scan forward and keep the state that enters every SEGMENT-th line (scratch[1]);
 //   2. segment after segment, last first: compute its states again (scratch[2]), then walk its lines backwards.
+// Where forward kept the states (`y`), its lines are walked backwards, and that is all.
 //
-// Macros: THREADS, SEGMENT.
+// Macros: THREADS, SEGMENT, HAS_HIDDEN (1: the states are at hand).
 // Knobs: 0 channels a block, 1 channels adjacent in memory, 2 log2 of the thread grid's width, 3 rows in scratch[3].
 // Scratch: 0 float32 sums of dx over directions (16-bit storage and several directions), 1 kept states, 2 states of
 // a segment, 3 rows (`Rows`), if they do not fit in shared memory.
 #include "generic.cuh"
 
 struct Operands {
-  Cursor x, lam, gate, taps, dy, dx, dtaps, dlam, dgate;
+  Cursor x, lam, gate, taps, dy, dx, dtaps, dlam, dgate, hidden;
   long long k, dk;
   Sums sums;
   int group_pitch;
@@ -26,6 +27,21 @@ __device__ __forceinline__ Rows rows_of(float* base, int parity, long long size)
   base += parity * 4 * size;
   return {base, base + size, base + 2 * size, base + 3 * size};
 }
+
+// The states of one line of a block's channels: as they were stored, or float32 in scratch memory.
+struct States {
+#if HAS_HIDDEN
+  const Cursor* hidden;
+  int line;
+
+  __device__ __forceinline__ float at(int lc, int place) const { return widen(*::at(*hidden, line, place, lc)); }
+#else
+  const float* data;
+  int places;
+
+  __device__ __forceinline__ float at(int lc, int place) const { return data[(long long)lc * places + place]; }
+#endif
+};
 
 template <typename Body>
 __device__ __forceinline__ void for_items(const Grid& grid, Body body) {
@@ -66,7 +82,7 @@ __device__ __forceinline__ void forward_line(const Operands& o, const Grid& grid
 // g of one line, what follows from it alone, and what it hands on. `carried`: the rows of the next line in scan
 // order, or nullptr where that line restarts.
 __device__ __forceinline__ void adjoint_line(const Operands& o, const Grid& grid, const Rows* carried, const Rows& rows,
-                                             const float* h, int line, int places, bool restart) {
+                                             const States& h, int line, int places, bool restart) {
   for_items(grid, [&](int place, int lc) {
     const long long index = (long long)lc * places + place;
     const float dy = widen(*at(o.dy, line, place, lc));
@@ -87,7 +103,7 @@ __device__ __forceinline__ void adjoint_line(const Operands& o, const Grid& grid
       rows.to_after[index] = w.after * g;
     }
 #if HAS_GATE
-    if (o.dgate.data != nullptr) *at(o.dgate, line, place, lc) = narrow(h[index] * dy);
+    if (o.dgate.data != nullptr) *at(o.dgate, line, place, lc) = narrow(h.at(lc, place) * dy);
 #endif
     float dx = g;
 #if HAS_LAM
@@ -104,28 +120,28 @@ __device__ __forceinline__ void adjoint_line(const Operands& o, const Grid& grid
   });
 }
 
-// Gradients of the taps of one line, summed over the channels of each group in their order.
-__device__ __forceinline__ void tap_line(const Operands& o, const Params& p, const Share& share, const float* g, const float* before,
-                                         int line, int places) {
+// Gradients of the taps of one line, summed over the channels of each group in their order. `before`: the states of the
+// line before, not looked at where this one restarts.
+__device__ __forceinline__ void tap_line(const Operands& o, const Params& p, const Share& share, const float* g,
+                                         const States& before, bool restart, int line, int places) {
   const int groups = share.pitch ? share.n : 1, members = share.pitch ? 1 : share.n;
   const Grid grid = grid_of(p, groups, places);
   for_items(grid, [&](int place, int group) {
     const bool has_before = place > 0, has_after = place + 1 < places;
     Taps dw = {0.f, 0.f, 0.f};
-    if (before != nullptr)
+    if (!restart)
       for (int m = 0; m < members; m += SUM_RUN) {
         Taps run = {0.f, 0.f, 0.f};
         for (int l = m; l < min(members, m + SUM_RUN); l++) {
-          const long long index = (long long)(group + l) * places + place;
-          const float gl = g[index];
-          run.here = fmaf(gl, before[index], run.here);
-          if (has_before) run.before = fmaf(gl, before[index - 1], run.before);
-          if (has_after) run.after = fmaf(gl, before[index + 1], run.after);
+          const float gl = g[(long long)(group + l) * places + place];
+          run.here = fmaf(gl, before.at(group + l, place), run.here);
+          if (has_before) run.before = fmaf(gl, before.at(group + l, place - 1), run.before);
+          if (has_after) run.after = fmaf(gl, before.at(group + l, place + 1), run.after);
         }
         dw.add(run);
       }
     const Taps a = read_taps(o.taps, o.k, line, place, group, has_before, has_after);
-    const Taps da = before == nullptr ? dw : tap_gradient(a, dw, has_before, has_after);
+    const Taps da = restart ? dw : tap_gradient(a, dw, has_before, has_after);
     storage_t* out = at(o.dtaps, line, place, group);
     out[0] = narrow(da.before);
     out[o.dk] = narrow(da.here);
@@ -148,16 +164,37 @@ __device__ Operands operands_of(const Params& p, const Share& share, const Scan&
   o.dgate = cursor(p.dgate, s, share.b, d, share.c0);
   o.want_dx = p.dx.data != nullptr;
   if (o.want_dx) o.sums = sums_of(p, p.dx, s, share, p.scratch[0], p.knobs[1] != 0);
+  o.hidden = cursor(p.y, s, share.b, d, share.c0);
   o.group_pitch = share.pitch;
   o.add = d > 0;
   o.last = d + 1 == p.scans;
   return o;
 }
 
+// One line of the walk back: `carry` if the line after this one, in scan order, hands anything on.
+__device__ __forceinline__ void walk_line(const Operands& o, const Params& p, const Share& share, const Grid& grid, float* row_memory,
+                                          const States& h, const States& before, int line, int places, bool& carry, int& parity) {
+  const long long room = p.knobs[0] * (long long)max(p.height, p.width);
+  const bool restart = line % p.chunk == 0;
+  const Rows rows = rows_of(row_memory, parity, room), carried = rows_of(row_memory, parity ^ 1, room);
+  adjoint_line(o, grid, carry ? &carried : nullptr, rows, h, line, places, restart);
+  __syncthreads();
+  if (o.dtaps.data != nullptr) tap_line(o, p, share, rows.g, before, restart, line, places);
+  carry = !restart;
+  parity ^= 1;
+}
+
 __device__ void scan(const Params& p, const Share& share, int d, float* row_memory) {
   const Scan s = scan_of(p, d);
   const Grid grid = grid_of(p, share.n, s.places);
   const Operands o = operands_of(p, share, s, d);
+  bool carry = false;
+  int parity = 0;
+#if HAS_HIDDEN
+  for (int line = s.lines - 1; line >= 0; line--)
+    walk_line(o, p, share, grid, row_memory, {&o.hidden, line}, {&o.hidden, line - 1}, line, s.places, carry, parity);
+  __syncthreads();
+#else
   const long long longest = max(p.height, p.width), room = p.knobs[0] * longest, size = (long long)share.n * s.places;
   const long long segments = (longest + SEGMENT - 1) / SEGMENT;
   float* kept = (float*)p.scratch[1] + blockIdx.x * segments * room;
@@ -173,8 +210,6 @@ __device__ void scan(const Params& p, const Share& share, int d, float* row_memo
     __syncthreads();
   }
 
-  bool carry = false;  // does the line after this one, in scan order, hand anything on?
-  int parity = 0;
   for (int segment = last_segment; segment >= 0; segment--) {
     const int first = segment * SEGMENT, count = min(SEGMENT, s.lines - first);
     const float* entering = kept + segment * size;
@@ -184,18 +219,12 @@ __device__ void scan(const Params& p, const Share& share, int d, float* row_memo
       __syncthreads();
     }
     for (int i = count - 1; i >= 0; i--) {
-      const int line = first + i;
-      const bool restart = line % p.chunk == 0;
-      const Rows rows = rows_of(row_memory, parity, room), carried = rows_of(row_memory, parity ^ 1, room);
-      adjoint_line(o, grid, carry ? &carried : nullptr, rows, states + (i + 1) * size, line, s.places, restart);
-      __syncthreads();
-      const float* before = i == 0 ? entering : states + i * size;
-      if (o.dtaps.data != nullptr) tap_line(o, p, share, rows.g, restart ? nullptr : before, line, s.places);
-      carry = !restart;
-      parity ^= 1;
+      const States h = {states + (i + 1) * size, s.places}, before = {i == 0 ? entering : states + i * size, s.places};
+      walk_line(o, p, share, grid, row_memory, h, before, first + i, s.places, carry, parity);
     }
     __syncthreads();  // the next segment writes over the states that tap_line has just read
   }
+#endif
 }
 
 KERNEL(THREADS, 1) generic_backward(CONSTANT_PARAMS p) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import states_sum
 from ..geometry import Case, Kernel, Launch, Plan, options
 
 SEGMENT = 16
@@ -62,11 +63,12 @@ def _backward(case: Case) -> Plan:
     blocks = problem.batch * _sections(case) * -(-_span(case) // channels)
     segments = -(-longest // SEGMENT)
     sums = 4 * problem.batch * problem.channels * problem.height * problem.width
-    line = 4 * channels * longest
+    hidden = "y" in case.views
+    line = 4 * channels * longest * (not hidden)
     kernel = Kernel(
         "generic_backward.cu",
         "generic_backward",
-        (*options(case), ("THREADS", threads), ("SEGMENT", SEGMENT)),
+        (*options(case), ("THREADS", threads), ("SEGMENT", SEGMENT), ("HAS_HIDDEN", int(hidden))),
     )
     knobs = (channels, int(fast), _width(channels if fast else longest, threads), int(in_scratch))
     launch = Launch(kernel, blocks, threads, 0 if in_scratch else rows, knobs=knobs)
@@ -82,12 +84,14 @@ def _backward(case: Case) -> Plan:
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1))
+    backward = (*plain, ("THREADS", 256), ("SEGMENT", SEGMENT))
     return [
         (Kernel("generic_forward.cu", "generic_forward", (*plain, ("THREADS", 512), ("ITEMS", 2))), False),
-        (
-            Kernel("generic_backward.cu", "generic_backward", (*plain, ("THREADS", 256), ("SEGMENT", 16))),
-            False,
+        *(
+            (Kernel("generic_backward.cu", "generic_backward", (*backward, ("HAS_HIDDEN", hidden))), False)
+            for hidden in (0, 1)
         ),
+        *states_sum.representative_kernels(),
     ]
 
 
