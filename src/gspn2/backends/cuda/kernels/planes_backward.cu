@@ -72,6 +72,9 @@ __device__ __forceinline__ void walk_segment(const Params& p, const Work& w, Thr
 __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t) {
   float h[N] = {}, entering[N] = {}, carried[N] = {};
   const int last = segments_of(w.scan) - 1;
+#if HAS_HIDDEN
+  if (HAS_GATE && WANTS_GATE && has_channel(t)) last_state(p, w, t, h);
+#endif
   if (COMPUTES_STATES && last > 0 && has_channel(t)) kept_state(t, kept_of(p, t, last + 1, last), entering);
   for (int segment = last; segment >= 0; segment--) {
     if (has_channel(t)) walk_segment(p, w, t, segment, h, entering, carried);

@@ -13,7 +13,7 @@
 //               these channels as it can, one a block, and sums over its blocks after every segment
 //   HAS_SUMS    1: several directions, so that dx is a sum over launches
 //   WANTS       gradients that are asked for: 1 dx, 2 dtaps, 4 dlam, 8 dgate, added up
-//   HAS_HIDDEN  1: the hidden state is at hand (`y` of forward): nothing is kept or computed again
+//   HAS_HIDDEN  1: the states are at hand (`y`, as forward kept them): nothing is kept or computed again
 //   OWN_STATES  with it: 1, it is float32, in scratch memory
 //   SPLIT       1: the blocks of a cluster share a line. Each has places beyond its own on either side, HALO of them:
 //               what it computes there goes wrong by one place a line from the outside, and is put right after every
@@ -39,7 +39,9 @@ constexpr int EACH = 16 / SIZE;  // elements of 16 bytes, the unit of asynchrono
 // Operands in shared memory. Those of both walks over a segment have two stages, so that the next segment's arrive
 // meanwhile; those of the walk back only are fetched during the walk forward, into one.
 constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DY = TAPS + 3, GATE = DY + 1, HIDDEN = GATE + HAS_GATE;
-constexpr int HIDDENS = !HAS_HIDDEN ? 0 : OWN_STATES && STORAGE != 0 ? 2 : 1;
+// Float32 numbers take two operands beside 16-bit storage: states, and in horizontal scans the gradient of a shared tap
+// that replaces them.
+constexpr int HIDDENS = !HAS_HIDDEN ? 0 : STORAGE != 0 && (OWN_STATES || (HORIZONTAL && SHARED)) ? 2 : 1;
 constexpr int SUM = HIDDEN + HIDDENS, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, OPERANDS = SUM + SUMS;
 constexpr int DOUBLE = HAS_HIDDEN ? OPERANDS : DY, UNITS = DOUBLE + OPERANDS;
 

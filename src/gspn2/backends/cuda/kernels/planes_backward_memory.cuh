@@ -80,7 +80,7 @@ __device__ __forceinline__ const unsigned char* source_of(const Params& p, int o
   if (op < DY) return plane_of(p.taps, b, d, group, op - TAPS);
   if (op == DY) return plane_of(p.dy, b, 0, c, 0);
   if (HAS_GATE && op == GATE) return plane_of(p.gate, b, d, c, 0);
-  if (HAS_HIDDEN && op < SUM) return OWN_STATES ? states_of(p, b, c, op - HIDDEN) : plane_of(p.y, b, 0, c, 0);
+  if (HAS_HIDDEN && op < SUM) return OWN_STATES ? states_of(p, b, c, op - HIDDEN) : plane_of(p.y, b, d, c, 0);
   if (STORAGE == 0) return plane_of(p.dx, b, 0, c, 0);
   return sums_of(p, b, c, op - SUM);
 }
@@ -106,7 +106,7 @@ __device__ __forceinline__ bool reads_sums(const Params& p) { return HAS_SUMS &&
 
 // Is the operand read in this launch?
 __device__ __forceinline__ bool is_read(const Params& p, int op) {
-  if (HAS_HIDDEN && op == HIDDEN) return WANTS_TAPS;
+  if (HAS_HIDDEN && op == HIDDEN) return NEEDS_STATES;
   return op < SUM || reads_sums(p);
 }
 

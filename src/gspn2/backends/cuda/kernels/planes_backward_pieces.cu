@@ -27,7 +27,7 @@ struct States {
 __device__ __forceinline__ void read_states(const Work& w, const Thread& t, int tile, int q, States& states) {
   const int next = REVERSED ? q + 1 : q - 1;
 #pragma unroll
-  for (int half = 0; half < HIDDENS; half++) {
+  for (int half = 0; half < (OWN_STATES ? HIDDENS : 1); half++) {
     const unsigned char* unit = tile_at(w, tile) + unit_at(HIDDEN + half);
     const unsigned char* words = tile_at(w, tile) + ENTERING + half * 34 * 4;
 #pragma unroll

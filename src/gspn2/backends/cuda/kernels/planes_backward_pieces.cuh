@@ -6,7 +6,7 @@
 // Macros: those of planes_backward.cuh, with HORIZONTAL 1, PLACES 1 and RAGGED 0. SEGMENT is the number of lines
 // between exchanges of blocks; SHARED channels leave their part of the gradient in scratch memory. And
 //   FORWARD     1: the walk forward; 0: the walk back
-//   OWN_STATES  1: states are float32, in scratch memory; 0: they are `y` of forward
+//   OWN_STATES  1: states are float32, in scratch memory; 0: they are `y`, as forward kept them
 //   PIECE       bytes of a row in a tile
 //   BUFFERS     tiles in a warp's ring
 // Knobs are those of planes_backward.cuh, too. Scratch: 3 the states, as planes_backward_memory.cuh has them.
@@ -50,7 +50,7 @@ __device__ __forceinline__ int vector_at(u32 row, u32 v) {
 
 __device__ __forceinline__ constexpr bool is_state(int op) { return op >= HIDDEN && op < SUM; }
 __device__ __forceinline__ bool is_fetched(const Params& p, int op) {
-  return FORWARD ? op < DY : is_state(op) ? READS_STATES : is_read(p, op);
+  return FORWARD ? op < DY : is_state(op) ? READS_STATES && (OWN_STATES || op == HIDDEN) : is_read(p, op);
 }
 
 // Goes over the vectors of a warp's rows, with consecutive lanes on consecutive ones: body(at, row of the plane,

@@ -5,7 +5,8 @@
 
 // Shared weights' gradients of a segment stay in shared memory, in the place of operands whose time is over, until
 // the cluster has summed them: float32 numbers where the taps were; with 16-bit storage the halves of the first in the
-// first two taps, of the second in the third tap and dy, and the third in the states.
+// first two taps, of the second in the third tap and dy, and the third in the states; where these are at hand, as 16-bit
+// numbers, its halves in their place and in that of x.
 __device__ constexpr int parked_in(int i) { return i < 3 ? TAPS + i : DY; }
 
 // Are gradients of shared weights complete when a cluster has summed its channels?

@@ -99,6 +99,17 @@ __device__ __forceinline__ void read_line(const Params& p, const Work& w, const 
 #endif
 }
 
+#if HAS_HIDDEN
+// The state after the last line of the scan: all others come as what enters the line after them.
+__device__ __forceinline__ void last_state(const Params& p, const Work& w, const Thread& t, float (&h)[N]) {
+  const unsigned char* from = source_of(p, HIDDEN, t.b, t.group, t.channel) + t.place * SIZE;
+  Packed<N> packed = {};
+  if (t.alive) read_words(packed.words, at_row(from, row_of(w.scan, w.scan.lines - 1), source_pitch(p, HIDDEN)));
+#pragma unroll
+  for (int n = 0; n < N; n++) h[n] = packed[n];
+}
+#endif
+
 // The lines of a segment in scan order; with `keep`, the state that enters each stays in shared memory. The next line
 // is read while the edges of this one travel.
 __device__ __forceinline__ void walk_forward(const Params& p, const Work& w, Thread& t, int segment, float (&h)[N], Edges& edges,
@@ -271,7 +282,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     carried[0] += from.before;
     carried[N - 1] += from.after;
 #if SHARED
-    park_last(w, t, s, dw);
+    park_last(w, t, segment, s, dw);
 #endif
   }
 }

@@ -25,8 +25,17 @@ __device__ __forceinline__ void park(const Work& w, const Thread& t, int segment
     write_words(unit_at(w, segment, s, parked_in(i)) + t.lane * (N * SIZE), packed[i].words);
 }
 // The third, in the place of a state that other warps look at until the line is settled.
-__device__ __forceinline__ void park_last(const Work& w, const Thread& t, int s, const Taps (&dw)[N]) {
-#if STORAGE != 0
+__device__ __forceinline__ void park_last(const Work& w, const Thread& t, int segment, int s, const Taps (&dw)[N]) {
+#if STORAGE != 0 && HAS_HIDDEN
+  Packed<N> upper, lower;
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    const Pair after = split(dw[n].after, dw[n + 1].after);
+    upper.words[n / 2] = after.upper, lower.words[n / 2] = after.lower;
+  }
+  write_words(unit_at(w, segment, s, HIDDEN) + t.lane * (N * SIZE), upper.words);
+  write_words(unit_at(w, segment, s, X) + t.lane * (N * SIZE), lower.words);
+#elif STORAGE != 0
   float after[N];
 #pragma unroll
   for (int n = 0; n < N; n++) after[n] = dw[n].after;
@@ -36,15 +45,23 @@ __device__ __forceinline__ void park_last(const Work& w, const Thread& t, int s,
 
 // What block `rank` of the cluster parked for this thread's places, added to dw.
 __device__ __forceinline__ void add_parked(const Work& w, const Thread& t, int segment, int s, int rank, Taps (&dw)[N]) {
+  const auto parked = [&](int op) {
+    unsigned char* unit = unit_at(w, segment, s, op) + t.lane * (N * SIZE);
+    Packed<N> packed;
+    read_words(packed.words, CLUSTER ? cluster_map(unit, rank) : unit);
+    return packed;
+  };
   Packed<N> packed[4];
 #pragma unroll
-  for (int i = 0; i < (STORAGE == 0 ? 3 : 4); i++) {
-    unsigned char* unit = unit_at(w, segment, s, parked_in(i)) + t.lane * (N * SIZE);
-    read_words(packed[i].words, CLUSTER ? cluster_map(unit, rank) : unit);
-  }
+  for (int i = 0; i < (STORAGE == 0 ? 3 : 4); i++) packed[i] = parked(parked_in(i));
 #if STORAGE == 0
 #pragma unroll
   for (int n = 0; n < N; n++) dw[n].before += packed[0][n], dw[n].here += packed[1][n], dw[n].after += packed[2][n];
+#else
+#if HAS_HIDDEN
+  const Packed<N> upper = parked(HIDDEN), lower = parked(X);
+#pragma unroll
+  for (int n = 0; n < N; n++) dw[n].after += joined(upper.words[n / 2], lower.words[n / 2], n);
 #else
   float* states = CLUSTER ? cluster_map(w.states, rank) : w.states;
 #pragma unroll
@@ -53,6 +70,7 @@ __device__ __forceinline__ void add_parked(const Work& w, const Thread& t, int s
 #pragma unroll
     for (int i = 0; i < VEC; i++) dw[n + i].after += after.v[i];
   }
+#endif
 #pragma unroll
   for (int n = 0; n < N; n++) {
     dw[n].before += joined(packed[0].words[n / 2], packed[1].words[n / 2], n);

@@ -2,7 +2,7 @@
 
 A block owns a plane with whole lines, or the blocks of a cluster share a line. It scans forward and keeps the
 state at every segment, then takes the segments last to first: forward again with the states in shared memory,
-and back. Where forward saved its output, which is the state of a single scan, only the way back is left.
+and back. Where forward kept the states (the output of a single scan is its state), only the way back is left.
 `variants.planes` asks here for backward.
 """
 
@@ -88,7 +88,7 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
                 parts = max(parts, problem.channels // problem.groups)
                 launches.append(_add_parts(case, index, problem.channels // problem.groups))
             continue
-        if not _has_hidden(case):
+        if not _has_hidden(case, cut.sizes.horizontal):
             line = 4 * cut.kept
             segments = -(-cut.sizes.lines // cut.segment)
             kept = max(kept, problem.batch * problem.channels * segments * line)
@@ -249,18 +249,14 @@ def _sums_channels(case: Case) -> bool:
     return case.problem.groups < case.problem.channels and "dtaps" in case.views
 
 
-def _has_hidden(case: Case) -> bool:
-    """Does a vertical scan find its states?"""
-    return _is_at_hand(case) and case.problem.directions[0] in ("down", "up")
+def _has_hidden(case: Case, horizontal: bool) -> bool:
+    """Does a scan in whole lines find its states? Vertical ones do; horizontal ones in long pieces do."""
+    return _is_at_hand(case) and not horizontal
 
 
 def _is_at_hand(case: Case) -> bool:
-    """Is the state at hand, in rows as those of the other tensors?"""
-    if "y" not in case.views or "gate" in case.views or len(case.problem.directions) > 1:
-        return False
-    if _sums_channels(case):
-        return False  # the sum over channels needs the room of the states
-    return _unsuitable(case, "y", case.views["y"]) is None
+    """Are the states at hand, in rows as those of the other tensors?"""
+    return "y" in case.views and _unsuitable(case, "y", case.views["y"]) is None
 
 
 def _has_partial_sums(case: Case) -> bool:
@@ -272,18 +268,18 @@ def _row(case: Case) -> int:
     return -(-case.problem.width // 16) * 16
 
 
-def _units(case: Case) -> int:
+def _units(case: Case, horizontal: bool) -> int:
     """Stages of all operands together, as UNITS in the kernel."""
     both = 4 + ("lam" in case.views)
-    if _has_hidden(case):
-        return 2 * (both + 2)
     sums = 0 if len(case.problem.directions) == 1 else 1 if case.itemsize == 4 else 2
-    return 2 * both + 1 + ("gate" in case.views) + sums
+    back = 1 + ("gate" in case.views) + sums
+    return 2 * (both + back + 1) if _has_hidden(case, horizontal) else 2 * both + back
 
 
-def _place_bytes(case: Case, segment: int) -> int:
+def _place_bytes(case: Case, horizontal: bool, segment: int) -> int:
     """Bytes of shared memory for one place in all lines of a segment."""
-    return segment * (_units(case) * case.itemsize + (0 if _has_hidden(case) else 4))
+    states = 0 if _has_hidden(case, horizontal) else 4
+    return segment * (_units(case, horizontal) * case.itemsize + states)
 
 
 def _traffic(case: Case, cut: Cut) -> float:
@@ -294,7 +290,7 @@ def _traffic(case: Case, cut: Cut) -> float:
     # Blocks of a cluster read the same taps at about the same time.
     taps = 3 * size / cut.together
     traffic = size * (3 + 2 * lam + 2 * gate) + 2 * sums + taps
-    if _has_hidden(case):
+    if _has_hidden(case, cut.sizes.horizontal):
         traffic += size
     else:
         traffic += size * (1 + lam) + taps + 8 / cut.segment
@@ -358,7 +354,7 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
     if not sizes.horizontal and not sums and strips == 1 and needed <= 16:
         width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
     threads = max(width, 32)
-    shared = _place_bytes(case, segment) * threads * places + 16 * (threads // 32 + 2) + 16 * halo
+    shared = _place_bytes(case, sizes.horizontal, segment) * threads * places + 16 * (threads // 32 + 2) + 16 * halo
     shared += BARRIERS * (strips > 1) + POINTERS * sizes.horizontal
     if shared > case.device.shared_memory or threads > THREADS[-1]:
         return None
@@ -378,7 +374,8 @@ def _cost(case: Case, cut: Cut) -> float:
     The constants are of an H200 at 1.8 GHz, instructions as compiled: an order of magnitude, to choose by.
     """
     device, many = case.device, case.device.multiprocessors
-    hidden, normalize, wide = _has_hidden(case), case.problem.normalize, cut.width > 32
+    hidden, normalize = _has_hidden(case, cut.sizes.horizontal), case.problem.normalize
+    wide = cut.width > 32
     warps = cut.threads // 32
     resident = min(
         (device.shared_memory + RESERVED) // (cut.shared + RESERVED),
@@ -477,7 +474,7 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("SHARED", int(_sums_channels(case))),
         ("HAS_SUMS", int(len(case.problem.directions) > 1)),
         ("WANTS", sum(1 << i for i, name in enumerate(GRADIENTS) if name in case.views)),
-        ("HAS_HIDDEN", int(_has_hidden(case))),
+        ("HAS_HIDDEN", int(_has_hidden(case, sizes.horizontal))),
         ("SPLIT", int(cut.strips > 1)),
         ("CLUSTER", int(cut.cluster > 1)),
     )

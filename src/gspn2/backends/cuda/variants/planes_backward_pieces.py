@@ -1,8 +1,8 @@
 """Backward of horizontal scans of planes in long pieces of rows: `kernels/planes_backward_pieces.cuh`.
 
 A block, or each block of a cluster, has some rows of a plane and walks over them, its warps copying pieces of
-their rows into tiles: forward, to leave the states in scratch memory (not where the output of forward is the
-states), and back from them. `variants.planes_backward` asks here for right and left.
+their rows into tiles: forward, to leave the states in scratch memory (not where forward kept them), and back
+from them. `variants.planes_backward` asks here for right and left.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Walk:
     Args:
         direction: "right" or "left".
         forward: it finds the states; otherwise it walks back from them.
-        own_states: they are float32 and in scratch memory; otherwise forward's output.
+        own_states: they are float32 and in scratch memory; otherwise as forward kept them.
         shared: the gradient of taps is left in parts, to be summed over channels.
         row: elements of a row in scratch memory.
     """
@@ -49,8 +49,11 @@ class Walk:
     row: int
 
     def states(self, case: Case) -> int:
-        """Operands that hold states: a float32 number is two halves beside 16-bit storage."""
-        return 0 if self.forward else 2 if self.own_states and case.itemsize < 4 else 1
+        """Operands that hold states: a float32 number is two halves beside 16-bit storage.
+
+        The gradient of a tap, which later takes the place of states, always is.
+        """
+        return 0 if self.forward else 2 if (self.own_states or self.shared) and case.itemsize < 4 else 1
 
     def operands(self, case: Case) -> int:
         """OPERANDS of the kernel, or USED of them."""
@@ -88,7 +91,7 @@ def walks(case: Case, direction: str, *, at_hand: bool, shared: bool, row: int) 
     """What one direction takes.
 
     Args:
-        at_hand: the output of forward is the states.
+        at_hand: forward kept the states.
         shared: the gradient of taps is a sum over channels.
         row: elements of a row in scratch memory.
     """
