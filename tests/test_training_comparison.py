@@ -28,6 +28,8 @@ from gspn2.training.comparison import (
     images,
     plan,
     runner,
+    single,
+    trainer,
 )
 from gspn2.training.comparison.plan import SIZES
 from gspn2.training.state import count_parameters
@@ -91,15 +93,16 @@ def test_weights_are_a_function_of_the_seed():
 
 def test_the_plan_compares_everything_with_one_seed_before_the_next():
     runs = plan()
-    assert len(runs) == len(set(runs)) == 3 * (2 * 2 * 3 + 2 * 7)
+    assert len(runs) == len(set(runs)) == 3 * (2 * 3 + 3) + 2 * 3 + 2 * 7
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.size for run in runs if run.contender not in MAIN} == {64}
+    assert len(plan(extra_seeds=3)) == 3 * (2 * 2 * 3 + 3 + 2 * 7)
 
 
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ({"tasks": ["chess"]}, "tasks: expected some of pathfinder, maze, got 'chess'"),
+        ({"tasks": ["chess"]}, "tasks: expected some of pathfinder, maze, digits, got 'chess'"),
         ({"contenders": ["vit", "mlp"]}, "contenders: expected some of gspn2, .* got 'mlp'"),
         ({"seeds": []}, "seeds: expected at least one"),
         ({"sizes": [64, 64]}, "sizes: expected at least one, none twice"),
@@ -130,31 +133,52 @@ def test_settings_that_cannot_be(changes: dict[str, Any], said: str):
 
 def test_images_are_turned_and_nothing_else():
     square = torch.arange(9, dtype=torch.uint8).view(1, 1, 3, 3).repeat(200, 1, 1, 1)
-    turned = images.turned(square, torch.Generator().manual_seed(0))
+    turned = images.posed(square, images.poses(200, torch.Generator().manual_seed(0)))
     plain = square[0, 0]
-    poses = [form.rot90(k) for form in (plain, plain.flip(0)) for k in range(4)]
-    counts = [sum(torch.equal(one[0], pose) for one in turned) for pose in poses]
+    forms = [form.rot90(k) for form in (plain, plain.flip(0)) for k in range(4)]
+    counts = [sum(torch.equal(one[0], form) for one in turned) for form in forms]
     assert sum(counts) == 200
     assert min(counts) > 0
 
 
 def test_images_in_shards_are_made_alike_and_tests_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    said: list[str] = []
-    task = Task("maze", 32, 32)
+    def made(split: str, folder: str) -> images.Images:
+        source = images.Source(Task("maze", 32, 32), split, 12)
+        with images.making(source, tmp_path / folder, None):
+            assert not source.there(tmp_path / folder)
+        return images.load(source, tmp_path / folder, torch.device("cpu"))
 
-    def loaded(split: str, folder: str) -> images.Images:
-        return images.load(task, split, 12, tmp_path / folder, torch.device("cpu"), said.append)
-
-    train, again, test = loaded("train", "a"), loaded("train", "a"), loaded("test", "a")
-    assert len(said) == 2
+    train, again, test = made("train", "a"), made("train", "c"), made("test", "a")
     assert torch.equal(train.pixels, again.pixels)
     assert not torch.equal(train.pixels, test.pixels)
     assert train.pixels.shape == (12, 1, 32, 32)
     assert sorted(train.labels.unique().tolist()) == [0, 1]
     monkeypatch.setattr(images, "SHARD", 8)
-    sharded = loaded("train", "b")
+    sharded = made("train", "b")
     assert torch.equal(sharded.pixels[:8], train.pixels[:8])
     assert sharded.pixels.shape == train.pixels.shape
+
+
+def test_digits_are_moved_for_training_and_never_mirrored(tmp_path: Path):
+    run = Run("digits", 32, "vit", 0)
+    sources = run.sources(dataclasses.replace(TINY, test_images=1000))
+    assert {use: (it.task.size, it.images) for use, it in sources.items()} == {
+        "train": (32, 16),
+        "test": (32, images.DIGITS_TESTS),
+        "scaled": (64, images.DIGITS_TESTS),
+    }
+    held = {}
+    for use, source in sources.items():
+        with images.making(source, tmp_path, None):
+            pass
+        held[use] = images.load(source, tmp_path, torch.device("cpu"))
+    assert not held["train"].mirrored
+    assert torch.equal(held["test"].labels, held["scaled"].labels)
+    assert len(held["test"].labels.unique()) == 10
+    shrunk = torch.nn.functional.avg_pool2d(held["scaled"].pixels.float(), 2)
+    assert (shrunk - held["test"].pixels).abs().max() < 24
+    brightness = [held[use].pixels.float().mean().item() for use in ("train", "test")]
+    assert brightness[0] == pytest.approx(brightness[1], rel=0.2)
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -202,7 +226,7 @@ def test_a_result_holds_its_curve_and_what_it_was_measured_on(finished):
 
 def test_what_is_there_is_not_run_again(finished, monkeypatch: pytest.MonkeyPatch):
     out, results = finished
-    monkeypatch.setattr(runner, "build", None)
+    monkeypatch.setattr(single, "build", None)
     events: list[Progress] = []
     assert compare(_runs(), TINY, out, on_event=events.append) == results
     assert [event.what for event in events] == ["skipped"] * 4
@@ -252,6 +276,27 @@ def test_a_checkpoint_of_other_settings_or_none_at_all_is_refused(tmp_path: Path
         compare([VIT], TINY, tmp_path)
 
 
+def test_runs_side_by_side_stop_and_go_on(finished, tmp_path: Path):
+    """In processes of their own; what they come to does not depend on that."""
+    runs = [run for run in _runs() if run.contender in ("vit", "convnet")]
+
+    def stop(event: Progress) -> None:
+        if event.what == "point":
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        compare(runs, TINY, tmp_path, jobs=2, on_event=stop)
+    assert stopped.value.signum == signal.SIGTERM
+    assert not list((tmp_path / "images").glob(".*"))
+    events: list[Progress] = []
+    results = compare(runs, TINY, tmp_path, on_event=events.append)
+    assert {event.what for event in events} <= {"begins", "resumes", "point", "skipped", "ends"}
+    whole = {result["run"]["contender"]: result for result in finished[1]}
+    for result in results:
+        assert result["transfer"] == whole[result["run"]["contender"]]["transfer"]
+        assert result["accuracy"] == whole[result["run"]["contender"]]["accuracy"]
+
+
 def test_a_run_whose_time_is_up_ends_and_says_so(tmp_path: Path):
     (result,) = compare([VIT], dataclasses.replace(TINY, minutes=1e-9), tmp_path)
     assert (result["ended"], result["step"]) == ("time", 1)
@@ -269,13 +314,13 @@ def test_a_run_that_diverges_is_recorded_and_the_next_one_goes_on(tmp_path: Path
 
 def test_contenders_see_the_same_images_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[list[float]] = []
-    step = runner.Learner.step
+    step = trainer.Trainer.run
 
-    def noted(self, number, lr, epochs, parts):
-        seen[-1] += [lr, *parts[0][0].flatten().tolist(), *parts[0][1].tolist()]
-        return step(self, number, lr, epochs, parts)
+    def noted(self, block):
+        seen[-1] += [it for table in block for it in table.flatten().tolist()]
+        return step(self, block)
 
-    monkeypatch.setattr(runner.Learner, "step", noted)
+    monkeypatch.setattr(trainer.Trainer, "run", noted)
     for run in (VIT, dataclasses.replace(VIT, contender="convnet"), dataclasses.replace(VIT, seed=1)):
         seen.append([])
         compare([run], TINY, tmp_path)
@@ -318,6 +363,7 @@ def _made_up(
         "parameters": 1_243_000,
         "ended": "steps",
         "step": step,
+        "steps": 100,
         "seconds": seconds,
         "curve": curve,
         "accuracy": accuracy,

@@ -23,12 +23,14 @@ EPILOG = """verbs:
 examples:
   gspn2 learn
   gspn2 learn list
+  gspn2 learn --jobs 16
   gspn2 learn --tasks maze --sizes 64 --contenders gspn2 vit --minutes 5
   gspn2 learn docs --out benchmarks/results/learning
 
-Every run leaves a JSON file with its curves in --out. Ctrl-C saves the run that is going on; the same command
-resumes it and skips those that are done. Three contenders, each with as many parameters, and ablations of
-GSPN-2 at the smallest size. Every run is also tested at twice its size, without further training."""
+Every run leaves a JSON file with its curves in --out. Ctrl-C saves the runs that are going on; the same
+command resumes them and skips those that are done. Three contenders, each with as many parameters, and
+ablations of GSPN-2 at the smallest size. Every run is also tested at twice its size, without further
+training. --jobs shares all visible GPUs among so many runs at a time."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/learn"), metavar="DIR", help="(default: runs/learn)"
     )
-    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help="pathfinder, maze")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help="pathfinder, maze, digits")
     parser.add_argument(
         "--sizes", nargs="+", type=positive, default=SIZES, metavar="N", help="pixels (default: 64 128)"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
+    parser.add_argument(
+        "--extra-seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many of the seeds ablations and larger sizes take (default: 1)",
+    )
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="models and ablations (default: all)")
     parser.add_argument("--steps", type=positive, default=default.steps, metavar="N")
     parser.add_argument("--batch-size", type=positive, default=default.batch_size, metavar="N")
@@ -91,7 +101,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _plan(args: argparse.Namespace) -> list[Run]:
     from gspn2.training.comparison import CONTENDERS, plan
 
-    return plan(args.tasks, args.sizes, args.seeds, args.contenders or tuple(CONTENDERS))
+    return plan(args.tasks, args.sizes, args.seeds, args.contenders or tuple(CONTENDERS), args.extra_seeds)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -102,10 +112,14 @@ def _run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"out: {args.out} is a file, expected a folder")
     runs, settings, device = _plan(args), _settings(args), pick_device(args.device)
-    print(f"{len(runs)} runs of {settings.steps} steps, at most {settings.minutes:g} min each, on {device}")
+    shared = f", {args.jobs} at a time" if args.jobs > 1 else ""
+    told = f"{len(runs)} runs of {settings.steps} steps, at most {settings.minutes:g} min each"
+    print(f"{told}, on {device}{shared}", flush=True)
     command = shlex.join(["gspn2", *sys.argv[1:]])
     try:
-        results = compare(runs, settings, args.out, device=device, command=command, on_event=_show)
+        results = compare(
+            runs, settings, args.out, device=device, command=command, jobs=args.jobs, on_event=_show
+        )
     except Interrupted as stop:
         print(f"stopped at {stop.where}; the same command goes on from there")
         return 128 + stop.signum

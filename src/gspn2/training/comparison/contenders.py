@@ -82,14 +82,15 @@ CONTENDERS = {
 }
 
 
-def build(contender: Contender, size: int, seed: int) -> nn.Module:
-    """A fresh model for grey images of `size` x `size` pixels and two classes.
+def build(contender: Contender, size: int, seed: int, classes: int = 2) -> nn.Module:
+    """A fresh model for grey images of `size` x `size` pixels.
 
     Args:
         contender: which.
         size: pixels; the ViT's position embedding has a place for each token of this size, and is
             interpolated at any other.
         seed: of its weights.
+        classes: of the task.
 
     Raises:
         ValueError: it cannot be given about `PARAMETERS` parameters at this size.
@@ -97,7 +98,7 @@ def build(contender: Contender, size: int, seed: int) -> nn.Module:
     import gspn2.models  # noqa: F401 - registers ours with timm
 
     with seeded(seed):
-        model = _MAKERS[contender.kind](contender, size)
+        model = _MAKERS[contender.kind](contender, size, classes)
     count = count_parameters(model)
     if abs(count / PARAMETERS - 1) > TOLERANCE:
         raise ValueError(
@@ -107,21 +108,21 @@ def build(contender: Contender, size: int, seed: int) -> nn.Module:
     return model
 
 
-def _gspn2(contender: Contender, size: int) -> nn.Module:
-    arguments = GSPN2 | contender.changes
+def _gspn2(contender: Contender, size: int, classes: int) -> nn.Module:
+    arguments = GSPN2 | contender.changes | {"num_classes": classes}
     return _with_equal_parameters(lambda ratio: _create("test_gspn2", mlp_ratio=ratio, **arguments))
 
 
-def _vit(contender: Contender, size: int) -> nn.Module:
-    arguments = VIT | {"img_size": size, "dynamic_img_size": True}
+def _vit(contender: Contender, size: int, classes: int) -> nn.Module:
+    arguments = VIT | {"img_size": size, "dynamic_img_size": True, "num_classes": classes}
     return _with_equal_parameters(lambda ratio: _create("vit_tiny_patch16_224", mlp_ratio=ratio, **arguments))
 
 
-def _convnet(contender: Contender, size: int) -> nn.Module:
-    return _create("convnext_atto", **CONVNET)
+def _convnet(contender: Contender, size: int, classes: int) -> nn.Module:
+    return _create("convnext_atto", num_classes=classes, **CONVNET)
 
 
-_MAKERS: dict[str, Callable[[Contender, int], nn.Module]] = {
+_MAKERS: dict[str, Callable[[Contender, int, int], nn.Module]] = {
     "gspn2": _gspn2,
     "vit": _vit,
     "convnet": _convnet,
@@ -131,7 +132,7 @@ _MAKERS: dict[str, Callable[[Contender, int], nn.Module]] = {
 def _create(name: str, **arguments: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name, in_chans=1, num_classes=2, **arguments)
+    return timm.create_model(name, in_chans=1, **arguments)
 
 
 def _with_equal_parameters(make: Callable[[float], nn.Module]) -> nn.Module:

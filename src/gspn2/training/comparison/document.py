@@ -165,7 +165,7 @@ def _losses(results: Sequence[Result]) -> list[str]:
     """Runs that did not come to their last step, in words."""
     lines = []
     for result in results:
-        run, where = result["run"], f"at step {result['step']} of {result['settings']['steps']}"
+        run, where = result["run"], f"at step {result['step']} of {result['steps']}"
         name = f"{run['contender']}, seed {run['seed']}"
         if result["ended"] == "diverged":
             lines.append(f"- {name}: the loss was no longer finite {where}; not in the table.")

@@ -10,8 +10,10 @@ from typing import Any
 from ..errors import UserError
 from ..tasks import CLASSES, Task, parse_task
 from .contenders import CONTENDERS, MAIN
+from .images import DIGITS_TESTS, Source
 
-TASKS = tuple(CLASSES)
+DIGITS, DIGITS_SIZE = "digits", 32
+TASKS = (*CLASSES, DIGITS)
 SIZES = (64, 128)
 SEEDS = (0, 1, 2)
 
@@ -21,7 +23,7 @@ class Settings:
     """What all runs of a comparison share, so that they differ in the model alone.
 
     Args:
-        steps: of the optimizer.
+        steps: of the optimizer; a quarter of them for the digits, which need no more.
         batch_size: images a step.
         lr: peak learning rate of AdamW, after a warm-up of a twentieth of the steps, before half a cosine.
         weight_decay: of AdamW.
@@ -67,7 +69,7 @@ class Run:
     """One training.
 
     Args:
-        task: "pathfinder" or "maze".
+        task: "pathfinder", "maze" or "digits".
         size: pixels, and units of the scene.
         contender: a name out of `CONTENDERS`.
         seed: of weights and order.
@@ -84,8 +86,19 @@ class Run:
         return f"{self.task}-{self.size}-{self.contender}-s{self.seed}"
 
     @property
+    def classes(self) -> int:
+        """Of the task."""
+        return 10 if self.task == DIGITS else 2
+
+    def steps(self, settings: Settings) -> int:
+        """Of this run."""
+        return max(1, settings.steps // 4) if self.task == DIGITS else settings.steps
+
+    @property
     def data(self) -> Task:
         """What it learns from and is tested on."""
+        if self.task == DIGITS:
+            return Task(DIGITS, self.size, self.size)
         return parse_task(f"{self.task}:{self.size}")
 
     @property
@@ -93,11 +106,20 @@ class Run:
         """Test sets of twice the size, without further training: the same scenes larger, and larger scenes.
 
         The first asks whether a model depends on the number of pixels, the second also whether it has learnt
-        to follow a way further than it ever had to.
+        to follow a way further than it ever had to. There are no larger scenes of digits.
         """
         double = 2 * self.size
+        if self.task == DIGITS:
+            return {"scaled": Task(DIGITS, self.size, double)}
         names = {"scaled": f"{self.task}:{self.size}@{double}", "larger": f"{self.task}:{double}"}
         return {name: parse_task(text) for name, text in names.items()}
+
+    def sources(self, settings: Settings) -> dict[str, Source]:
+        """Its images by use: "train", "test" and the transfers."""
+        tests = min(settings.test_images, DIGITS_TESTS) if self.task == DIGITS else settings.test_images
+        found = {"train": Source(self.data, "train", settings.train_images)}
+        tested = {"test": self.data, **self.transfers}
+        return found | {use: Source(task, "test", tests) for use, task in tested.items()}
 
 
 def plan(
@@ -105,10 +127,13 @@ def plan(
     sizes: Sequence[int] = SIZES,
     seeds: Sequence[int] = SEEDS,
     contenders: Sequence[str] = tuple(CONTENDERS),
+    extra_seeds: int = 1,
 ) -> list[Run]:
     """The runs, seed by seed: what is stopped early has compared everything at least once.
 
-    The three that are compared run at all sizes, ablations at the smallest only.
+    The three that are compared run with all seeds at the smallest size. What else there is, their runs at
+    larger sizes and ablations (at the smallest), takes the first `extra_seeds` of the seeds. Digits have one
+    size of their own, and no ablations.
 
     Raises:
         UserError: no such task, size or contender, or one of them named twice.
@@ -126,14 +151,18 @@ def plan(
     for name, values in lists.items():
         if not values or len(set(values)) != len(values):
             raise UserError(f"{name}: expected at least one, none twice, got {list(values)}")
-    runs = [
-        Run(task, size, contender, seed)
-        for seed in seeds
-        for size in sizes
-        for task in tasks
-        for contender in contenders
-        if contender in MAIN or size == min(sizes)
-    ]
+    runs = []
+    for number, seed in enumerate(seeds):
+        for task in tasks:
+            for size in (DIGITS_SIZE,) if task == DIGITS else sizes:
+                base = task == DIGITS or size == min(sizes)
+                extra = number < extra_seeds
+                runs += [
+                    Run(task, size, contender, seed)
+                    for contender in contenders
+                    if (contender in MAIN and (base or extra))
+                    or (contender not in MAIN and base and extra and task != DIGITS)
+                ]
     for run in runs:
         _ = run.data, run.transfers
     return runs
