@@ -22,15 +22,15 @@ EXTRA = 8192
 IMAGES = {
     Setting(1024): 20.0,
     Setting(2048): 40.0,
-    Setting(4096, direct_evaluations=3, evaluations=None): 50.0,
-    Setting(8192, direct_evaluations=2, evaluations=2): 90.0,
-    Setting(16384, direct_evaluations=0, evaluations=2): 140.0,
+    Setting(4096): 40.0,
+    Setting(8192, layers=True, evaluations=2): 50.0,
+    Setting(16384, layers=True, evaluations=2): 120.0,
 }
 """And about the seconds that they take."""
-EVERY_STEP = {Setting(8192, direct_evaluations=2): 120.0, Setting(16384, direct_evaluations=0): 240.0}
+EVERY_STEP = {Setting(8192, layers=True): 70.0, Setting(16384, layers=True): 200.0}
 """The progressive picture at a large size end to end, with nothing left out."""
 SMALL_STEPS = (128,)
-SMALL_IMAGES = (Setting(256, direct_evaluations=2, evaluations=2, from_side=256),)
+SMALL_IMAGES = (Setting(256, layers=True, evaluations=2, from_side=256, steps=8),)
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -97,7 +97,7 @@ def _image_case(shape: Shape, setting: Setting, seconds: float, more: str = "") 
         return made.pop().derive(rows)
 
     facts = _facts(shape, setting.side)
-    facts |= {"direct_steps": DIRECT_STEPS, "progressive_steps": PROGRESSIVE_STEPS, "guidance": True}
+    facts |= {"direct_steps": DIRECT_STEPS, "progressive_steps": setting.steps, "guidance": True}
     name = f"image, {setting.side} pixels{more}"
     return Case("t2i", name, facts, contenders, extra=True, rounds=1, seconds=seconds, derive=derive)
 

@@ -1,7 +1,8 @@
-"""Whole pictures, as `gspn2 generate` makes them: a direct pass with attention, progressive ones with mixers.
+"""Whole pictures: a direct pass with attention, and progressive ones as `gspn2 generate` makes them.
 
-Where every evaluation of the UNet would take too long some are left out of the run, and counted with the
-measured time of those in it; such a time is marked as composed.
+The direct pass is its steps times a measured one, and decoding. The other is run; where every evaluation of
+the UNet would take too long some are left out of the run, and counted with the measured time of those in it.
+What was put together is marked as composed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .case import Contender, Pass
+from .case import Absent, Contender, Pass
 from .check import Wrong
 from .measure import Work
 from .results import Row
 from .t2i_sdxl import SCHEDULER, embeddings, latents, make_vae
-from .t2i_step import ATTENTION, CUT, Step, composed, measured_peak, with_layers
+from .t2i_step import ATTENTION, CUT, STEP, Step, composed, measured_peak, with_layers
 
 if TYPE_CHECKING:
     from ..integrations.diffusers.generate import Job
@@ -39,20 +40,21 @@ class Setting:
 
     Args:
         side: pixels.
-        direct_evaluations: steps of the direct pass that are run; None for all, 0 to compose them from
-            single layers.
+        layers: compose the step with attention from single layers.
         evaluations: steps that are run of each progressive stage from `from_side` on; None for all.
         from_side: see there.
+        steps: of the scheduler in each progressive stage.
     """
 
     side: int
-    direct_evaluations: int | None = None
+    layers: bool = False
     evaluations: int | None = None
     from_side: int = 4096
+    steps: int = PROGRESSIVE_STEPS
 
 
 class Picture:
-    """The runs of a case: direct and progressive.
+    """The contenders of a case.
 
     Args:
         setting: what is left out.
@@ -61,25 +63,27 @@ class Picture:
 
     def __init__(self, setting: Setting, step: Step) -> None:
         self.setting, self.step = setting, step
-        self.runs: dict[str, Run] = {}
+        self.run: Run | None = None
 
     def contenders(self) -> list[Contender]:
-        """The direct pass, or what it is composed of, and the progressive ones."""
-        found = [Contender(PROGRESSIVE, lambda: self._run(PROGRESSIVE))]
-        if self.setting.direct_evaluations == 0:
-            cut = Contender(CUT, lambda: self.step.passes(self.step.cut))
-            parts = [Contender(ATTENTION, self.step.layer_passes), cut, Contender("VAE", self._decode)]
-            return parts + found
-        return [Contender(DIRECT, lambda: self._run(DIRECT)), *found]
+        """What the direct pass is composed of, and the progressive ones."""
+        step = self.step
+        if self.setting.layers:
+            found = [Contender(ATTENTION, step.layer_passes), Contender(CUT, lambda: step.passes(step.cut))]
+        else:
+            found = [Contender(ATTENTION, lambda: step.passes(step.attention, graph=False))]
+        return [*found, Contender("VAE", self._decode), Contender(PROGRESSIVE, self._progressive)]
 
-    def _run(self, name: str) -> dict[str, Pass]:
-        run = self.runs[name] = Run(self.setting, self.step, name == PROGRESSIVE)
-        return run.passes()
+    def _progressive(self) -> dict[str, Pass]:
+        self.run = Run(self.setting, self.step)
+        return self.run.passes()
 
     def _decode(self) -> dict[str, Pass]:
         from ..integrations.diffusers.vae import TiledVae
 
         step = self.step
+        if step.device.type == "meta":
+            raise Absent("nothing to compile")
         tiled = TiledVae(make_vae(step.shape, step.device))
         noise = latents(step.weights, step.height, step.width)
 
@@ -92,56 +96,51 @@ class Picture:
         return {DECODE: Pass(Work(call, graph=False, warm=False), dict, 0, 0)}
 
     def derive(self, rows: Sequence[Row]) -> list[Row]:
-        """Whole pictures, composed where evaluations were left out."""
-        found = [row for run in self.runs.values() for row in run.derive(rows)]
-        self.runs.clear()
+        """Whole pictures, as far as they are composed."""
         steps = with_layers(rows, self.step.shape.self_attentions)
-        decode = next((it["ms"] for it in rows if it.get("pass") == DECODE and "ms" in it), None)
-        if steps and decode is not None:
-            ms = 2 * DIRECT_STEPS * steps[0]["ms"] + decode
-            told = f"{2 * DIRECT_STEPS} x {steps[0]['ms'] / 1e3:.2f} s a step, {decode / 1e3:.1f} s to decode"
-            found.append(composed(DIRECT, IMAGE, ms, told, images=1))
-        return steps + found
+        timed = {(it["name"], it["pass"]): it["ms"] for it in [*rows, *steps] if "ms" in it}
+        step, decode = timed.get((ATTENTION, STEP)), timed.get(("VAE", DECODE))
+        found = []
+        if step is not None and decode is not None:
+            count = 2 * DIRECT_STEPS
+            told = f"{count} x {step / 1e3:.3f} s a step, {decode / 1e3:.2f} s to decode"
+            found.append(composed(DIRECT, IMAGE, count * step + decode, told, images=1))
+        return [*steps, *found, *([] if self.run is None else self.run.derive(rows))]
 
 
 class Run:
-    """One way to a picture.
+    """Progressive passes with mixers.
 
     Args:
         setting: what is left out.
         step: the UNet.
-        progressive: with mixers from the base size on; otherwise with attention at the full size.
     """
 
-    def __init__(self, setting: Setting, step: Step, progressive: bool) -> None:
-        self.step, self.name = step, PROGRESSIVE if progressive else DIRECT
+    def __init__(self, setting: Setting, step: Step) -> None:
+        self.step = step
         self._folder = tempfile.TemporaryDirectory(prefix="gspn2-bench-")
         self.folder = Path(self._folder.name)
         step.shape.write(self.folder)
-        self.whole = self._job(setting, progressive)
-        self.job = self._shortened(setting, progressive)
+        self.whole = self._job(setting.steps)
+        self.job = self._shortened(setting)
         self.seconds: dict[int, list[float]] = {}
         """When the steps of each stage of the last run were done."""
 
-    def _job(self, setting: Setting, progressive: bool) -> Job:
+    def _job(self, steps: int) -> Job:
         from ..integrations.diffusers.generate import Job
 
         return Job(
             pipeline=self.folder,
             height=self.step.height,
             width=self.step.width,
-            mixers="untrained" if progressive else None,
-            steps=PROGRESSIVE_STEPS if progressive else DIRECT_STEPS,
+            mixers="untrained",
+            steps=steps,
             guidance=GUIDANCE,
-            single=not progressive,
             device=str(self.step.device),
             dtype=str(self.step.weights.dtype).removeprefix("torch."),
         )
 
-    def _shortened(self, setting: Setting, progressive: bool) -> Job:
-        if not progressive:
-            count = setting.direct_evaluations
-            return self.whole if count is None else replace(self.whole, steps=count)
+    def _shortened(self, setting: Setting) -> Job:
         if setting.evaluations is None:
             return self.whole
         short = (setting.evaluations + 0.5) / self.whole.steps
@@ -158,7 +157,7 @@ class Run:
         step = self.step
         if step.device.type == "meta":
             return self._without_memory()
-        unet = step.with_mixers() if self.whole.mixers else step.twin()
+        unet = step.with_mixers()
         vae = make_vae(step.shape, step.device)
         parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         scheduler = EulerDiscreteScheduler(**SCHEDULER)
@@ -182,7 +181,7 @@ class Run:
 
         def small() -> dict[str, float]:
             # Kernels are loaded and the way through all parts is tried before anything long begins.
-            errors = step.check_mixers() if self.whole.mixers else {}
+            errors = step.check_mixers()
             height, width = (min(size, 2 * step.shape.base) for size in (self.job.height, self.job.width))
             make(replace(self.job, height=height, width=width, steps=4, strengths=None))
             return errors
@@ -198,7 +197,7 @@ class Run:
                 step = Step(self.step.shape, stage.height, stage.width, self.step.device)
                 step.runner(self.step.with_mixers())()
 
-        return {IMAGE: Pass(Work(call), dict, 0, 0)} if self.whole.mixers else {}
+        return {IMAGE: Pass(Work(call), dict, 0, 0)}
 
     def _note(self, what: str, done: int, total: int) -> None:
         if what.startswith("stage") and what.endswith(")"):
@@ -222,7 +221,7 @@ class Run:
 
     def derive(self, rows: Sequence[Row]) -> list[Row]:
         """The whole picture, where some evaluations were left out."""
-        run = next((it for it in rows if (it["name"], it.get("pass")) == (self.name, SHORTENED)), None)
+        run = next((it for it in rows if (it["name"], it.get("pass")) == (PROGRESSIVE, SHORTENED)), None)
         if run is None or "ms" not in run:
             return []
         ms, told = run["ms"], [f"{run['ms'] / 1e3:.1f} s"]
@@ -234,7 +233,7 @@ class Run:
                 ms += 1e3 * missing * seconds
                 told.append(f"{missing} x {seconds:.2f} s at {_size(stage)}")
         facts = {key: run[key] for key in ("images", "planned_bytes", "peak_bytes") if key in run}
-        return [composed(self.name, IMAGE, ms, " + ".join(told), **facts)]
+        return [composed(PROGRESSIVE, IMAGE, ms, " + ".join(told), **facts)]
 
     def _evaluation(self, index: int) -> float:
         """Seconds of a step with guidance in a stage: mean of all after the first, which may begin late."""

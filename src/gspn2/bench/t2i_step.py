@@ -150,8 +150,16 @@ class Step:
 
         return call
 
-    def passes(self, unet: Any, check: Callable[[], dict[str, float]] = dict) -> dict[str, Pass]:
-        """The step of one of the UNets, launched from the host, and as a CUDA graph if it is small."""
+    def passes(
+        self, unet: Any, check: Callable[[], dict[str, float]] = dict, graph: bool = True
+    ) -> dict[str, Pass]:
+        """The step of one of the UNets, launched from the host.
+
+        Args:
+            unet: one of `attention`, `mounted`, `cut`.
+            check: what is to be right beside its output.
+            graph: measure it as a CUDA graph, too, if it is small.
+        """
         call = self.runner(unet)
         if self.device.type == "meta":
             return {STEP: Pass(Work(lambda _: call()), check, 0, 0)}
@@ -167,8 +175,11 @@ class Step:
         facts |= {} if self.backend == "default" else {"sdpa": self.backend}
         moved, flops = weights + 2 * output.nbytes, counter.get_total_flops()
         # The call above was the warm-up: one of these may take many seconds.
+        for module in unet.modules():
+            if hasattr(module, "fixed"):
+                module.fixed = True  # a mixer: its weights do not change any more
         found = {STEP: Pass(Work(lambda _: call(), graph=False, warm=False), checked, moved, flops, facts)}
-        if self.device.type == "cuda" and max(self.height, self.width) <= MOST_GRAPHED:
+        if graph and self.device.type == "cuda" and max(self.height, self.width) <= MOST_GRAPHED:
             found[GRAPH] = Pass(Work(lambda _: call()), checked, moved, flops, facts)
         return found
 

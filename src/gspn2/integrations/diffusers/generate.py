@@ -36,7 +36,7 @@ from gspn2.training.checkpoint import write_safetensors
 from gspn2.training.errors import UserError
 
 from ..images import SUFFIXES, ImageFile
-from .execution import frugal
+from .execution import frugal, fused, graphed
 from .memory import available, bytes_of, peak_of
 from .mixers import UNetMixers
 from .mounting import mount
@@ -50,6 +50,9 @@ KINDS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What counting tensors does not see: work space of convolutions, fragmentation, and the CUDA context.
 _ALLOWANCE, _CONTEXT = 1.15, 1 << 30
+
+GRAPHED_AREA = 2048 * 2048
+"""Pixels up to which a UNet waits for its launches, so that it is run as a CUDA graph."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of what is being done, how much of it is done, and how much there is."""
@@ -319,8 +322,10 @@ class Generator:
         """Take prompts that are encoded: for each what `encode_prompt` of the pipeline returns, by name."""
         job, pipe = self.job, self.pipe
         self._embeds = embeds
-        pipe.unet.to(job.device)
-        pipe.vae.to(job.device)
+        # The format that convolutions on a GPU take without turning images around.
+        layout = torch.channels_last if self._on_gpu else torch.preserve_format
+        for network in (pipe.unet, pipe.vae):
+            nn.Module.to(network, job.device).to(memory_format=layout)
         pipe.set_progress_bar_config(disable=True)
         parts = {**pipe.components}
         if not isinstance(pipe, StableDiffusionXLPipeline):
@@ -361,6 +366,10 @@ class Generator:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
+    @property
+    def _on_gpu(self) -> bool:
+        return torch.device(self.job.device).type == "cuda"
+
     def _finished(self, folder: Path, prompt: str) -> tuple[int, Tensor | None]:
         """How many stages a run before has left finished, and the latents of the last of them."""
         for i in reversed(range(len(self.job.stages()))):
@@ -393,7 +402,12 @@ class Generator:
             # SDXL is told a size; beyond what it was trained on that would mean nothing to it.
             size = (base.height, base.width)
             options |= {"original_size": size, "target_size": size}
-        with frugal(self.pipe.unet, tokens=self.how.tokens):
+        unet = self.pipe.unet
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fused(unet))
+            if self._on_gpu and stage.height * stage.width <= GRAPHED_AREA:
+                stack.enter_context(graphed(unet))
+            stack.enter_context(frugal(unet, tokens=self.how.tokens))
             if before is None:
                 return self.pipe(height=stage.height, width=stage.width, **options).images
             return self._again(image=before, strength=stage.strength, **options).images

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from gspn2.functional import DIRECTIONS
+from gspn2.functional import DIRECTIONS, propagate
 from gspn2.nn import TokenMixer
+from gspn2.ops.eager import plain
 
 GRID = "gspn2_grid"
 """The key in `cross_attention_kwargs` under which rows and columns of the token grid travel."""
@@ -28,6 +31,9 @@ class AttentionMixer(nn.Module):
     def __init__(self, dim: int, proxy_dim: int, **mixer: Any) -> None:
         super().__init__()
         self.tokens = TokenMixer(dim, proxy_dim, **mixer)
+        # The weights will not change any more, and a CUDA graph may read what was made from them.
+        self.fixed = False
+        self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def forward(
         self,
@@ -53,7 +59,82 @@ class AttentionMixer(nn.Module):
             raise ValueError("attention_mask: expected None, propagation cannot leave tokens out")
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states: expected None, a mixer replaces self-attention only")
+        if self._quick(hidden_states):
+            return self._inference(hidden_states, grid)
         return self.tokens(hidden_states, grid)
+
+    def _quick(self, x: Tensor) -> bool:
+        """Can `_inference` stand for the mixer: no gradients, and nothing that has to see its parts?"""
+        mixer = self.tokens.mixer
+        return (
+            not torch.is_grad_enabled()
+            and plain(x, mixer.merge, *self._projections())
+            and x.is_cuda
+            and x.is_contiguous()
+            and not torch.is_autocast_enabled("cuda")
+            and x.dtype == mixer.merge.dtype
+            and mixer.operands_from == "proxy"
+            and all(mixer.sizes)
+        )
+
+    def _projections(self) -> tuple[Tensor, Tensor]:
+        mixer = self.tokens.mixer
+        return mixer.to_operands.weight, mixer.to_operands.bias
+
+    def _inference(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The mixer in four launches: at small sizes a step waits for the host, which is to be no slower with
+        mixers than with attention.
+
+        The operands' rows, scaled by `merge` and the size, are kept for as long as the weights are the same.
+        """
+        mixer = self.tokens.mixer
+        (height, width), (batch, tokens, _) = grid, x.shape
+        if tokens != height * width:
+            return self.tokens(x, grid)  # which says what is wrong
+        weight, bias = self._rows(height, width)
+        scans, groups, channels = len(mixer.directions), mixer.groups, mixer.proxy_dim
+        proxy = F.linear(x, mixer.to_proxy.weight, mixer.to_proxy.bias)
+        packed = F.linear(proxy, weight, bias)
+        pixel = packed.shape[-1]
+        image, row = tokens * pixel, width * pixel
+        per_channel = (batch, scans, channels, height, width), (image, channels, 1, row, pixel)
+        y = propagate(
+            proxy.as_strided(
+                (batch, channels, height, width), (tokens * channels, 1, width * channels, channels)
+            ),
+            packed.as_strided(
+                (batch, scans, groups, 3, height, width),
+                (image, 3 * groups, 3, 1, row, pixel),
+                mixer.sizes[0] + mixer.sizes[1],
+            ),
+            packed.as_strided(*per_channel, 0),
+            packed.as_strided(*per_channel, mixer.sizes[0]),
+            directions=mixer.directions,
+            chunk=mixer.chunk,
+            backend=mixer.backend,
+        )
+        mixed = y.as_strided(proxy.shape, proxy.stride())
+        return F.linear(mixed, mixer.from_proxy.weight, mixer.from_proxy.bias)
+
+    def _rows(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the operands' projection at a size."""
+        mixer = self.tokens.mixer
+        sources = (mixer.merge, *self._projections())
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        # A graph has to own what it reads and to see weights that were changed, and in inference mode tensors
+        # do not tell of changes.
+        if (capturing and not self.fixed) or any(it.is_inference() for it in sources):
+            return mixer._operand_rows(mixer._merge(height, width))
+        state = tuple((it._version, it.data_ptr(), it.dtype) for it in sources)
+        key = (height, width, mixer.chunk, state)
+        if key not in self._kept:
+            if not self.fixed:
+                self._kept.clear()
+            self._kept[key] = mixer._operand_rows(mixer._merge(height, width))
+        return self._kept[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": {}}
 
     def zero_output(self) -> None:
         """Make the output 0, whatever comes in, until training changes that."""

@@ -21,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+
+from .execution import fused, norms_before_silu, replacing
+from .fused import scale_shift, takes
 
 SURVEY_AREA = 256 * 256
 """Places of the latent picture that a survey looks at, at most."""
@@ -154,7 +158,9 @@ class TiledVae:
         ]
         total, done = sum(map(len, strips)), 0
         if total == 1 and height * width <= SURVEY_KEYS:
-            yield network(x)
+            with fused(getattr(self.vae, part)):
+                whole = network(x)
+            yield whole
             self.progress(1, 1)
             return
         survey = _Survey(*_survey_crops(height, width))
@@ -202,29 +208,28 @@ def _survey_crops(height: int, width: int) -> tuple[list[Box], list[Box]]:
 @contextlib.contextmanager
 def _surveyed(network: nn.Module, survey: _Survey) -> Iterator[None]:
     """Within the context what looks at the whole picture looks at the survey."""
-    replaced: list[tuple[nn.Module, Any]] = []
-
-    def replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-        replaced.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
-
-    for module in network.modules():
-        if isinstance(module, nn.GroupNorm):
-            replace(module, _norm(module, survey))
-        elif isinstance(module, Attention):
-            replace(module, _attention(module, survey))
-    try:
+    with replacing() as replace:
+        after: dict[nn.GroupNorm, bool] = {}
+        for module in network.modules():
+            if isinstance(module, ResnetBlock2D) and norms_before_silu(module):
+                after |= dict.fromkeys(norms_before_silu(module), True)
+                replace(module.nonlinearity, _identity)
+            elif isinstance(module, nn.GroupNorm):
+                after.setdefault(module, False)
+            elif isinstance(module, Attention):
+                replace(module, _attention(module, survey))
+        for norm, silu in after.items():
+            replace(norm, _norm(norm, survey, silu))
         yield
-    finally:
-        for module, before in replaced:
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
 
 
-def _norm(norm: nn.GroupNorm, survey: _Survey) -> Callable[[Tensor], Tensor]:
-    """GroupNorm with the survey's statistics."""
+def _identity(x: Tensor) -> Tensor:
+    """The SiLU of a residual block whose norms have done it."""
+    return x
+
+
+def _norm(norm: nn.GroupNorm, survey: _Survey, silu: bool) -> Callable[[Tensor], Tensor]:
+    """GroupNorm with the survey's statistics, then SiLU if asked for."""
 
     def forward(x: Tensor) -> Tensor:
         if survey.filling:
@@ -232,10 +237,15 @@ def _norm(norm: nn.GroupNorm, survey: _Survey) -> Callable[[Tensor], Tensor]:
         mean, variance = (
             moment.repeat_interleave(x.shape[1] // norm.num_groups) for moment in survey.moments[norm]
         )
+        weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype)
+        bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.to(mean.dtype)
+        if takes(x):
+            scale = weight * (variance + norm.eps).rsqrt()
+            affine = torch.stack([scale, bias - mean * scale], dim=1).expand(x.shape[0], -1, -1)
+            return scale_shift(x, affine.contiguous(), silu)
         # What inference does in a batch norm: in float32 inside, rounded once.
-        weight = None if norm.weight is None else norm.weight.to(mean.dtype)
-        bias = None if norm.bias is None else norm.bias.to(mean.dtype)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, norm.eps)
+        normed = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, norm.eps)
+        return F.silu(normed) if silu else normed
 
     return forward
 
