@@ -6,6 +6,9 @@
 // lines comes through a ring that is a segment long, and stays there for the way back; a line of the segment before
 // takes the place of one that is done with.
 //
+// Where forward kept the states, there is the way back alone: lines come through the ring from the last to the first,
+// each with the states that enter it.
+//
 // Neighbouring places are in the same warp and meet by shuffle; where a line is longer than a warp, there is a barrier
 // a line, and what the warps' outer places have is in shared memory.
 //
@@ -18,7 +21,7 @@
 //
 // More macros: SEGMENT lines (also TAP_LINES; also HALO with SPLIT), LANES of a warp that are beside each other in
 // channels, WHOLE 1 if channels come in whole blocks, SUM 1 if there is more than one direction; NEED_DX, NEED_DTAPS,
-// NEED_DLAM, NEED_DGATE the gradients that are asked for.
+// NEED_DLAM, NEED_DGATE the gradients that are asked for; HAS_HIDDEN 1 if the states are at hand (`y`).
 // Knobs: those of Layout; 4 places of all kept lines of a direction; 5 the axis of the launch (two roles: 0 vertical, 1
 // horizontal), or -1 for all directions.
 // Scratch: 0 float32 sums of dx (16-bit storage), 1 those of the horizontal directions (four roles), 2 kept states,
@@ -47,6 +50,7 @@ __device__ __forceinline__ void line_barrier() {
   if (STRIPS > 1) __syncthreads();
 }
 
+#if !HAS_HIDDEN
 // Pass 1: the states before every segment but the first, in scratch.
 __device__ __forceinline__ void keep_states(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
                                             const Segments& segments, int& exchanged) {
@@ -110,7 +114,25 @@ __device__ __forceinline__ void keep_states(const Params& p, const Layout& layou
   copy_wait<0>();
   __syncthreads();
 }
+#endif
 
+#if HAS_HIDDEN
+// Which line is set on its way next: from the last to the first.
+struct Queue {
+  int line, begin;
+
+  __device__ __forceinline__ void start(const Phase& phase) { line = phase.end - 1, begin = phase.begin; }
+
+  __device__ __forceinline__ void copy(Walker& walk, int slot, bool add) {
+    if (line >= begin) {
+      walk.copy_line(slot, add, line == 0);
+      walk.move_read(-1);
+      line--;
+    }
+    copy_commit();
+  }
+};
+#else
 // Which line is set on its way next: a segment's lines forwards, then those of the segment before. A segment's lines
 // take the slots in the order in which the segment after leaves them, which is every other time from the last on.
 struct Queue {
@@ -127,7 +149,7 @@ struct Queue {
 
   __device__ __forceinline__ void copy(Walker& walk, int slot, bool add) {
     if (segment >= 0) {
-      walk.copy_line(slot, add);
+      walk.copy_line(slot, add, false);
       if (line == first) walk.copy_kept(parity, kept, first == 0);
       if (line + 1 < end) {
         line++;
@@ -145,6 +167,7 @@ struct Queue {
 };
 
 __device__ __forceinline__ int slot_of(int k, int parity) { return parity ? SEGMENT - 1 - k : k; }
+#endif
 
 #if !OWN_TAPS
 // A segment's tap gradients: summed over the block's vectors of a group, in order. They lie as lines and places do, so
@@ -194,11 +217,12 @@ __device__ __forceinline__ void hand(int q, int v, const Taps& w, float g, float
     after[v] = w.after * g;
 }
 
-// One line of the adjoint: `slot_at` has its operands, row `k` of the states is that of the line before. `carried` is
-// what the next line handed to this one, then what this one hands to the line before.
+// One line of the adjoint: `slot` has its operands, row `k` of the states is that of the line before. `carried` is what
+// the next line handed to this one, then what this one hands to the line before. Where the states are at hand, `h` is
+// that of this line, then that of the line before.
 __device__ __forceinline__ void adjoint_line(const Phase& phase, Walker& walk, int slot, int row, int k, int parity,
-                                             bool restart, float (&carried)[PLACES][V]) {
-  const int slot_at = slot * SLOT, here_at = states_at(k + 1, parity), from_at = states_at(k, parity);
+                                             bool restart, float (&h)[PLACES][V], float (&carried)[PLACES][V]) {
+  const int slot_at = slot * SLOT;
   float g[PLACES][V];
 #pragma unroll
   for (int q = 0; q < PLACES; q++) {
@@ -216,19 +240,24 @@ __device__ __forceinline__ void adjoint_line(const Phase& phase, Walker& walk, i
       if (q > 0 && !walk.exists[q]) g[q][v] = 0.f;  // what was handed to no place may be 0 * inf
     }
     if (NEED_DGATE && walk.own[q]) {
-      load_floats(floats(here_at, q), THREADS, e);
+#if !HAS_HIDDEN
+      load_floats(floats(states_at(k + 1, parity), q), THREADS, h[q]);
+#endif
 #pragma unroll
-      for (int v = 0; v < V; v++) e[v] *= in[v];
+      for (int v = 0; v < V; v++) e[v] = h[q][v] * in[v];
       store_vector(walk.dgate.at + q * walk.dgate.place, e);
     }
   }
 
   // What goes to the places of the line before: the thread's own, and one beside them on either side.
   float before[V], after[V], to_before[V], to_after[V];
-  float h[PLACES][V];
+#if HAS_HIDDEN
+  walk.entering(slot_at, h, before, after);
+#else
 #pragma unroll
-  for (int q = 0; q < PLACES; q++) load_floats(floats(from_at, q), THREADS, h[q]);
-  walk.beside_states(from_at, h, before, after);
+  for (int q = 0; q < PLACES; q++) load_floats(floats(states_at(k, parity), q), THREADS, h[q]);
+  walk.beside_states(states_at(k, parity), h, before, after);
+#endif
 #pragma unroll
   for (int q = 0; q < PLACES; q++)
 #pragma unroll
@@ -321,9 +350,75 @@ __device__ __forceinline__ void adjoint_line(const Phase& phase, Walker& walk, i
   }
 }
 
+// Bits of the lines that restart, of those from `first` on.
+__device__ __forceinline__ u32 restarts_of(const Params& p, int first, int count) {
+  u32 restarts = 0;
+  for (int k = 0, since = first % p.chunk; k < count; k++, since = since + 1 == p.chunk ? 0 : since + 1)
+    restarts |= (u32)(since == 0) << k;
+  return restarts;
+}
+
+#if HAS_HIDDEN
+// The lines of a phase, from the last to the first. `carried` is what the lines after them hand over, `h` their last
+// state.
+__device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
+                                        const Phase& phase, void* sums, int& exchanged, float (&h)[PLACES][V],
+                                        float (&carried)[PLACES][V]) {
+  // Other warps look at the states that enter a line: these are there a line, and a barrier, before.
+  constexpr int ON_THE_WAY = STRIPS > 1 ? SEGMENT - 2 : SEGMENT - 1;
+  const int lines = phase.end - phase.begin;
+  Queue queue;
+  queue.start(phase);
+  walk.start_inputs(p, me, d, queue.line);
+  walk.start_adjoint(p, me, d, queue.line, sums);
+  walk.start_written(p, me, d, queue.line, sums);
+#pragma unroll 1
+  for (int i = 0; i < SEGMENT; i++) queue.copy(walk, i, phase.add);
+#if !OWN_TAPS
+  TapStages stages;
+  stages.start(p, walk.s, walk.run, me.b, d, (me.channel - me.vector * V) / (p.channels / p.groups), phase.begin,
+               phase.end, (Weights*)(shared_memory() + WEIGHTS_AT));
+  stages.fetch(segments_of(lines) - 1);
+  stages.turn(segments_of(lines) - 1);
+  stages.fetch(segments_of(lines) - 2);
+#endif
+  int slot = 0;
+#pragma unroll 1
+  for (int segment = segments_of(lines) - 1; segment >= 0; segment--) {
+    const int begin = segment * SEGMENT, first = phase.begin + begin, count = min(SEGMENT, lines - begin);
+#if SPLIT
+    exchange_halos<HALO_AT>(p, layout, me, walk.run, walk.place, exchanged, carried);
+#endif
+    copy_wait<SEGMENT - 1>();
+    // Weights and states are seen by other threads from here on, sums of tap gradients have been read by them; and what
+    // other splits sent has been read before they send again.
+    if (!OWN_TAPS || STRIPS > 1 || SPLIT) __syncthreads();
+    const int row = (segment & 1) * SEGMENT;
+    const u32 restarts = restarts_of(p, first, count);
+#if !OWN_TAPS
+    stages.turn(segment - 1);
+    stages.fetch(segment - 2);
+#endif
+#pragma unroll 1
+    for (int k = count - 1; k >= 0; k--) {
+      copy_wait<ON_THE_WAY>();
+      adjoint_line(phase, walk, slot, row + k, k, 0, restarts >> k & 1, h, carried);
+      queue.copy(walk, slot, phase.add);
+      slot = slot + 1 == SEGMENT ? 0 : slot + 1;
+    }
+#if !OWN_TAPS
+    __syncthreads();
+    reduce_taps(p, layout, me, walk, d, first, count);
+#endif
+  }
+  copy_wait<0>();
+  __syncthreads();
+}
+#else
 // Pass 2 over the lines of a phase, from the last to the first. `carried` is what the lines after them hand over.
 __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, const Self& me, Walker& walk, int d,
-                                        const Phase& phase, void* sums, int& exchanged, float (&carried)[PLACES][V]) {
+                                        const Phase& phase, void* sums, int& exchanged, float (&h)[PLACES][V],
+                                        float (&carried)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
   Queue queue;
   queue.start(phase);
@@ -349,7 +444,6 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
 #if SPLIT
     exchange_halos<HALO_AT>(p, layout, me, walk.run, walk.place, exchanged, carried);
 #endif
-    float h[PLACES][V];
     copy_wait<SEGMENT - 1>();
     // Weights, and states before the segment, are seen by other threads from here on; and what other splits sent has
     // been read before they send again.
@@ -357,9 +451,7 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
 #pragma unroll
     for (int q = 0; q < PLACES; q++) load_floats(floats(kept_at(parity), q), THREADS, h[q]);
     const int row = (segment & 1) * SEGMENT;
-    u32 restarts = 0;
-    for (int k = 0, since = first % p.chunk; k < count; k++, since = since + 1 == p.chunk ? 0 : since + 1)
-      restarts |= (u32)(since == 0) << k;
+    const u32 restarts = restarts_of(p, first, count);
 #pragma unroll 1
     for (int k = 0; k < count; k++) {
       const int slot = slot_of(k, parity);
@@ -383,7 +475,7 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
 #pragma unroll 1
     for (int k = count - 1; k >= 0; k--) {
       const int slot = slot_of(k, parity);
-      adjoint_line(phase, walk, slot, row + k, k, parity, restarts >> k & 1, carried);
+      adjoint_line(phase, walk, slot, row + k, k, parity, restarts >> k & 1, h, carried);
       queue.copy(walk, slot, phase.add);
     }
 #if !OWN_TAPS
@@ -394,6 +486,7 @@ __device__ __forceinline__ void adjoint(const Params& p, const Layout& layout, c
   copy_wait<0>();
   __syncthreads();
 }
+#endif
 
 // A direction whole. `add`, `last`: as in Phase, for the roles that meet in it.
 __device__ __forceinline__ void run_direction(const Params& p, const Layout& layout, const Self& me, int d, bool add,
@@ -404,9 +497,14 @@ __device__ __forceinline__ void run_direction(const Params& p, const Layout& lay
   segments.boundary = ROLES == 1 ? 0 : (me.role & 1) == 0 ? middle : segments.lines - middle;
   Walker walk;
   walk.start(p, layout, me, d);
-  keep_states(p, layout, me, walk, d, segments, exchanged);
-  float carried[PLACES][V];
+  float h[PLACES][V], carried[PLACES][V];
+  clear(h);
   clear(carried);
+#if HAS_HIDDEN
+  if (NEED_DGATE) walk.last_state(p, me, d, h);
+#else
+  keep_states(p, layout, me, walk, d, segments, exchanged);
+#endif
 #pragma unroll 1
   for (int turn = ROLES > 1 ? 0 : 1; turn < 2; turn++) {
 #if CLUSTER
@@ -418,7 +516,7 @@ __device__ __forceinline__ void run_direction(const Params& p, const Layout& lay
     phase.first_segment = turn == 0 ? segments.count(false) : 0;
     phase.add = add || (ROLES > 1 && turn == 1);
     phase.last = last && turn == 1;
-    adjoint(p, layout, me, walk, d, phase, sums, exchanged, carried);
+    adjoint(p, layout, me, walk, d, phase, sums, exchanged, h, carried);
   }
 }
 

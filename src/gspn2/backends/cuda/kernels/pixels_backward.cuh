@@ -5,7 +5,10 @@
 constexpr int INPUTS = 1 + HAS_LAM + (OWN_TAPS ? 3 : 0);  // operands that both passes read: x, lam, taps
 constexpr int TAPS = 1 + HAS_LAM;
 constexpr int DY = INPUTS, GATE = INPUTS + 1;
-constexpr int OPERANDS = INPUTS + 1 + HAS_GATE;
+// The states as forward kept them: with each line what enters it.
+constexpr bool READS_STATES = HAS_HIDDEN && (NEED_DTAPS || NEED_DGATE);
+constexpr int HIDDEN = INPUTS + 1 + HAS_GATE;
+constexpr int OPERANDS = HIDDEN + READS_STATES;
 constexpr bool SUMS_COME = NEED_DX && SUM;
 
 // A warp has LANES vectors of channels at 32 / LANES neighbouring threads' places; a block ROW_WARPS of them beside
@@ -25,8 +28,8 @@ constexpr int LINE = PLACES * THREADS * VECTOR;                  // of one opera
 constexpr int SLOT = OPERANDS * LINE;
 constexpr int SUMS_AT = SEGMENT * SLOT;                          // [SEGMENT]: sums of dx so far
 constexpr int KEPT_AT = SUMS_AT + SUMS_COME * SEGMENT * FLOATS;  // [2]: states before a segment
-constexpr int STATES_AT = KEPT_AT + 2 * FLOATS;                  // [SEGMENT]: states of a segment's lines
-constexpr int EDGES_AT = STATES_AT + SEGMENT * FLOATS;           // [2][2][WARPS][LANES][PARTS]
+constexpr int STATES_AT = KEPT_AT + !HAS_HIDDEN * 2 * FLOATS;    // [SEGMENT]: states of a segment's lines
+constexpr int EDGES_AT = STATES_AT + !HAS_HIDDEN * SEGMENT * FLOATS;  // [2][2][WARPS][LANES][PARTS]
 constexpr int HALO_AT = EDGES_AT + (STRIPS > 1) * 16 * V * WARPS * LANES;
 #if SPLIT
 constexpr int GRADIENTS_AT = HALO_AT + HALO_BYTES;
@@ -35,7 +38,7 @@ constexpr int GRADIENTS_AT = HALO_AT;
 #endif
 #if !OWN_TAPS
 // Sums of tap gradients take the place of states that are done with, where these are as wide.
-constexpr bool IN_STATES = V >= 4;
+constexpr bool IN_STATES = V >= 4 && !HAS_HIDDEN;
 constexpr int WEIGHTS_AT = GRADIENTS_AT + !IN_STATES * SEGMENT * PLACES * THREADS * 16;
 static_assert(WEIGHTS_AT % 16 == 0, "weights are vectors");
 #endif
@@ -82,7 +85,7 @@ struct Walker {
   int place;
   bool has_before, has_after;  // does the block scan a place before the thread's first one, after its last one?
   bool exists[PLACES], own[PLACES];
-  Stream x, lam, gate, dy, dx, dlam, dgate;
+  Stream x, lam, gate, dy, hidden, dx, dlam, dgate;
 #if OWN_TAPS
   Stream taps, dtaps;
   long long tap_vector, dtap_vector;
@@ -126,6 +129,7 @@ struct Walker {
   __device__ __forceinline__ void start_adjoint(const Params& p, const Self& me, int d, int line, void* dx_sums) {
     dy = stream_of(p.dy, s, me.b, 0, me.channel, line, place);
     if (HAS_GATE) gate = stream_of(p.gate, s, me.b, d, me.channel, line, place);
+    if (READS_STATES) hidden = stream_of(p.y, s, me.b, d, me.channel, line - 1, place);
     if (SUMS_COME) read = sums_to(p, me, line, dx_sums);
   }
 
@@ -164,14 +168,16 @@ struct Walker {
     }
   }
 
-  // Those of pass 2, which stay for the way back.
-  __device__ __forceinline__ void copy_line(int slot, bool add) const {
+  // Those of pass 2, which stay for the way back. Nothing enters the `first` line of a scan.
+  __device__ __forceinline__ void copy_line(int slot, bool add, bool first) const {
     copy_inputs(slot * SLOT);
 #pragma unroll
     for (int q = 0; q < PLACES; q++) {
       const int bytes = exists[q] ? VECTOR : 0;
       copy_async<VECTOR>(operand(slot * SLOT, DY, q), dy.at + q * dy.place, bytes);
       if (HAS_GATE) copy_async<VECTOR>(operand(slot * SLOT, GATE, q), gate.at + q * gate.place, bytes);
+      if (READS_STATES)
+        copy_async<VECTOR>(operand(slot * SLOT, HIDDEN, q), hidden.at + q * hidden.place, first ? 0 : bytes);
       if (SUMS_COME && add)
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
@@ -212,6 +218,7 @@ struct Walker {
     move_inputs(lines);
     dy.at += lines * dy.line;
     if (HAS_GATE) gate.at += lines * gate.line;
+    if (READS_STATES) hidden.at += lines * hidden.line;
     if (SUMS_COME) read.at += lines * read.line;
   }
 
@@ -255,6 +262,32 @@ struct Walker {
     if (last_lanes()) load_floats(floats(at, 0) + STEP, THREADS, after);
     cut(before, after);
   }
+
+#if HAS_HIDDEN
+  // The states that enter a line, of the thread's places and of those beside them; all warps have theirs.
+  __device__ __forceinline__ void entering(int slot_at, float (&h)[PLACES][V], float* before, float* after) const {
+    if (!READS_STATES) {
+      clear(h);
+#pragma unroll
+      for (int v = 0; v < V; v++) before[v] = after[v] = 0.f;
+      return;
+    }
+#pragma unroll
+    for (int q = 0; q < PLACES; q++) unpack(*operand(slot_at, HIDDEN, q), h[q]);
+    shift(h[0], h[PLACES - 1], before, after);
+    if (first_lanes()) unpack(*(operand(slot_at, HIDDEN, PLACES - 1) - STEP), before);
+    if (last_lanes()) unpack(*(operand(slot_at, HIDDEN, 0) + STEP), after);
+    cut(before, after);
+  }
+
+  // The state after the last line of the scan.
+  __device__ __forceinline__ void last_state(const Params& p, const Self& me, int d, float (&h)[PLACES][V]) const {
+    const Stream from = stream_of(p.y, s, me.b, d, me.channel, s.lines - 1, place);
+#pragma unroll
+    for (int q = 0; q < PLACES; q++)
+      if (exists[q]) unpack(*(const Vector*)(from.at + q * from.place), h[q]);
+  }
+#endif
 
   // Values that the warps' outer places show to each other: `first` to the warp before, `last` to the one after.
   __device__ __forceinline__ static Floats* edge(int parity, int side, int warp) {

@@ -14,6 +14,7 @@ from .pixels_layout import (
     blocks_of,
     channel_blocks,
     defines,
+    has_states,
     image_sums,
     launch,
     own_taps,
@@ -132,6 +133,7 @@ def plan(case: Case, tiling: Warps) -> Plan:
         ("SEGMENT", tiling.tap_lines),
         ("LANES", tiling.lanes),
         ("WHOLE", int(whole)),
+        ("HAS_HIDDEN", int(has_states(case, tiling.vector))),
     )
     macros = (*defines(case, tiling, size), *own, *needs)
     kernel = Kernel("pixels_backward.cu", "pixels_backward", macros)
@@ -140,7 +142,9 @@ def plan(case: Case, tiling: Warps) -> Plan:
         axes.append((problem.height, problem.width))
     if {"right", "left"} & set(problem.directions):
         axes.append((problem.width, problem.height))
-    kept = max(_kept_lines(lines, tiling) * places for lines, places in axes)
+    kept = 0
+    if not has_states(case, tiling.vector):
+        kept = max(_kept_lines(lines, tiling) * places for lines, places in axes)
     pixels = problem.height * problem.width
     # One for each block of a group, or each group of a block.
     planes = 0 if own_taps(case) or "dtaps" not in case.views else max(blocks, problem.groups)
@@ -184,13 +188,15 @@ def regions(case: Case, tiling: Warps) -> tuple[int, ...]:
     own, threads, vectors, lines = own_taps(case), tiling.threads, tiling.vectors, tiling.tap_lines
     channels = tiling.vector // case.itemsize
     floats = 4 * channels * tiling.places * threads
-    operands = 2 + ("lam" in case.views) + ("gate" in case.views) + 3 * own
+    hidden = has_states(case, tiling.vector)
+    reads_states = hidden and bool({"dtaps", "dgate"} & set(case.views))
+    operands = 2 + ("lam" in case.views) + ("gate" in case.views) + 3 * own + reads_states
     ring = lines * operands * tiling.places * threads * tiling.vector
     sums_ = lines * floats * (sums(case) and "dx" in case.views)
-    states = (2 + lines) * floats
+    states = (2 + lines) * floats * (not hidden)
     edges = (tiling.strips > 1) * channels * threads * tiling.lanes // 2
     halo = (tiling.splits > 1) * (16 + 16 * channels * tiling.halo * vectors)
-    gradients = (not own and channels < 4) * lines * tiling.places * threads * 16
+    gradients = (not own and (channels < 4 or hidden)) * lines * tiling.places * threads * 16
     weights = (not own) * 2 * lines * tap_groups(case, tiling.vector, vectors) * tiling.longest * 16
     return ring, sums_, states, edges, halo, gradients, weights
 
@@ -262,7 +268,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         for size, lines in ((wide, 4), (packed, 2), (long, 4)):
             block = (("PLACES", 1), ("MIN_BLOCKS", 1), ("WHOLE", 1))
             rest = (("TAP_LINES", lines), ("SEGMENT", lines), *gradients)
-            macros = (*plain, *taps, *size, *block, *alone, *rest)
-            kernels.append((Kernel("pixels_backward.cu", "pixels_backward", macros), True))
+            for hidden in (0, 1):
+                macros = (*plain, *taps, *size, *block, *alone, *rest, ("HAS_HIDDEN", hidden))
+                kernels.append((Kernel("pixels_backward.cu", "pixels_backward", macros), True))
     kernels.append((Kernel("pixels_taps.cu", "pixels_taps", plain[:4]), False))
     return kernels

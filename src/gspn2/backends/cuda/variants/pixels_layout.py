@@ -97,23 +97,27 @@ def aligned(case: Case, vector: int) -> bool:
     span = problem.channels if own_taps(case) else problem.channels // problem.groups
     if span % width:
         return False
-    sizes = {"b": problem.batch, "d": len(problem.directions), "h": problem.height, "w": problem.width}
     taps = [name for name in ("taps", "dtaps") if name in case.views and own_taps(case)]
-    names = [*operands(case), *taps]
-    for name in names:
-        view = case.views[name]
-        if view.alignment < vector:
-            return False
-        strides = [getattr(view, axis) for axis, size in sizes.items() if size > 1]
-        if name in ("taps", "dtaps") and view.c == 1:
-            strides.append(view.k)
-        if any(stride % width for stride in strides):
-            return False
-    return True
+    if any(case.views[name].c == 1 and case.views[name].k % width for name in taps):
+        return False
+    return all(_has_vectors(case, case.views[name], vector) for name in [*operands(case), *taps])
+
+
+def _has_vectors(case: Case, view: View, vector: int) -> bool:
+    """Do the pixels of a tensor start at multiples of so many bytes?"""
+    problem = case.problem
+    sizes = {"b": problem.batch, "d": len(problem.directions), "h": problem.height, "w": problem.width}
+    strides = [getattr(view, axis) for axis, size in sizes.items() if size > 1]
+    return view.alignment >= vector and not any(stride * case.itemsize % vector for stride in strides)
+
+
+def has_states(case: Case, vector: int) -> bool:
+    """Are the states at hand in backward, in vectors of so many bytes?"""
+    return "y" in case.views and case.views["y"].c == 1 and _has_vectors(case, case.views["y"], vector)
 
 
 def operands(case: Case) -> list[str]:
-    """The tensors whose channels are read or written in vectors; a state that forward kept is not read."""
+    """The tensors whose channels are read or written in vectors, but for states: others are found instead."""
     unread = ("taps", "dtaps", "y") if case.backward else ("taps",)
     return [name for name in case.views if name not in unread]
 
