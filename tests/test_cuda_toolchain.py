@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gspn2.backends.cuda import disk, plan, toolchain
+from gspn2.backends.cuda import depthwise, disk, plan, toolchain
 from gspn2.backends.cuda.geometry import Kernel
 from gspn2.backends.cuda.toolchain import Target, compile_kernel
 
@@ -109,7 +109,19 @@ def test_sources_compile_for_the_other_architectures(
 
 def test_every_source_is_compiled_by_some_test() -> None:
     covered = {kernel.source for variant in plan.variants() for kernel, _ in representative(variant)}
+    covered |= {kernel.source for kernel, _ in depthwise.representative_kernels()}
     assert covered == {path.name for path in toolchain.SOURCES.glob("*.cu")}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("number", range(len(depthwise.representative_kernels())))
+def test_depthwise_kernels_compile_and_spill_nothing(number: int) -> None:
+    kernel, _ = depthwise.representative_kernels()[number]
+    compiled = compile_kernel(kernel, Target("sm_{}{}".format(*MAIN)))
+    used = compiled.resources
+    assert used is not None and "warning" not in compiled.log
+    assert (used.spill_stores, used.spill_loads, used.shared) == (0, 0, 0), f"{kernel} spills: {used}"
+    assert_no_odd_descriptors(compiled.code)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..functional import DIRECTIONS
 from ..nn import FFN, GRN, LPU, LayerNorm2d, Mixer, Pointwise
-from ..nn.layers import residual_branch
+from ..nn.layers import Depthwise, residual_branch
 
 __all__ = ["GSPN2"]
 
@@ -49,8 +49,7 @@ class GSPNModule(nn.Module):
         hidden = int(dim * ratio)
         self.norm1 = LayerNorm2d(dim)
         self.fc1 = Pointwise(dim, hidden)
-        self.conv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
-        self.act = nn.SiLU()
+        self.conv = Depthwise(hidden, kernel_size)
         # A norm follows, so the mixer may start at full strength.
         self.mixer = Mixer(hidden, gain=1.0, **mixer)
         self.norm2 = LayerNorm2d(hidden)
@@ -58,7 +57,7 @@ class GSPNModule(nn.Module):
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv(self.fc1(self.norm1(x))))
+        x = self.conv.apply_to(self.fc1(self.norm1(x)), silu=True)
         x = x + self.mixer(x)
         return self.fc2(self.grn(self.norm2(x)))
 

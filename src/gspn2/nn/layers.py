@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.depthwise import depthwise, under_transforms
+
 
 def pointwise(
     x: Tensor,  # (B, C_in, H, W)
@@ -46,6 +48,35 @@ class LayerNorm2d(nn.LayerNorm):
         return pixels.permute(0, 3, 1, 2)
 
 
+class Depthwise(nn.Conv2d):
+    """Depthwise convolution with an odd side, as large as its input, and what comes after it.
+
+    On a GPU in channels_last memory a kernel of gspn2's does it all in one pass. Under autocast it takes and
+    returns the active dtype, the sum with its input included.
+
+    Shape: (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.apply_to(input)
+
+    def apply_to(self, x: Tensor, *, residual: bool = False, silu: bool = False) -> Tensor:
+        """conv(x); plus x if `residual`; through SiLU if `silu`."""
+        if not x.is_cuda or x.stride(1) != 1 or under_transforms():
+            y = super().forward(x)
+            y = x + y if residual else y
+            return F.silu(y) if silu else y
+        if torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        # With gradients the sum before the activation has to be kept anyway.
+        in_kernel = silu and not torch.is_grad_enabled()
+        y = depthwise(x, self.weight, self.bias, residual=residual, silu=in_kernel)
+        return F.silu(y) if silu and not in_kernel else y
+
+
 class LPU(nn.Module):
     """Local Perception Unit: x + depthwise 3x3 convolution of x (GSPN-2, arXiv 2512.07884; CMT).
 
@@ -54,10 +85,10 @@ class LPU(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.conv = Depthwise(dim, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
+        return self.conv.apply_to(x, residual=True)
 
 
 class GRN(nn.Module):

@@ -1,0 +1,197 @@
+"""Depthwise convolutions of channels_last images on CUDA: forward, gradient of the input, of the weights.
+
+Backbones have three of them in a block, and cuDNN takes several times as long for channels_last tensors of 16
+bits as the multiplications need.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import driver
+from .geometry import Device, Kernel, Launch
+
+SIDES = (3, 5, 7)
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMAT = struct.Struct("<6q10i")
+_ADDRESSES = 6
+_MOST_TILES = 2**32 - 2**20
+"""A kernel counts tiles, and adds a round of them, in 32 bits."""
+
+_PAIRS = 64
+"""Pairs of channels that a block takes at most: more only share its weights."""
+_ROUNDS = 4
+"""Blocks for each one that the GPU has room for: the last ones to finish are short."""
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Are there kernels for this convolution, x (B, C, H, W) on a GPU and weight (C, 1, side, side)?"""
+    from . import toolchain
+    from .plan import OLDEST
+
+    return (
+        x.dtype in _STORAGE
+        and weight.dtype in _STORAGE
+        and (bias is None or bias.dtype == weight.dtype)
+        and x.shape[1] % 2 == 0
+        and weight.shape[2] == weight.shape[3]
+        and weight.shape[2] in SIDES
+        and x.numel() < _MOST_TILES
+        and toolchain.why_not() is None
+        and driver.device(x.get_device()).capability >= OLDEST
+    )
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu: bool, flip: bool) -> Tensor:
+    """conv(x) [+ x] [then SiLU]: x (B, C, H, W) -> the same, channels_last.
+
+    Args:
+        x: of any strides; what is not channels_last is copied.
+        weight: (C, 1, side, side).
+        bias: (C,).
+        residual: add x.
+        silu: apply x sigmoid(x) last.
+        flip: turn the weights by 180 degrees, which makes the gradient of the input from that of the output.
+    """
+    x = _channels_last(x)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    if not x.numel():
+        return y
+    weight = weight.contiguous()
+    index = x.get_device()
+    options = (x.dtype, weight.dtype, weight.shape[2], residual, silu, flip, False)
+    loaded, _ = _ready(tuple(x.shape), options, index)
+    _run(loaded, (x, None, weight, bias, y, None), index)
+    return y
+
+
+def weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Gradients (C, 1, side, side) and (C,) of weight and bias, float32; dy and x are (B, C, H, W)."""
+    x, dy = _channels_last(x), _channels_last(dy.to(x.dtype))
+    channels, taps = x.shape[1], side * side
+    if not x.numel():
+        return x.new_zeros(channels, 1, side, side, dtype=torch.float32), x.new_zeros(
+            channels, dtype=torch.float32
+        )
+    index = x.get_device()
+    loaded, groups = _ready(tuple(x.shape), (x.dtype, torch.float32, side, False, False, False, True), index)
+    partial = torch.empty(groups, taps + 1, channels, dtype=torch.float32, device=x.device)
+    _run(loaded, (x, dy, None, None, None, partial), index)
+    sums = partial.sum(0)
+    return sums[:taps].t().contiguous().view(channels, 1, side, side), sums[taps].clone()
+
+
+def plan(
+    shape: tuple[int, int, int, int],
+    options: tuple[torch.dtype, torch.dtype, int, bool, bool, bool, bool],
+    device: Device,
+) -> tuple[Launch, bytes, int]:
+    """The launch, its packed arguments without addresses, and the groups of blocks that share the tiles.
+
+    Args:
+        shape: of the images, (B, C, H, W).
+        options: dtypes of images and weights, side, residual, silu, flip; True at last for the gradient of
+            the weights.
+        device: the GPU.
+    """
+    batch, channels, height, width = shape
+    storage, weights, side, residual, silu, flip, gradient = options
+    tall, wide = _tile(height, width, side)
+    pairs = _pairs(channels // 2)
+    bound = _threads(side)
+    slots = max(1, bound // pairs)
+    threads = -(-slots * pairs // 32) * 32
+    slices = -(-channels // 2 // pairs)
+    tiles = batch * -(-height // tall) * -(-width // wide)
+    # Of the gradient of 49 weights a thread keeps so much that a multiprocessor has room for one block only.
+    resident = (1 if side > 3 else 2) if gradient else 2
+    rounds = 1 if gradient else _ROUNDS
+    blocks = max(1, resident * rounds * device.multiprocessors // slices)
+    groups = min(-(-tiles // slots), blocks)
+    defines = [
+        ("STORAGE", _STORAGE[storage]),
+        ("WEIGHTS", _STORAGE[weights]),
+        ("SIDE", side),
+        ("TALL", tall),
+        ("WIDE", wide),
+        ("THREADS", bound),
+        ("BLOCKS", resident),
+    ]
+    if gradient:
+        kernel = Kernel("depthwise_weights.cu", "depthwise_weights", tuple(defines))
+        shared = 2 * 8 * slots * pairs
+    else:
+        defines += [("RESIDUAL", int(residual)), ("SILU", int(silu))]
+        kernel = Kernel("depthwise_forward.cu", "depthwise_forward", tuple(defines))
+        shared = 8 * side * side * pairs
+    arguments = _FORMAT.pack(
+        *(0,) * _ADDRESSES, batch, height, width, channels, pairs, slots, slices, groups, int(flip), 0
+    )
+    return Launch(kernel, groups * slices, threads, shared), arguments, groups
+
+
+def representative_kernels() -> list[tuple[Kernel, bool]]:
+    """Kernels that the tests compile, and whether each is hot (must not spill)."""
+    bf16, full = torch.bfloat16, torch.float32
+    calls = [
+        ((256, 96, 56, 56), (bf16, full, 7, False, True, False, False)),
+        ((256, 64, 56, 56), (bf16, full, 3, True, False, False, False)),
+        ((256, 96, 56, 56), (bf16, full, 7, False, False, False, True)),
+        ((256, 64, 56, 56), (bf16, full, 3, False, False, False, True)),
+    ]
+    return [(plan(shape, options, Device())[0].kernel, True) for shape, options in calls]
+
+
+def _tile(height: int, width: int, side: int) -> tuple[int, int]:
+    """Rows and columns of a tile: the more pixels the better, unless many lie outside of the image."""
+    choices = [(2, 7), (4, 7), (2, 8)]  # more do not fit in the registers
+
+    def work(choice: tuple[int, int]) -> float:
+        tall, wide = choice
+        pixels = -(-height // tall) * tall * -(-width // wide) * wide
+        loads = (tall + side - 1) * (wide + side - 1) / (tall * wide)
+        return pixels * (side * side + 2 * loads)
+
+    return min(choices, key=work)
+
+
+def _threads(side: int) -> int:
+    """Of a block, at most: with sides above 3 a thread holds more than 128 registers."""
+    return 256 if side == 3 else 192
+
+
+def _pairs(count: int) -> int:
+    """Pairs of channels of a block: all channels in equal shares, if there are such of a good size."""
+    if count <= _PAIRS:
+        return count
+    return next((size for size in range(_PAIRS, 15, -1) if count % size == 0), 32)
+
+
+@lru_cache(maxsize=1024)
+def _ready(
+    shape: tuple[int, int, int, int],
+    options: tuple[torch.dtype, torch.dtype, int, bool, bool, bool, bool],
+    index: int,
+) -> tuple[driver.Loaded, int]:
+    launch, arguments, groups = plan(shape, options, driver.device(index))
+    with torch.cuda.device(index):
+        return driver.Loaded(launch, arguments, range(_ADDRESSES), index), groups
+
+
+def _run(loaded: driver.Loaded, tensors: tuple[Tensor | None, ...], index: int) -> None:
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if driver.current_device() == index:
+        loaded.run(addresses, driver.stream(index))
+    else:
+        with torch.cuda.device(index):
+            loaded.run(addresses, driver.stream(index))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Dense channels_last memory at an address of whole pairs of channels."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.data_ptr() % (2 * x.itemsize) == 0 else x.clone(memory_format=torch.channels_last)

@@ -1,0 +1,90 @@
+// Depthwise convolution of channels_last images, and the gradient of its input (the weights turned).
+//
+// Arithmetic, in float32, is what limits a side of 7: an input pair is loaded and widened once for the WIDE x SIDE products
+// of each row of outputs that it reaches. The next row of the tile is on its way while this one is multiplied; pixels that
+// tiles share come from the first-level cache.
+//
+// Macros beside those of depthwise.cuh:
+//   RESIDUAL  1: the input is added to the result
+//   SILU      1: the result goes through x sigmoid(x)
+//   THREADS, BLOCKS  bounds of a block, and blocks of a multiprocessor
+#include "depthwise.cuh"
+
+__device__ __forceinline__ float silu(float v) {
+#if SILU
+  // The bound keeps the reciprocal normal; x is as good as 0 times it there.
+  return v * reciprocal(1.f + exp2_fast(fminf(v * -1.44269502f, 120.f)));
+#else
+  return v;
+#endif
+}
+
+__device__ __forceinline__ void fetch_weights(float2* weights, const Params& p, int slice) {
+  float* to = (float*)weights;
+  const int count = 2 * p.pairs, first = slice * count;
+  for (int i = threadIdx.x; i < TAPS * count; i += blockDim.x) {
+    const int channel = i / TAPS, tap = i - channel * TAPS;
+    const float v = first + channel < p.channels ? widen_weight(__ldg(p.weight + (first + channel) * TAPS + tap)) : 0.f;
+    to[(p.flip ? TAPS - 1 - tap : tap) * count + channel] = v;
+  }
+}
+
+__device__ __forceinline__ void convolve(const Params& p, const Tile& t, const float2* weights, float2 bias, int channel) {
+  float2 sum[TALL][WIDE];
+#pragma unroll
+  for (int o = 0; o < TALL; ++o)
+#pragma unroll
+    for (int k = 0; k < WIDE; ++k) sum[o][k] = bias;
+  pair_t next[COLUMNS];
+  load_row(next, p.x, p, t, t.row - REACH, -REACH, channel);
+#if SIDE > 3
+#pragma unroll 1
+#else
+#pragma unroll
+#endif
+  for (int r = 0; r < ROWS; ++r) {
+    float2 row[COLUMNS];
+#pragma unroll
+    for (int k = 0; k < COLUMNS; ++k) row[k] = widen(next[k]);
+    if (r + 1 < ROWS) load_row(next, p.x, p, t, t.row - REACH + r + 1, -REACH, channel);
+#pragma unroll
+    for (int o = 0; o < TALL; ++o) {
+      const int tap = r - o;
+      if (tap < 0 || tap >= SIDE) continue;
+#pragma unroll
+      for (int m = 0; m < SIDE; ++m) {
+        const float2 weight = weights[(tap * SIDE + m) * p.pairs];
+#pragma unroll
+        for (int k = 0; k < WIDE; ++k) multiply_add(sum[o][k], row[k + m], weight);
+      }
+#if RESIDUAL
+      if (tap == REACH)
+#pragma unroll
+        for (int k = 0; k < WIDE; ++k) sum[o][k].x += row[k + REACH].x, sum[o][k].y += row[k + REACH].y;
+#endif
+    }
+  }
+  const int stride = p.channels / 2;
+  pair_t* to = p.y + ((t.image + t.row) * p.width + t.column) * stride + channel / 2;
+#pragma unroll
+  for (int o = 0; o < TALL; ++o) {
+    if (t.row + o >= p.height) break;
+#pragma unroll
+    for (int k = 0; k < WIDE; ++k)
+      if (t.inside >> (k + REACH) & 1u) to[k * stride] = narrow(make_float2(silu(sum[o][k].x), silu(sum[o][k].y)));
+    to += (long long)p.width * stride;
+  }
+}
+
+KERNEL(THREADS, BLOCKS) depthwise_forward(CONSTANT_PARAMS p) {
+  float2* weights = (float2*)shared_memory();
+  const Share s = share_of(p);
+  fetch_weights(weights, p, blockIdx.x - s.group * p.slices);
+  __syncthreads();
+  if (s.idle) return;
+  const float2 bias = p.bias ? make_float2(widen_weight(__ldg(p.bias + s.channel)), widen_weight(__ldg(p.bias + s.channel + 1)))
+                             : make_float2(0.f, 0.f);
+  const u32 down = tiles_down(p), across = tiles_across(p), tiles = p.batch * down * across;
+  for (u32 number = s.group * p.slots + s.slot; number < tiles; number += p.groups * p.slots)
+    convolve(p, tile_of(p, number, down, across), weights + s.pair, bias, s.channel);
+}

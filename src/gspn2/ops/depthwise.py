@@ -1,0 +1,144 @@
+"""Depthwise convolution as PyTorch sees it on a GPU: schema, kernel entry, fake and autograd.
+
+The kernels of the CUDA backend run where they take the problem, PyTorch's own elsewhere; which of them is
+decided inside the operator, at run time, as for `propagate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_library = torch.library.Library("gspn2", "FRAGMENT")
+_library.define("depthwise(Tensor x, Tensor weight, Tensor? bias, bool residual, bool silu) -> Tensor")
+_library.define("depthwise_input(Tensor dy, Tensor weight, bool residual) -> Tensor")
+_library.define("depthwise_weights(Tensor dy, Tensor x, int side) -> (Tensor, Tensor)")
+
+
+def depthwise(
+    x: Tensor,  # (B, C, H, W)
+    weight: Tensor,  # (C, 1, side, side), side odd
+    bias: Tensor | None = None,  # (C,)
+    *,
+    residual: bool = False,
+    silu: bool = False,
+) -> Tensor:  # (B, C, H, W), channels_last
+    """conv(x), as large as x; plus x if `residual`; last through x sigmoid(x) if `silu`.
+
+    Sums are float32 and rounded once. With `silu` there is no gradient.
+    """
+    y: Tensor = torch.ops.gspn2.depthwise(x, weight, bias, residual, silu)
+    return y
+
+
+def under_transforms() -> bool:
+    """Is a torch.func transform at work? It has no rule for this operator."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not x.is_cuda or torch.version.cuda is None:
+        return False
+    from ..backends.cuda import depthwise as kernels
+
+    return kernels.takes(x, weight, bias)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2, groups=x.shape[1])
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu: bool) -> Tensor:
+    if _takes(x, weight, bias):
+        from ..backends.cuda import depthwise as kernels
+
+        return kernels.forward(x, weight, bias, residual, silu, flip=False)
+    y = _convolve(x, weight, bias)
+    y = y + x if residual else y
+    return _laid_out(F.silu(y) if silu else y)
+
+
+def _input_gradient(dy: Tensor, weight: Tensor, residual: bool) -> Tensor:
+    if _takes(dy, weight, None):
+        from ..backends.cuda import depthwise as kernels
+
+        return kernels.forward(dy, weight, None, residual, silu=False, flip=True)
+    dx = _convolve(dy, weight.flip(2, 3), None)
+    return _laid_out(dx + dy if residual else dx)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    weight = x.new_empty(x.shape[1], 1, side, side)
+    if _takes(x, weight, None):
+        from ..backends.cuda import depthwise as kernels
+
+        return kernels.weight_gradient(dy, x, side)
+    dy = dy.to(x.dtype)
+    _, dw, db = torch.ops.aten.convolution_backward(
+        dy,
+        x,
+        weight,
+        [x.shape[1]],
+        [1, 1],
+        [side // 2] * 2,
+        [1, 1],
+        False,
+        [0, 0],
+        x.shape[1],
+        [False, True, True],
+    )
+    return dw.contiguous().float(), db.float()
+
+
+def _laid_out(y: Tensor) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.channels_last).copy_(y)
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _weights_fake(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1]
+    return (
+        x.new_empty(channels, 1, side, side, dtype=torch.float32),
+        x.new_empty(channels, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.residual, ctx.silu = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.silu:
+        raise RuntimeError("gspn2: depthwise with silu=True has no gradient: apply the activation after it")
+    x, weight = ctx.saved_tensors
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.gspn2.depthwise_input(dy, weight, ctx.residual)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        dw, db = torch.ops.gspn2.depthwise_weights(dy, x, weight.shape[2])
+        dw, db = dw.to(weight.dtype), None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+    return dx, dw, db, None, None
+
+
+def _refuse_second_order(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("gspn2: the gradient of depthwise cannot be differentiated a second time")
+
+
+_library.impl("depthwise", _forward, "CompositeExplicitAutograd")
+_library.impl("depthwise_input", _input_gradient, "CompositeExplicitAutograd")
+_library.impl("depthwise_weights", _weight_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("gspn2::depthwise", _fake, lib=_library)
+torch.library.register_fake("gspn2::depthwise_input", _fake, lib=_library)
+torch.library.register_fake("gspn2::depthwise_weights", _weights_fake, lib=_library)
+torch.library.register_autograd("gspn2::depthwise", _autograd, setup_context=_setup_context, lib=_library)
+for _name in ("depthwise_input", "depthwise_weights"):
+    torch.library.register_autograd(f"gspn2::{_name}", _refuse_second_order, lib=_library)

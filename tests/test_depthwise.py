@@ -1,0 +1,128 @@
+"""Depthwise convolution: kernels in the emulator, the operator, and its place in the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cuda_emulator import KernelError, compiler, run_launch
+from cuda_emulator.memory import Memory
+from gspn2.backends.cuda import depthwise
+from gspn2.backends.cuda.geometry import Device
+from gspn2.ops.depthwise import depthwise as depthwise_op
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++ 12 on Linux")
+
+
+def _images(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape).to(dtype).to(memory_format=torch.channels_last)
+
+
+def _emulate(options: tuple[Any, ...], **tensors: Tensor | None) -> None:
+    """Runs a plan's launch; the tensors by the names of `Params` in the kernel."""
+    x = tensors["x"]
+    assert x is not None
+    device = Device(multiprocessors=3)
+    launch, arguments, groups = depthwise.plan(tuple(x.shape), options, device)  # type: ignore[arg-type]
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if options[-1]:
+        present["partial"] = torch.full((groups, options[2] ** 2 + 1, x.shape[1]), torch.nan)
+    memory = Memory(present, {"y", "partial"})
+    names = ("x", "dy", "weight", "bias", "y", "partial")
+    addresses = [memory.tensors[name].data_ptr() if name in present else 0 for name in names]
+    packed = b"".join(address.to_bytes(8, "little") for address in addresses) + arguments[48:]
+    run_launch(launch, packed, memory, 1, device)
+    wrong = memory.wrongly_written()
+    if wrong:
+        raise KernelError(wrong)
+    memory.copy_back()
+    if options[-1]:
+        tensors["y"].copy_(present["partial"].sum(0))  # type: ignore[union-attr]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "side", "dtype", "weights", "residual", "silu", "flip"),
+    [
+        ((2, 6, 9, 17), 7, torch.bfloat16, torch.float32, False, True, False),
+        ((1, 64, 7, 7), 3, torch.bfloat16, torch.bfloat16, True, False, True),
+        ((3, 134, 5, 3), 3, torch.float32, torch.float32, True, False, False),
+    ],
+)
+def test_kernel(
+    shape: tuple[int, int, int, int],
+    side: int,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    residual: bool,
+    silu: bool,
+    flip: bool,
+) -> None:
+    torch.manual_seed(0)
+    x = _images(*shape, dtype=dtype)
+    weight, bias = torch.randn(shape[1], 1, side, side).to(weights), torch.randn(shape[1]).to(weights)
+    y = torch.full_like(x, torch.nan)
+    _emulate((dtype, weights, side, residual, silu, flip, False), x=x, weight=weight, bias=bias, y=y)
+    turned = weight.flip(2, 3) if flip else weight
+    right = F.conv2d(x.double(), turned.double(), bias.double(), padding=side // 2, groups=shape[1])
+    right = right + x.double() if residual else right
+    right = F.silu(right) if silu else right
+    torch.testing.assert_close(y.double(), right, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "side", "dtype"),
+    [((2, 6, 9, 17), 7, torch.bfloat16), ((1, 134, 7, 5), 3, torch.float32)],
+)
+def test_kernel_of_weight_gradients(shape: tuple[int, int, int, int], side: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, dy = _images(*shape, dtype=dtype), _images(*shape, dtype=dtype)
+    sums = torch.empty(side * side + 1, shape[1])
+    _emulate((dtype, torch.float32, side, False, False, False, True), x=x, dy=dy, y=sums)
+    weight = torch.zeros(shape[1], 1, side, side, dtype=torch.float64, requires_grad=True)
+    F.conv2d(x.double(), weight, padding=side // 2, groups=shape[1]).backward(dy.double())
+    assert weight.grad is not None
+    torch.testing.assert_close(sums[:-1].t().double(), weight.grad.flatten(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums[-1].double(), dy.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("residual", "side"), [(False, 7), (True, 3)])
+def test_operator_and_its_gradients(residual: bool, side: int) -> None:
+    """Where no kernel runs PyTorch's convolutions do: values and gradients of the same function."""
+    torch.manual_seed(0)
+    x = _images(2, 6, 5, 9, dtype=torch.float32).requires_grad_()
+    weight, bias = torch.randn(6, 1, side, side, requires_grad=True), torch.randn(6, requires_grad=True)
+    dy = torch.randn_like(x)
+    y = depthwise_op(x, weight, bias, residual=residual)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    right = F.conv2d(x, weight, bias, padding=side // 2, groups=6) + (x if residual else 0)
+    torch.testing.assert_close(y, right)
+    inputs = (x, weight, bias)
+    for found, expected in zip(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(right, inputs, dy), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(depthwise_op(x, weight, bias, residual=residual, silu=True), F.silu(right))
+
+
+def test_registration() -> None:
+    x = _images(2, 4, 5, 6, dtype=torch.float32)
+    weight, bias = torch.randn(4, 1, 3, 3), torch.randn(4)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.gspn2.depthwise.default, (x, weight, bias, True, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.gspn2.depthwise_input.default, (x, weight, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.gspn2.depthwise_weights.default, (x, x.clone(), 3), test_utils=checks)
+    args = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), True, False)
+    torch.library.opcheck(torch.ops.gspn2.depthwise.default, args)
+
+
+def test_no_gradient_through_the_fused_activation() -> None:
+    x = _images(1, 4, 5, 6, dtype=torch.float32).requires_grad_()
+    with pytest.raises(RuntimeError, match="apply the activation after it"):
+        depthwise_op(x, torch.randn(4, 1, 3, 3), silu=True).sum().backward()
