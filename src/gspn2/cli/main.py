@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "classes of images",
     "export": "write a trained model for timm, torch.export and ONNX",
     "learn": "GSPN-2 beside a ViT and a ConvNet on tasks that need the whole image",
+    "draw": "self-attention and GSPN-2 in small models that learn to draw digits",
     "bench": "measure the operator, mixers and backbones beside others, check, draw",
     "generate": "pictures from text, up to 16384 x 16384",
     "distill": "train mixers in a text-to-image UNet to do what its self-attention does",
