@@ -13,11 +13,12 @@ from .common import complain, guarded, positive
 if TYPE_CHECKING:
     from gspn2.training.comparison import Progress, Run, Settings
 
-VERBS = ("run", "list", "docs")
+VERBS = ("run", "list", "pace", "docs")
 
 EPILOG = """verbs:
   run      train what has no result in --out yet (the default)
   list     the runs, and which of them are done
+  pace     what a step of each model takes alone on the device, into --out
   docs     docs/learning.md and its pictures from the result files in --out
 
 examples:
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the verb says; returns the exit code."""
-    jobs = {"run": _run, "list": _list, "docs": _docs}
+    jobs = {"run": _run, "list": _list, "pace": _pace, "docs": _docs}
     return guarded("learn", lambda: jobs[args.verb](args))
 
 
@@ -150,10 +151,22 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _docs(args: argparse.Namespace) -> int:
-    from gspn2.training.comparison import document
+def _pace(args: argparse.Namespace) -> int:
+    from gspn2.training.comparison import pace
+    from gspn2.training.model import pick_device
 
-    files = document.files(document.load(args.out))
+    def show(name: str, seconds: float) -> None:
+        print(f"{name}: {1e3 * seconds:.2f} ms a step, {args.batch_size / seconds:.0f} images/s", flush=True)
+
+    command = shlex.join(["gspn2", *sys.argv[1:]])
+    pace.measure(_plan(args), _settings(args), args.out, pick_device(args.device), command, show)
+    return 0
+
+
+def _docs(args: argparse.Namespace) -> int:
+    from gspn2.training.comparison import document, examples
+
+    files = document.files(document.load(args.out), document.notes(args.out))
     stale = [
         Path("docs") / name
         for name, text in files.items()
@@ -170,4 +183,6 @@ def _docs(args: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path}")
+    examples.draw(Path("docs") / document.EXAMPLES)
+    print(f"wrote docs/{document.EXAMPLES}")
     return 0

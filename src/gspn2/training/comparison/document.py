@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ...demo.charts import HEIGHT, WIDTH, Axis, Series, line_chart, linear_axis
+from . import pace
 from .contenders import CONTENDERS, MAIN, PARAMETERS
+from .plan import TASKS, Run
 from .runner import read
 
 Result = dict[str, Any]
 Case = tuple[str, int]
 """Task and size."""
 
+EXAMPLES = "images/learning_examples.png"
 HEAD = f"""# Does it learn?
 
 Tasks whose answer is nowhere in particular: whether two marks are joined, by one dashed contour among others
@@ -24,24 +27,32 @@ Tasks whose answer is nowhere in particular: whether two marks are joined, by on
 which one passage was walled up (*maze*). Images are generated; the distance between the marks has the same
 distribution in both classes, and both classes are equally frequent, so guessing is right half of the time.
 Where the two marks of a maze lie tells a little by itself: the best threshold on how far they are from the
-centre is right in less than 60% of the images. An accuracy above that has followed ways.
+centre is right in less than 60% of the images. An accuracy above that has followed ways. scikit-learn's
+handwritten *digits*, enlarged, are an ordinary task beside them.
+
+![Four pictures of marks that are apart, then four of marks that are joined: pathfinder and maze at 64 and at
+128 pixels; and digits]({EXAMPLES})
 
 GSPN-2 runs beside a ViT and a ConvNet (ConvNeXt), all of {PARAMETERS / 1e6:.2f} M parameters within 2.5%, on
 the same images in the same order, with the same optimizer, schedule and number of steps. Each image is turned
-and mirrored at random. Ablations change one thing about GSPN-2; what that saves in parameters goes to the
-FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more pixels, and
-*larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
+and mirrored at random, digits are not. Ablations change one thing about GSPN-2; what that saves in parameters
+goes to the FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more
+pixels, and *larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
 
 ```
-gspn2 learn --out runs/learn
+gspn2 learn --jobs 16 --out runs/learn
+gspn2 learn pace --out runs/learn
 mkdir -p benchmarks/results/learning && cp runs/learn/*.json benchmarks/results/learning/
 gspn2 learn docs --out benchmarks/results/learning
 ```
 
-The first command takes up to ten minutes a run on a GPU, can be stopped at any time and goes on when it is
-given again; the last writes this page.
+The first command shares all visible GPUs among so many runs at a time, can be stopped whenever one likes and
+goes on when it is given again; the second measures what a step takes when a model has a GPU to itself; the
+last writes this page.
 """
 
+NOTES = "notes.md"
+TRANSFERS = ("scaled", "larger")
 NOTHING = """## Results
 
 Nothing has been run yet: there is no result file, and nothing is claimed.
@@ -60,27 +71,43 @@ COLOURED = "Colours as in the names above the curves; a curve for each seed."
 def load(folder: Path) -> list[Result]:
     """The results in a folder, by name; none if there is no such folder.
 
+    Where `pace.json` tells what a step takes alone, seconds are steps times that: those of runs that shared a
+    device say as much about their neighbours.
+
     Raises:
         UserError: a file is no result of a comparison.
     """
-    return [read(path) for path in sorted(folder.glob("*.json"))]
+    results = [read(path) for path in sorted(folder.glob("*.json")) if path.name != pace.FILE]
+    seconds = pace.read(folder).get("seconds", {})
+    for result in results:
+        step = seconds.get(pace.name_of(Run(**result["run"])))
+        if step is not None:
+            for timed in (result, *result["curve"]):
+                timed["seconds"] = step * timed["step"]
+    return results
 
 
-def files(results: Sequence[Result]) -> dict[str, str]:
+def notes(folder: Path) -> str:
+    """What somebody who has seen the results wrote about them: NOTES in their folder, Markdown."""
+    path = folder / NOTES
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def files(results: Sequence[Result], told: str = "") -> dict[str, str]:
     """The document and its pictures: text by path inside docs/."""
     pictures = {
         f"images/{_picture(case)}": curves(case, _of(results, case))
         for case in _cases(results)
         if any(_tested(result) for result in _of(results, case) if result["run"]["contender"] in MAIN)
     }
-    return {"learning.md": text(results), **pictures}
+    return {"learning.md": text(results, told), **pictures}
 
 
-def text(results: Sequence[Result]) -> str:
-    """The document."""
+def text(results: Sequence[Result], told: str = "") -> str:
+    """The document; `told` is prose to put between the goal and the tables."""
     if not results:
         return f"{HEAD}\n{NOTHING}"
-    sections = [HEAD.rstrip(), "## The goal", _goal(results)]
+    sections = [HEAD.rstrip(), "## The goal", _goal(results), *([told] if told else [])]
     for case in _cases(results):
         mine = _of(results, case)
         sections += [f"## {case[0].capitalize()}, {case[1]} pixels", _comparison(mine)]
@@ -104,13 +131,13 @@ def _goal(results: Sequence[Result]) -> str:
             continue
         target = _mean(vit, "accuracy")
         soon, theirs = _time_to(ours, target), _mean(vit, "seconds")
-        moved = [(_transfer(ours, name), _transfer(vit, name)) for name in ("scaled", "larger")]
+        moved = [(_transfer(ours, name), _transfer(vit, name)) for name in TRANSFERS]
         rows.append(
             [
                 f"{case[0]}, {case[1]}",
                 _verdict(_mean(ours, "accuracy") >= target, _mean(ours, "accuracy"), target),
                 "no, never" if soon is None else f"{_yes(soon < theirs)}, {soon:.0f} s, {theirs:.0f} s",
-                *(_verdict(mine > other, mine, other) for mine, other in moved),
+                *(_verdict(mine > other, mine, other) if mine and other else "-" for mine, other in moved),
             ]
         )
     told = "At least the ViT's accuracy at the same steps, in less time, and better at twice the size: GSPN-2"
@@ -148,8 +175,7 @@ def _row(name: str, mine: Sequence[Result]) -> list[str]:
         _percent(statistics.fmean(accuracies)),
         f"{_percent(min(accuracies))} to {_percent(max(accuracies))}",
         f"{_mean(mine, 'seconds'):.0f} s",
-        _percent(_transfer(mine, "scaled")),
-        _percent(_transfer(mine, "larger")),
+        *("-" if it is None else _percent(it) for it in (_transfer(mine, name) for name in TRANSFERS)),
     ]
 
 
@@ -189,9 +215,10 @@ def _how(results: Sequence[Result]) -> str:
     commits = _values(f"{it['commit']}{'+' if it['uncommitted_changes'] else ''}" for it in machines)
     dates = _values(it["date"] for it in machines)
     return _wrapped(
-        f"AdamW with a warm-up over a twentieth of the steps and half a cosine; {told}. Seconds are those "
-        f"of training alone, without testing and the first compilation. On {where}, {versions}, commit "
-        f"{commits}, {dates}."
+        f"AdamW with a warm-up over a twentieth of the steps and half a cosine, a quarter of the steps for "
+        f"digits; {told}. Seconds are steps times what a step takes on a GPU that does nothing else, without "
+        f"testing and compilation (where that was not measured, those of the run). On {where}, {versions}, "
+        f"commit {commits}, {dates}."
     )
 
 
@@ -240,7 +267,7 @@ def _panel(
 
 def _cases(results: Iterable[Result]) -> list[Case]:
     found = {(result["run"]["task"], result["run"]["size"]) for result in results}
-    return sorted(found, key=lambda case: (case[0] != "pathfinder", case))
+    return sorted(found, key=lambda case: (TASKS.index(case[0]), case))
 
 
 def _of(results: Iterable[Result], case: Case) -> list[Result]:
@@ -264,7 +291,10 @@ def _mean(results: Sequence[Result], name: str) -> float:
     return statistics.fmean(result[name] for result in results)
 
 
-def _transfer(results: Sequence[Result], name: str) -> float:
+def _transfer(results: Sequence[Result], name: str) -> float | None:
+    """Mean accuracy at twice the size; None for a task that does not come like that."""
+    if not all(name in result["transfer"] for result in results):
+        return None
     return statistics.fmean(result["transfer"][name]["accuracy"] for result in results)
 
 

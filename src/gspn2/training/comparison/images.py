@@ -116,7 +116,7 @@ def _make_shard(source: Source, number: int, pixels: Path, labels: Path) -> None
     start = source.shards[number]
     end = min(start + SHARD, source.images)
     seed = derive_seed("comparison", source.split, number)
-    made, truth = (_digits if source.task.kind == "digits" else _generated)(source, end - start, seed)
+    made, truth = (digits if source.task.kind == "digits" else _generated)(source, end - start, seed)
     for path, values in ((pixels, made), (labels, truth)):
         table = np.lib.format.open_memmap(path, "r+")
         table[start:end] = values
@@ -127,23 +127,23 @@ def _generated(source: Source, count: int, seed: int) -> Arrays:
     return generate(source.task, count, seed)
 
 
-def _digits(source: Source, count: int, seed: int) -> Arrays:
+def digits(source: Source, count: int, seed: int) -> Arrays:
     """scikit-learn's digits, enlarged; for training a little turned, moved and scaled, more than once."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
     rng = np.random.default_rng(seed)
     if source.split == "test":
         chosen = order[:DIGITS_TESTS][:count]
     else:
         chosen = order[DIGITS_TESTS:][rng.integers(0, len(order) - DIGITS_TESTS, count)]
-    small = torch.from_numpy(digits.images[chosen][:, None]).float() * (255 / 16)
+    small = torch.from_numpy(found.images[chosen][:, None]).float() * (255 / 16)
     side = source.task.size
     large = nn.functional.interpolate(small, (side, side), mode="bilinear", align_corners=False)
     if source.split == "train":
         large = _moved(large, rng)
-    return large[:, 0].round().clamp(0, 255).byte().numpy(), digits.target[chosen].astype(np.int64)
+    return large[:, 0].round().clamp(0, 255).byte().numpy(), found.target[chosen].astype(np.int64)
 
 
 def _moved(images: Tensor, rng: np.random.Generator) -> Tensor:
