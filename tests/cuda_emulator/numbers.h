@@ -113,6 +113,7 @@ EMULATED float __expf(float v) { return expf(v); }
 EMULATED float __logf(float v) { return logf(v); }
 EMULATED float __saturatef(float v) { return v > 0.f ? (v < 1.f ? v : 1.f) : 0.f; }
 EMULATED float rsqrtf(float v) { return 1.f / sqrtf(v); }
+EMULATED float erff(float v) { return __builtin_erff(v); }
 EMULATED int __float2int_rn(float v) { return (int)nearbyintf(v); }
 EMULATED float __int2float_rn(int v) { return (float)v; }
 EMULATED float __uint2float_rn(u32 v) { return (float)v; }

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn2.backends.cuda import driver, toolchain
-from gspn2.backends.cuda.geometry import Kernel, Launch
+from gspn2.backends.cuda.geometry import Device, Kernel, Launch
 from gspn2.backends.cuda.plan import OLDEST
 
 SOURCES = Path(__file__).parent / "kernels"
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMAT = struct.Struct("<6q1q6i1f1i")
 _ADDRESSES = 6
-_THREADS = 512
+_THREADS, _MOST_THREADS = 512, 1024
 _SLABS_A_MULTIPROCESSOR = 4
 _FEWEST_ROUNDS = 8
 """Pixels that each thread should get, before another block is worth its start."""
@@ -80,7 +80,12 @@ def geglu(x: Tensor) -> Tensor:
 
 def takes(x: Tensor) -> bool:
     """Is there a kernel for the norm of an image x (B, C, H, W)?"""
-    return x.ndim == 4 and x.numel() > 0 and x.shape[1] <= 1024 * 16 // x.itemsize and _fits(x, x.shape[1])
+    return (
+        x.ndim == 4
+        and x.numel() > 0
+        and x.shape[1] <= _MOST_THREADS * 16 // x.itemsize
+        and _fits(x, x.shape[1])
+    )
 
 
 def _fits(x: Tensor, channels: int) -> bool:
@@ -96,42 +101,68 @@ def _fits(x: Tensor, channels: int) -> bool:
     )
 
 
-@lru_cache(maxsize=256)
-def _norm_ready(
-    shape: tuple[int, int, int, int], groups: int, eps: float, dtype: torch.dtype, index: int
-) -> tuple[driver.Loaded, driver.Loaded, int]:
+Planned = tuple[Launch, bytes]
+"""A launch, and its packed arguments without addresses: x, y, moments, affine, weight, bias come first."""
+
+
+def norm_plan(
+    shape: tuple[int, ...], groups: int, eps: float, dtype: torch.dtype, device: Device
+) -> tuple[Planned, Planned, int]:
+    """Launches for the moments of slabs and for scale and shift, and the number of slabs of an image."""
     batch, channels, height, width = shape
-    vectors, rows, slabs = _split(channels, height * width, batch, dtype, index)
-    sizes = (height * width, batch, channels, groups, slabs, vectors, rows, eps)
+    vectors, rows, slabs = _split(channels, height * width, batch, dtype, device)
+    packed = _packed(height * width, batch, channels, groups, slabs, vectors, rows, eps)
     first = Launch(_kernel("norm_moments", dtype), batch * slabs, vectors * rows, 8 * rows * channels)
     second = Launch(_kernel("norm_affine", dtype), batch * groups, 256, 4 * 256)
-    return _load(first, sizes, index), _load(second, sizes, index), slabs
+    return (first, packed), (second, packed), slabs
+
+
+def apply_plan(shape: tuple[int, ...], silu: bool, dtype: torch.dtype, device: Device) -> Planned:
+    """The launch for scale and shift."""
+    batch, channels, height, width = shape
+    vectors, rows, slabs = _split(channels, height * width, batch, dtype, device)
+    launch = Launch(_kernel("norm_apply", dtype, SILU=int(silu)), batch * slabs, vectors * rows, 0)
+    return launch, _packed(height * width, batch, channels, 0, slabs, vectors, rows, 0.0)
+
+
+def geglu_plan(tokens: int, channels: int, dtype: torch.dtype, device: Device) -> Planned:
+    """The launch for so many tokens of twice so many channels."""
+    vectors, rows, slabs = _split(channels, tokens, 1, dtype, device)
+    launch = Launch(_kernel("geglu", dtype), slabs, vectors * rows, 0)
+    return launch, _packed(tokens, 1, channels, 0, slabs, vectors, rows, 0.0)
+
+
+def _split(
+    channels: int, pixels: int, batch: int, dtype: torch.dtype, device: Device
+) -> tuple[int, int, int]:
+    """Threads side by side for the channels, pixels that a block takes at once, and blocks for an image."""
+    vectors = channels * dtype.itemsize // 16
+    vectors = min(vectors, _THREADS) if vectors > _MOST_THREADS else vectors
+    rows = max(1, min(_THREADS // vectors, pixels))
+    most = -(-_SLABS_A_MULTIPROCESSOR * device.multiprocessors // batch)
+    return vectors, rows, max(1, min(most, pixels // (rows * _FEWEST_ROUNDS), pixels))
+
+
+def _packed(*sizes: float) -> bytes:
+    return _FORMAT.pack(*(0,) * _ADDRESSES, *sizes, 0)
 
 
 @lru_cache(maxsize=256)
-def _apply_ready(
-    shape: tuple[int, int, int, int], silu: bool, dtype: torch.dtype, index: int
-) -> driver.Loaded:
-    batch, channels, height, width = shape
-    vectors, rows, slabs = _split(channels, height * width, batch, dtype, index)
-    launch = Launch(_kernel("norm_apply", dtype, SILU=int(silu)), batch * slabs, vectors * rows, 0)
-    return _load(launch, (height * width, batch, channels, 0, slabs, vectors, rows, 0.0), index)
+def _norm_ready(
+    shape: tuple[int, ...], groups: int, eps: float, dtype: torch.dtype, index: int
+) -> tuple[driver.Loaded, driver.Loaded, int]:
+    first, second, slabs = norm_plan(shape, groups, eps, dtype, driver.device(index))
+    return _load(first, index), _load(second, index), slabs
+
+
+@lru_cache(maxsize=256)
+def _apply_ready(shape: tuple[int, ...], silu: bool, dtype: torch.dtype, index: int) -> driver.Loaded:
+    return _load(apply_plan(shape, silu, dtype, driver.device(index)), index)
 
 
 @lru_cache(maxsize=256)
 def _geglu_ready(tokens: int, channels: int, dtype: torch.dtype, index: int) -> driver.Loaded:
-    vectors, rows, slabs = _split(channels, tokens, 1, dtype, index)
-    launch = Launch(_kernel("geglu", dtype), slabs, vectors * rows, 0)
-    return _load(launch, (tokens, 1, channels, 0, slabs, vectors, rows, 0.0), index)
-
-
-def _split(channels: int, pixels: int, batch: int, dtype: torch.dtype, index: int) -> tuple[int, int, int]:
-    """Threads side by side for the channels, pixels that a block takes at once, and blocks for an image."""
-    vectors = channels * dtype.itemsize // 16
-    vectors = min(vectors, _THREADS) if vectors > 1024 else vectors
-    rows = max(1, min(_THREADS // vectors, pixels))
-    most = -(-_SLABS_A_MULTIPROCESSOR * driver.device(index).multiprocessors // batch)
-    return vectors, rows, max(1, min(most, pixels // (rows * _FEWEST_ROUNDS), pixels))
+    return _load(geglu_plan(tokens, channels, dtype, driver.device(index)), index)
 
 
 def _kernel(function: str, dtype: torch.dtype, **macros: int) -> Kernel:
@@ -139,10 +170,9 @@ def _kernel(function: str, dtype: torch.dtype, **macros: int) -> Kernel:
     return Kernel(str(SOURCES / f"{function}.cu"), function, tuple(defines.items()))
 
 
-def _load(launch: Launch, sizes: tuple[float, ...], index: int) -> driver.Loaded:
-    arguments = _FORMAT.pack(*(0,) * _ADDRESSES, *sizes, 0)
+def _load(planned: Planned, index: int) -> driver.Loaded:
     with torch.cuda.device(index):
-        return driver.Loaded(launch, arguments, range(_ADDRESSES), index)
+        return driver.Loaded(*planned, range(_ADDRESSES), index)
 
 
 def _run(loaded: driver.Loaded, tensors: tuple[Tensor | None, ...], index: int) -> None:

@@ -1,0 +1,139 @@
+"""GroupNorm with SiLU, and GEGLU, in the emulator; what is put into networks, and taken out again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import diffusion_helpers as tiny
+from cuda_emulator import KernelError, compiler, run_launch
+from cuda_emulator.memory import Memory
+from gspn2.backends.cuda.geometry import Device
+from gspn2.integrations.diffusers import execution, fused, mount
+from gspn2.integrations.diffusers.mixers import GRID, AttentionMixer
+
+DEVICE = Device(multiprocessors=2)
+NAMES = ("x", "y", "moments", "affine", "weight", "bias")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++ 12 on Linux")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+def emulate(planned: fused.Planned, written: str, **tensors: Tensor) -> Tensor:
+    """Runs a launch; `written` is what it makes."""
+    launch, arguments = planned
+    memory = Memory(tensors, {written})
+    addresses = [memory.tensors[name].data_ptr() if name in tensors else 0 for name in NAMES]
+    packed = b"".join(address.to_bytes(8, "little") for address in addresses) + arguments[48:]
+    run_launch(launch, packed, memory, 1, DEVICE)
+    wrong = memory.wrongly_written()
+    if wrong:
+        raise KernelError(wrong)
+    memory.copy_back()
+    return tensors[written]
+
+
+def nan(*size: int, like: Tensor | None = None) -> Tensor:
+    return torch.full(size, torch.nan, dtype=torch.float32 if like is None else like.dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype", "silu"),
+    [
+        ((1, 40, 9, 13), 4, torch.bfloat16, True),
+        ((2, 24, 3, 5), 3, torch.float32, False),
+        ((1, 64, 1, 1), 32, torch.float16, True),
+    ],
+)
+def test_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, silu: bool) -> None:
+    """A mean a hundred times the deviation costs no digits."""
+    torch.manual_seed(0)
+    batch, channels = shape[:2]
+    means = torch.linspace(-100, 100, channels)[:, None, None] if dtype == torch.float32 else 1.0
+    x = (torch.randn(shape) + means).to(dtype).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+    first, second, slabs = fused.norm_plan(shape, groups, 1e-5, dtype, DEVICE)
+    moments = emulate(first, "moments", x=x, moments=nan(batch, slabs, channels, 2))
+    parts = {"moments": moments, "weight": weight, "bias": bias}
+    affine = emulate(second, "affine", x=x, affine=nan(batch, channels, 2), **parts)
+    y = torch.full_like(x, torch.nan)
+    emulate(fused.apply_plan(shape, silu, dtype, DEVICE), "y", x=x, y=y, affine=affine)
+    right = F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5)
+    right = F.silu(right) if silu else right
+    torch.testing.assert_close(y.double(), right, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=2e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("tokens", "channels", "dtype"), [(7, 16, torch.bfloat16), (40, 24, torch.float32)])
+def test_gated_unit(tokens: int, channels: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 2 * channels).to(dtype)
+    y = emulate(fused.geglu_plan(tokens, channels, dtype, DEVICE), "y", x=x, y=nan(tokens, channels, like=x))
+    a, b = x.double().chunk(2, dim=-1)
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(y.double(), a * F.gelu(b), rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny.sdxl_unet, tiny.sd15_unet])
+def test_a_network_is_the_same_within_and_after(make: Any) -> None:
+    unet = make()
+    given = tiny.inputs(unet, 16, 24)
+    with torch.no_grad():
+        before = unet(**given).sample
+        forwards = {name: module.__dict__.get("forward") for name, module in unet.named_modules()}
+        with execution.fused(unet):
+            assert any("forward" in module.__dict__ for module in unet.modules())
+            torch.testing.assert_close(unet(**given).sample, before, atol=1e-5, rtol=1e-4)
+        assert forwards == {name: module.__dict__.get("forward") for name, module in unet.named_modules()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk": 4, "groups": 2}, {"directions": ("up", "left"), "bias": False}]
+)
+def test_a_mixer_in_few_launches_is_the_mixer(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    mixer = AttentionMixer(48, 16, **options)
+    x = torch.randn(2, 6 * 9, 48)
+    with torch.no_grad():
+        for scale in (1.0, 2.0):
+            mixer.tokens.mixer.merge.mul_(scale)  # what was kept must not be used again
+            for grid in ((6, 9), (9, 6)):
+                right = mixer(x, **{GRID: grid})
+                torch.testing.assert_close(mixer._inference(x, grid), right, atol=1e-6, rtol=1e-5)
+        copied = copy.deepcopy(mixer)
+        copied.tokens.mixer.to_operands.bias.add_(1.0)
+        torch.testing.assert_close(copied._inference(x, grid), copied(x, **{GRID: grid}))
+        with pytest.raises(ValueError, match="grid"):
+            mixer._inference(x, (5, 5))
+    assert not mixer._quick(x), "on a CPU, and with gradients, the mixer runs as it is"
+
+
+def test_graphs_are_told_apart_by_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by what is no tensor; a result is that of the call, whichever graph was replayed."""
+    monkeypatch.setattr(execution, "_Graph", lambda call, tensors: call)
+    unet = tiny.sdxl_unet()
+    mixers = mount(unet, zero_output=False)
+    with torch.no_grad():
+        plain = {size: unet(**tiny.inputs(unet, *size, batch=1)).sample for size in ((16, 16), (16, 24))}
+        with execution.graphed(unet):
+            assert all(mixer.fixed for _, mixer in mixers.layers())
+            graphs = unet.__dict__["forward"]._known
+            for size in [*plain, *plain, *plain]:
+                given = tiny.inputs(unet, *size, batch=1)
+                assert torch.equal(unet(**given).sample, plain[size])
+                assert torch.equal(unet(**given, return_dict=False)[0], plain[size])
+            assert len(graphs) == 2
+    assert "forward" not in unet.__dict__
+    assert not any(mixer.fixed for _, mixer in mixers.layers())
