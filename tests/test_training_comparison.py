@@ -64,13 +64,13 @@ def test_ablations_change_what_they_say():
         return [it for it in build(CONTENDERS[name], 64, 0).modules() if isinstance(it, Mixer)]
 
     base = mixers("gspn2")
-    assert len(base) == 7
+    assert len(base) == 6
     plain = {"directions": ("down", "up", "right", "left"), "chunk": None, "groups": 1, "proxy_dim": 8}
     plain |= {"operands_from": "input"}
     changed = {
         "gspn2": {},
         "gspn2-one-axis": {"directions": ("down", "up")},
-        "gspn2-local": {"chunk": 8},
+        "gspn2-local": {"chunk": 4},
         "gspn2-per-channel": {"groups": 8},
         "gspn2-proxy-2": {"proxy_dim": 2},
         "gspn2-proxy-4": {"proxy_dim": 4},

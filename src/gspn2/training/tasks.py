@@ -83,7 +83,9 @@ _THICK, _DOT = 0.8, 2.6
 def _pathfinder(
     rng: Generator, count: int, canvas: int, scale: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    long, short = round(canvas / 7.0), max(3, round(canvas / 21.0))
+    longest, short = round(canvas / 7.0), max(3, round(canvas / 21.0))
+    # A length for each block: short contours are what a model learns first, long ones build on them.
+    long = int(rng.integers(short + 1, longest + 1))
     occupied = np.zeros((count, canvas, canvas), bool)
     first, _, _ = _contours(rng, occupied, long, None)
     span = np.linalg.norm(_ends(first)[:, 0] - _ends(first)[:, 1], axis=-1)
@@ -246,28 +248,33 @@ def _draw(
 
 # -- the maze: is there a way from one mark to the other, after one passage was walled up?
 
-_CELL = 4
+_CELLS = (4, 6, 8, 12)
+"""Units from a cell to the next; a block has one of them. Large cells make small mazes."""
+_MARK = 3
 _CUTS = 16
 _PAIRS = 24
 
 
 def _maze(rng: Generator, count: int, canvas: int, scale: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    side = (canvas - 1) // _CELL
+    # At least 5 x 5 cells.
+    cell = int(rng.choice([cell for cell in _CELLS if (canvas - 1) // cell >= 5]))
+    side = (canvas - 1) // cell
     passages = _spanning_trees(rng, count, side)
     kept, region = _cut(rng, passages, side)
     labels = rng.permuted(np.arange(count) % 2)
     marks = _marks(rng, region, labels, side)
     images = np.zeros((count, canvas, canvas), np.uint8)
-    margin = (canvas - (_CELL * side + 1)) // 2
-    for dy in range(_CELL - 1):
-        for dx in range(_CELL - 1):
-            _cells(images, margin + 1 + dy, margin + 1 + dx, side)[:] = 128
-    _open(images, kept, margin, side)
+    margin = (canvas - (cell * side + 1)) // 2
+    for dy in range(cell - 1):
+        for dx in range(cell - 1):
+            _cells(images, margin + 1 + dy, margin + 1 + dx, side, cell)[:] = 128
+    _open(images, kept, margin, side, cell)
     n = np.arange(count)
-    for cell in np.moveaxis(marks, 1, 0):
-        top, left = margin + 1 + cell // side * _CELL, margin + 1 + cell % side * _CELL
-        for dy in range(_CELL - 1):
-            for dx in range(_CELL - 1):
+    for mark in np.moveaxis(marks, 1, 0):
+        # As large in all mazes, in the middle of its cell.
+        top, left = (margin + 1 + (cell - 4) // 2 + place * cell for place in (mark // side, mark % side))
+        for dy in range(_MARK):
+            for dx in range(_MARK):
                 images[n, top + dy, left + dx] = 255
     return images.repeat(scale, axis=1).repeat(scale, axis=2), labels.astype(np.int64)
 
@@ -349,18 +356,18 @@ def _marks(
     return np.concatenate((first[n, best], second[n, best]), axis=1)
 
 
-def _cells(images: NDArray[np.uint8], top: int, left: int, side: int) -> NDArray[np.uint8]:
-    return images[:, top : top + _CELL * side : _CELL, left : left + _CELL * side : _CELL]
+def _cells(images: NDArray[np.uint8], top: int, left: int, side: int, cell: int) -> NDArray[np.uint8]:
+    return images[:, top : top + cell * side : cell, left : left + cell * side : cell]
 
 
-def _open(images: NDArray[np.uint8], passages: NDArray[np.bool_], margin: int, side: int) -> None:
+def _open(images: NDArray[np.uint8], passages: NDArray[np.bool_], margin: int, side: int, cell: int) -> None:
     """Draw open passages between cells."""
     right = passages[:, : side * (side - 1)].reshape(-1, side, side - 1)
     down = passages[:, side * (side - 1) :].reshape(-1, side - 1, side)
-    wall = margin + _CELL
-    for along in range(_CELL - 1):
+    wall = margin + cell
+    for along in range(cell - 1):
         start = margin + 1 + along
-        image = images[:, start : start + _CELL * side : _CELL, wall : wall + _CELL * (side - 1) : _CELL]
+        image = images[:, start : start + cell * side : cell, wall : wall + cell * (side - 1) : cell]
         image[right] = 128
-        image = images[:, wall : wall + _CELL * (side - 1) : _CELL, start : start + _CELL * side : _CELL]
+        image = images[:, wall : wall + cell * (side - 1) : cell, start : start + cell * side : cell]
         image[down] = 128

@@ -37,17 +37,16 @@ class Contender:
     question: str = ""
 
 
-# Half the resolution, then a quarter: the ways that have to be followed are a pixel or two wide. Every scan
-# runs over the whole map.
+# A place every 4 x 4 pixels, as the ViT has a token; every scan runs over the whole map.
 GSPN2: dict[str, Any] = {
-    "depths": (2, 5),
-    "dims": (64, 128),
-    "stem_stride": 2,
+    "depths": (6,),
+    "dims": (128,),
+    "stem_stride": 4,
     "proxy_dim": 8,
     "chunk": 0,
     "operands_from": "input",
 }
-# A token every 4 x 4 pixels, the grid of the others' second stage; pooled as they are.
+# Pooled as the others are.
 VIT: dict[str, Any] = {
     "patch_size": 4,
     "embed_dim": 128,
@@ -70,7 +69,7 @@ CONTENDERS = {
         Contender(
             "gspn2-one-axis", "down and up only", "gspn2", {"directions": ("down", "up")}, "directions"
         ),
-        Contender("gspn2-local", "chunks of 8 lines", "gspn2", {"chunk": 8}, "reach"),
+        Contender("gspn2-local", "chunks of 4 lines", "gspn2", {"chunk": 4}, "reach"),
         Contender("gspn2-per-channel", "taps for each channel", "gspn2", {"groups": 8}, "taps"),
         Contender("gspn2-proxy-2", "2 proxy channels", "gspn2", {"proxy_dim": 2}, "proxy"),
         Contender("gspn2-proxy-4", "4 proxy channels", "gspn2", {"proxy_dim": 4}, "proxy"),

@@ -98,17 +98,16 @@ class Trainer:
         self.rate.zero_()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self._row.zero_()
-                    self._step()
-                self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            self._row.zero_()
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._row.zero_()
                 self._step()
+            self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        self._row.zero_()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._step()
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(weights[name])
