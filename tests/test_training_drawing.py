@@ -40,6 +40,12 @@ TINY = Settings(
 NAMES = ["unet-attention", "dit-gspn2", "unet-distilled"]
 
 
+@pytest.fixture(autouse=True)
+def single(threads: None) -> None:
+    """Pictures this small are slower with more threads, and much slower where others compute, too."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that take a moment."""
@@ -309,6 +315,23 @@ def test_time_that_is_up_and_a_loss_without_sense_are_recorded(small: None, tmp_
     assert lost["ended"] == "diverged"
     assert "samples" not in lost
     assert "no longer finite" in document.section([lost], set())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["unet-gspn2", "dit-attention", "unet-distilled"])
+def test_a_replayed_step_is_the_eager_step(small: None, tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setattr(samples, "USES", ("1x",))
+    if name == "unet-distilled":
+        draw(plan(["unet-attention"], [0]), TINY, tmp_path, device="cuda")
+    run = Run(name, 0)
+    curves = []
+    for graph in (True, False):
+        (result,) = draw([run], dataclasses.replace(TINY, graph=graph), tmp_path, device="cuda")
+        (tmp_path / f"{name}-s0.json").unlink()
+        curves.append([point["loss"] for point in result["curve"] if "loss" in point])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][-1] < curves[0][0]
 
 
 # -- the section

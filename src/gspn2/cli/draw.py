@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=float, default=default.minutes, metavar="X", help="of a run (default: 20)"
     )
     parser.add_argument("--amp", choices=("auto", "bf16", "off"), default=default.amp)
+    parser.add_argument("--no-graph", action="store_true", help="launch kernels one by one on CUDA")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--check", action="store_true", help="docs: write nothing, fail if out of step")
 
@@ -89,6 +90,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         tests=args.tests,
         minutes=args.minutes,
         amp=args.amp,
+        graph=not args.no_graph,
     )
 
 

@@ -11,6 +11,8 @@ from ..errors import UserError
 from .judge import STEPS
 
 SEEDS = (0, 1, 2)
+FREE = ("minutes", "graph")
+"""Settings that a run that reaches its last step does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,28 @@ class Settings:
         tests: times that samples are judged in the course of a run.
         minutes: time of a run, samples included; it then ends where it is, and says so.
         amp: "auto" (bfloat16 on CUDA), "bf16" or "off".
+        graph: replay steps as a CUDA graph, on CUDA.
 
     Raises:
         UserError: a number is not positive, or there are too few samples for a distance.
     """
 
     steps: int = 3000
-    batch_size: int = 256
+    batch_size: int = 128
     lr: float = 1e-3
-    samples: int = 1000
-    sampler_steps: int = 16
+    samples: int = 500
+    sampler_steps: int = 12
     judge_steps: int = STEPS
-    tests: int = 6
+    tests: int = 4
     minutes: float = 20.0
     amp: str = "auto"
+    graph: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             # `not` also refuses NaN.
-            if field.name != "amp" and not value > 0:
+            if field.name not in ("amp", "graph") and not value > 0:
                 raise UserError(f"{field.name}: expected more than 0, got {value}")
         if self.samples < 40:
             raise UserError(f"samples: expected at least 40, four of each class, got {self.samples}")
@@ -87,7 +91,7 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """Those that change what a run that reaches its last step comes to."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "minutes"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,14 @@ from .judge import Judge, load_judge
 from .models import SIZE, build, build_student
 from .objective import Objective
 from .plan import Run, Settings
+from .stepping import Batch, Stepper
 
 SCHEMA = 1
 """Of result files. Raised when a reader of the old ones would misread the new ones."""
 SAVE_SECONDS = 60.0
 LOOKS = 10
 """Points of the losses for each test, and as often a look at the clock of the whole run."""
-EMA, CLIP, BETAS = 0.999, 1.0, (0.9, 0.99)
+EMA = 0.999
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,8 @@ class _Training:
         self.checkpoint = out / f"{run.name}.safetensors"
         self._build()
         self.parameters = count_parameters(self.model)
-        learnt = [it for it in self.model.parameters() if it.requires_grad]
-        self.learnt = sum(it.numel() for it in learnt)
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(learnt, settings.lr, BETAS, weight_decay=0.0, fused=fused)
-        self.ema: Any = make_ema(self.model, EMA)
+        self.stepper = Stepper(self.objective, self.amp, settings.graph and self.device.type == "cuda")
+        self.learnt = sum(it.numel() for it in self.stepper.learnt)
         self.step = 0
         self.seconds = 0.0
         """Of training alone."""
@@ -199,6 +197,8 @@ class _Training:
         else:
             teacher = self._load_teacher(self.run.teacher)
             self.model = build_student(teacher, seed).to(self.device)
+        # Before the objective looks into the model: a copy would bring its hooks along.
+        self.ema: Any = make_ema(self.model, EMA)
         self.objective = Objective(self.model, teacher)
 
     def _load_teacher(self, run: Run) -> nn.Module:
@@ -229,7 +229,7 @@ class _Training:
         _check_settings(self.checkpoint, told["settings"], self.settings)
         load_weights(self.model, part(tensors, "model"), self.checkpoint)
         load_weights(self.ema.module, part(tensors, "ema"), self.checkpoint)
-        load_optimizer(self.optimizer, part(tensors, "optimizer"))
+        load_optimizer(self.stepper.optimizer, part(tensors, "optimizer"))
         self.step, self.points = told["step"], told["points"]
         self.seconds, self.spent = told["seconds"], told["spent"]
         self.say("resumes", f"from step {self.step}", self.step)
@@ -239,7 +239,7 @@ class _Training:
         told |= {"seconds": self.seconds, "spent": self.spent}
         tensors = prefixed("model", self.model.state_dict())
         tensors |= prefixed("ema", self.ema.module.state_dict())
-        for index, values in self.optimizer.state_dict()["state"].items():
+        for index, values in self.stepper.optimizer.state_dict()["state"].items():
             tensors |= prefixed(f"optimizer/{index}", values)
         write_safetensors(self.checkpoint, tensors, {"drawing": json.dumps(told)})
 
@@ -284,18 +284,16 @@ class _Training:
 
     def _warm_up(self) -> None:
         """Compile and load whatever the first step would, before the clock starts; changes nothing."""
-        pictures, labels = self._batch(torch.Generator(self.device).manual_seed(0))
-        self._losses(pictures, labels, torch.Generator(self.device).manual_seed(0))["loss"].backward()
-        self.model.zero_grad(set_to_none=True)
+        self.stepper.warm_up(self._batch(0))
         self._wait()
 
-    def _batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return digits.sample(self.data.train, self.settings.batch_size, SIZE, generator)
-
-    def _losses(self, pictures: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _batch(self, step: int) -> Batch:
+        """A function of seed and step alone: all models meet the same pictures and the same noise."""
+        seed = derive_seed(self.run.seed, "step", step)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        pictures, labels = digits.sample(self.data.train, self.settings.batch_size, SIZE, generator)
         x, t, velocity = flow.noisy(pictures, generator)
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            return self.objective(x, t, labels, velocity)
+        return Batch(x, t, labels, velocity)
 
     def _steps(self, until: int) -> dict[str, float]:
         """Steps up to `until`; their mean losses by name. Waits for the device at the end."""
@@ -304,22 +302,12 @@ class _Training:
         self.model.train()
         kept: list[dict[str, Tensor]] = []
         while self.step < until:
-            # A function of seed and step alone: all models meet the same pictures and the same noise.
-            seed = derive_seed(self.run.seed, "step", self.step)
-            generator = torch.Generator(self.device).manual_seed(seed)
-            losses = self._losses(*self._batch(generator), generator)
             lr = learning_rate(
                 self.step, settings.steps, settings.steps // 20, settings.lr, 0.01 * settings.lr
             )
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-            self.optimizer.step()
+            kept.append(self.stepper(self._batch(self.step), lr))
             self.step += 1
             self.ema.update(self.model, step=self.step)
-            kept.append({name: loss.detach() for name, loss in losses.items()})
         means = {name: torch.stack([it[name] for it in kept]).mean().item() for name in kept[0]}
         self._count(began, training=True)
         return means
@@ -345,8 +333,7 @@ class _Training:
 
         settings = self.settings
         labels = samples.classes(settings.samples, self.device)
-        batch = 4 * settings.batch_size
-        pictures = samples.draw(velocity, use, before, labels, settings.sampler_steps, batch, self.run.seed)
+        pictures = samples.draw(velocity, use, before, labels, settings.sampler_steps, self.run.seed)
         judge = self.data.judge
         found = {"distance": judge.distance(pictures), "accuracy": judge.right(pictures, labels)}
         self._count(began, training=False)

@@ -18,6 +18,8 @@ USES = ("1x", "2x", "2x-enlarged", "4x", "4x-enlarged")
 """Sides over that of the training; from noise of that size, or from enlarged pictures of the size before."""
 ROWS = {"1x": 4, "2x": 1, "2x-enlarged": 1, "4x": 1, "4x-enlarged": 1}
 """Of ten pictures in a grid."""
+AT_ONCE = 1 << 21
+"""Pixels that a model is given at once, whatever their pictures' size."""
 
 
 def classes(count: int, device: torch.device) -> Tensor:
@@ -26,7 +28,7 @@ def classes(count: int, device: torch.device) -> Tensor:
 
 
 def draw(
-    model: flow.Velocity, use: str, before: Tensor | None, labels: Tensor, steps: int, batch: int, seed: int
+    model: flow.Velocity, use: str, before: Tensor | None, labels: Tensor, steps: int, seed: int
 ) -> Tensor:
     """Pictures (N, 1, H, W) of the classes (N,), float32.
 
@@ -34,12 +36,11 @@ def draw(
         use: out of `USES`.
         before: for the enlarged ones, those of half the side.
         steps: of the sampler.
-        batch: pictures of the training's size that fit into memory at once.
         seed: of the noise, which is the same for all models.
     """
     scale = int(use[0])
     generator = torch.Generator(labels.device).manual_seed(derive_seed(seed, "samples", use))
-    at_once = max(1, batch // scale**2)
+    at_once = max(1, AT_ONCE // (scale * SIZE) ** 2)
     parts = []
     for start in range(0, len(labels), at_once):
         some = labels[start : start + at_once]
