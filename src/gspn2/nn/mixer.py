@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import DIRECTIONS, propagate
+from ..ops.packed import propagate_packed
 from .layers import Pointwise, pointwise
 
 OPERANDS_FROM = ("proxy", "input")
@@ -23,6 +24,9 @@ _OPERAND_SPREAD = 0.2
 # From so many proxy channels on, if they come in vectors of 16 bytes (of 16 bits each), a pixel of the packed
 # tensor does, too: kernels then read whole vectors of every operand. With fewer the padding would cost more.
 _FEWEST_PADDED, _VECTOR = 16, 8
+
+# Up to so many proxy channels a matrix product back from them does nothing but write.
+_MOST_SUMMED = 4
 
 
 class Operands(NamedTuple):
@@ -58,7 +62,7 @@ class Mixer(nn.Module):
     groups), and `propagate` reads views of it; with operands_from="input" the proxy is in that tensor, too.
     From 16 proxy channels on P is rounded up to a multiple of 8 if proxy_dim is one; the rest is never read.
     With a channels_last input nothing is copied for its layout, forward or backward, and the output is
-    channels_last.
+    channels_last. A compiled model hands that tensor over as a whole.
 
     Args:
         dim: channels of input and output.
@@ -168,11 +172,7 @@ class Mixer(nn.Module):
             packed = pointwise(proxy, weight, bias).permute(0, 2, 3, 1)
             lam, gate, logits, _ = packed.split((*self.sizes, self.padding), dim=-1)
         else:
-            proxy_bias = (
-                self.to_proxy.bias if self.to_proxy.bias is not None else bias.new_zeros(self.proxy_dim)
-            )
-            weight = torch.cat([self.to_proxy.weight, weight])
-            packed = pointwise(x, weight, torch.cat([proxy_bias, bias])).permute(0, 2, 3, 1)
+            packed = self._packed(x, weight, bias)
             sizes = (self.proxy_dim, *self.sizes, self.padding)
             pixels, lam, gate, logits, _ = packed.split(sizes, dim=-1)
             proxy = pixels.permute(0, 3, 1, 2)
@@ -184,6 +184,17 @@ class Mixer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._compiled_packed():
+            y = propagate_packed(
+                self._packed(x, *self._operand_rows(self._merge(x.shape[2], x.shape[3]))),
+                self.proxy_dim,
+                self.groups,
+                self.directions,
+                self.chunk,
+                self.sizes[0] > 0,
+                self.backend,
+            )
+            return self._back(y)
         y = propagate(
             *self.operands(x),
             directions=self.directions,
@@ -192,6 +203,33 @@ class Mixer(nn.Module):
             keep_hidden=self.keep_hidden,
         )
         return self.from_proxy(y)
+
+    def _compiled_packed(self) -> bool:
+        """Is this being compiled, and all in one tensor? Then the operator takes it as one argument."""
+        return (
+            torch.compiler.is_compiling()
+            and not torch.compiler.is_exporting()
+            and self.operands_from == "input"
+            and self.sizes[1] > 0
+            and not self.padding
+            and not self.keep_hidden
+        )
+
+    def _packed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(B, H, W, P): the proxy, lam, gate and logits made from x, given the operands' rows."""
+        proxy_bias = self.to_proxy.bias if self.to_proxy.bias is not None else bias.new_zeros(self.proxy_dim)
+        weight = torch.cat([self.to_proxy.weight, weight])
+        return pointwise(x, weight, torch.cat([proxy_bias, bias])).permute(0, 2, 3, 1)
+
+    def _back(self, y: Tensor) -> Tensor:
+        """`from_proxy`; compiled for a GPU and from few channels as sums that join the pass after them."""
+        if self.proxy_dim > _MOST_SUMMED or not y.is_cuda:
+            return self.from_proxy(y)
+        pixels, weight = y.permute(0, 2, 3, 1), self.from_proxy.weight
+        result = sum(pixels[..., c : c + 1] * weight[:, c] for c in range(self.proxy_dim))
+        if self.from_proxy.bias is not None:
+            result = result + self.from_proxy.bias
+        return result.to(y.dtype).permute(0, 3, 1, 2)
 
     def _merge(self, height: int, width: int) -> Tensor:
         """merge_d / L_d, (D, proxy_dim)."""

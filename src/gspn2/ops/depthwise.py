@@ -13,24 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _library = torch.library.Library("gspn2", "FRAGMENT")
-_library.define("depthwise(Tensor x, Tensor weight, Tensor? bias, bool residual, bool silu) -> Tensor")
+_library.define(
+    "depthwise(Tensor x, Tensor weight, Tensor? bias, Tensor? other, bool residual, bool silu) -> Tensor"
+)
 _library.define("depthwise_input(Tensor dy, Tensor weight, bool residual) -> Tensor")
-_library.define("depthwise_weights(Tensor dy, Tensor x, int side) -> (Tensor, Tensor)")
+_library.define("depthwise_weights(Tensor dy, Tensor x, Tensor? other, int side) -> (Tensor, Tensor)")
 
 
 def depthwise(
     x: Tensor,  # (B, C, H, W)
     weight: Tensor,  # (C, 1, side, side), side odd
     bias: Tensor | None = None,  # (C,)
+    other: Tensor | None = None,  # (B, C, H, W)
     *,
     residual: bool = False,
     silu: bool = False,
 ) -> Tensor:  # (B, C, H, W), channels_last
     """conv(x), as large as x; plus x if `residual`; last through x sigmoid(x) if `silu`.
 
+    If `other` is there, all this is done with x + other in place of x.
     Sums are float32 and rounded once. With `silu` there is no gradient.
     """
-    y: Tensor = torch.ops.gspn2.depthwise(x, weight, bias, residual, silu)
+    y: Tensor = torch.ops.gspn2.depthwise(x, weight, bias, other, residual, silu)
     return y
 
 
@@ -52,11 +56,14 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[2] // 2, groups=x.shape[1])
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu: bool) -> Tensor:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, residual: bool, silu: bool
+) -> Tensor:
     if _takes(x, weight, bias):
         from ..backends.cuda import depthwise as kernels
 
-        return kernels.forward(x, weight, bias, residual, silu, flip=False)
+        return kernels.forward(x, weight, bias, residual=residual, silu=silu, other=other)
+    x = x if other is None else x + other.to(x.dtype)
     y = _convolve(x, weight, bias)
     y = y + x if residual else y
     return _laid_out(F.silu(y) if silu else y)
@@ -66,17 +73,18 @@ def _input_gradient(dy: Tensor, weight: Tensor, residual: bool) -> Tensor:
     if _takes(dy, weight, None):
         from ..backends.cuda import depthwise as kernels
 
-        return kernels.forward(dy, weight, None, residual, silu=False, flip=True)
+        return kernels.forward(dy, weight, None, residual=residual, flip=True)
     dx = _convolve(dy, weight.flip(2, 3), None)
     return _laid_out(dx + dy if residual else dx)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def _weight_gradient(dy: Tensor, x: Tensor, other: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
     weight = x.new_empty(x.shape[1], 1, side, side)
     if _takes(x, weight, None):
         from ..backends.cuda import depthwise as kernels
 
-        return kernels.weight_gradient(dy, x, side)
+        return kernels.weight_gradient(dy, x, side, other)
+    x = x if other is None else x + other.to(x.dtype)
     dy = dy.to(x.dtype)
     _, dw, db = torch.ops.aten.convolution_backward(
         dy,
@@ -102,7 +110,7 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _weights_fake(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def _weights_fake(dy: Tensor, x: Tensor, other: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
     return (
         x.new_empty(channels, 1, side, side, dtype=torch.float32),
@@ -111,22 +119,24 @@ def _weights_fake(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.residual, ctx.silu = inputs
+    x, weight, bias, other, ctx.residual, ctx.silu = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight)
+    ctx.other_dtype = None if other is None else other.dtype
+    ctx.save_for_backward(x, weight, other)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.silu:
         raise RuntimeError("gspn2: depthwise with silu=True has no gradient: apply the activation after it")
-    x, weight = ctx.saved_tensors
-    dx = dw = db = None
-    if ctx.needs_input_grad[0]:
+    x, weight, other = ctx.saved_tensors
+    dx = dw = db = d_other = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
         dx = torch.ops.gspn2.depthwise_input(dy, weight, ctx.residual)
+        d_other = dx.to(ctx.other_dtype) if ctx.needs_input_grad[3] else None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        dw, db = torch.ops.gspn2.depthwise_weights(dy, x, weight.shape[2])
+        dw, db = torch.ops.gspn2.depthwise_weights(dy, x, other, weight.shape[2])
         dw, db = dw.to(weight.dtype), None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
-    return dx, dw, db, None, None
+    return dx, dw, db, d_other, None, None
 
 
 def _refuse_second_order(ctx: Any, *_: Any) -> None:

@@ -17,8 +17,8 @@ from .geometry import Device, Kernel, Launch
 
 SIDES = (3, 5, 7)
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMAT = struct.Struct("<6q10i")
-_ADDRESSES = 6
+_FORMAT = struct.Struct("<7q10i")
+_ADDRESSES = 7
 _MOST_TILES = 2**32 - 2**20
 """A kernel counts tiles, and adds a round of them, in 32 bits."""
 
@@ -26,6 +26,9 @@ _PAIRS = 64
 """Pairs of channels that a block takes at most: more only share its weights."""
 _ROUNDS = 4
 """Blocks for each one that the GPU has room for: the last ones to finish are short."""
+
+
+Options = tuple[torch.dtype, torch.dtype, int, tuple[bool, bool, bool, bool, bool]]
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -46,7 +49,16 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu: bool, flip: bool) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: bool = False,
+    silu: bool = False,
+    flip: bool = False,
+    other: Tensor | None = None,
+) -> Tensor:
     """conv(x) [+ x] [then SiLU]: x (B, C, H, W) -> the same, channels_last.
 
     Args:
@@ -56,22 +68,26 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu
         residual: add x.
         silu: apply x sigmoid(x) last.
         flip: turn the weights by 180 degrees, which makes the gradient of the input from that of the output.
+        other: added to x first, if it is there.
     """
     x = _channels_last(x)
+    other = None if other is None else _channels_last(other.to(x.dtype))
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if not x.numel():
         return y
     weight = weight.contiguous()
     index = x.get_device()
-    options = (x.dtype, weight.dtype, weight.shape[2], residual, silu, flip, False)
+    flags = (residual, silu, flip, other is not None, False)
+    options = (x.dtype, weight.dtype, weight.shape[2], flags)
     loaded, _ = _ready(tuple(x.shape), options, index)
-    _run(loaded, (x, None, weight, bias, y, None), index)
+    _run(loaded, (x, None, weight, bias, y, None, other), index)
     return y
 
 
-def weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Gradients (C, 1, side, side) and (C,) of weight and bias, float32; dy and x are (B, C, H, W)."""
+def weight_gradient(dy: Tensor, x: Tensor, side: int, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients (C, 1, side, side) and (C,) of weight and bias, float32; the images are (B, C, H, W)."""
     x, dy = _channels_last(x), _channels_last(dy.to(x.dtype))
+    other = None if other is None else _channels_last(other.to(x.dtype))
     channels, taps = x.shape[1], side * side
     if not x.numel():
         return x.new_zeros(channels, 1, side, side, dtype=torch.float32), x.new_zeros(
@@ -80,26 +96,26 @@ def weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
     index = x.get_device()
     loaded, groups = _ready(tuple(x.shape), (x.dtype, torch.float32, side, False, False, False, True), index)
     partial = torch.empty(groups, taps + 1, channels, dtype=torch.float32, device=x.device)
-    _run(loaded, (x, dy, None, None, None, partial), index)
+    _run(loaded, (x, dy, None, None, None, partial, other), index)
     sums = partial.sum(0)
     return sums[:taps].t().contiguous().view(channels, 1, side, side), sums[taps].clone()
 
 
 def plan(
     shape: tuple[int, int, int, int],
-    options: tuple[torch.dtype, torch.dtype, int, bool, bool, bool, bool],
+    options: Options,
     device: Device,
 ) -> tuple[Launch, bytes, int]:
     """The launch, its packed arguments without addresses, and the groups of blocks that share the tiles.
 
     Args:
         shape: of the images, (B, C, H, W).
-        options: dtypes of images and weights, side, residual, silu, flip; True at last for the gradient of
-            the weights.
+        options: dtypes of images and weights, side, and flags: residual, silu, flip, a second input, and
+            whether the gradient of the weights is asked for.
         device: the GPU.
     """
     batch, channels, height, width = shape
-    storage, weights, side, residual, silu, flip, gradient = options
+    storage, weights, side, (residual, silu, flip, second, gradient) = options
     tall, wide = _tile(height, width, side)
     pairs = _pairs(channels // 2)
     bound = _threads(side)
@@ -107,8 +123,7 @@ def plan(
     threads = -(-slots * pairs // 32) * 32
     slices = -(-channels // 2 // pairs)
     tiles = batch * -(-height // tall) * -(-width // wide)
-    # Of the gradient of 49 weights a thread keeps so much that a multiprocessor has room for one block only.
-    resident = (1 if side > 3 else 2) if gradient else 2
+    resident = _resident(side, gradient)
     rounds = 1 if gradient else _ROUNDS
     blocks = max(1, resident * rounds * device.multiprocessors // slices)
     groups = min(-(-tiles // slots), blocks)
@@ -120,6 +135,7 @@ def plan(
         ("WIDE", wide),
         ("THREADS", bound),
         ("BLOCKS", resident),
+        ("SECOND", int(second)),
     ]
     if gradient:
         kernel = Kernel("depthwise_weights.cu", "depthwise_weights", tuple(defines))
@@ -138,12 +154,17 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     bf16, full = torch.bfloat16, torch.float32
     calls = [
-        ((256, 96, 56, 56), (bf16, full, 7, False, True, False, False)),
-        ((256, 64, 56, 56), (bf16, full, 3, True, False, False, False)),
-        ((256, 96, 56, 56), (bf16, full, 7, False, False, False, True)),
-        ((256, 64, 56, 56), (bf16, full, 3, False, False, False, True)),
+        ((256, 96, 56, 56), (bf16, full, 7, (False, True, False, False, False))),
+        ((256, 64, 56, 56), (bf16, full, 3, (True, False, False, True, False))),
+        ((256, 96, 56, 56), (bf16, full, 7, (False, False, False, False, True))),
+        ((256, 64, 56, 56), (bf16, full, 3, (False, False, False, True, True))),
     ]
-    return [(plan(shape, options, Device())[0].kernel, True) for shape, options in calls]
+    # The gradient of 49 weights takes all registers there are, and one or two more.
+    hot = (True, True, False, True)
+    return [
+        (plan(shape, options, Device())[0].kernel, flag)
+        for (shape, options), flag in zip(calls, hot, strict=True)
+    ]
 
 
 def _tile(height: int, width: int, side: int) -> tuple[int, int]:
@@ -164,6 +185,11 @@ def _threads(side: int) -> int:
     return 256 if side == 3 else 192
 
 
+def _resident(side: int, gradient: bool) -> int:
+    """Blocks of a multiprocessor. For the gradient of 49 weights a thread keeps so much that only one fits."""
+    return 1 if gradient and side > 3 else 2
+
+
 def _pairs(count: int) -> int:
     """Pairs of channels of a block: all channels in equal shares, if there are such of a good size."""
     if count <= _PAIRS:
@@ -174,7 +200,7 @@ def _pairs(count: int) -> int:
 @lru_cache(maxsize=1024)
 def _ready(
     shape: tuple[int, int, int, int],
-    options: tuple[torch.dtype, torch.dtype, int, bool, bool, bool, bool],
+    options: Options,
     index: int,
 ) -> tuple[driver.Loaded, int]:
     launch, arguments, groups = plan(shape, options, driver.device(index))

@@ -6,6 +6,7 @@
 //   WEIGHTS    of weights and bias, the same codes
 //   SIDE       of the kernel, odd
 //   TALL, WIDE pixels of a tile
+//   SECOND     1: the input is the sum of two images
 #pragma once
 #include "ptx.cuh"
 
@@ -34,6 +35,7 @@ struct Params {
   const weight_t* bias;    // (C)
   pair_t* y;               // (B, H, W, C)
   float* partial;          // (groups, TAPS + 1, C): a group's sums for each weight, and for the bias
+  const pair_t* other;     // (B, H, W, C): added to x before all else
   int batch, height, width, channels;
   int pairs;               // of channels in a block
   int slots;               // tiles that a block has in work at a time
@@ -137,3 +139,25 @@ __device__ __forceinline__ void load_row(pair_t (&to)[COUNT], const pair_t* from
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) to[k] = inside >> k & 1u ? __ldg(from + k * stride) : no_pair();
 }
+
+// A row of the input of a tile on its way: of one image, or of two.
+struct Row {
+  pair_t x[COLUMNS];
+#if SECOND
+  pair_t other[COLUMNS];
+#endif
+  __device__ __forceinline__ void load(const Params& p, const Tile& t, int number, int channel) {
+    load_row(x, p.x, p, t, t.row - REACH + number, -REACH, channel);
+#if SECOND
+    load_row(other, p.other, p, t, t.row - REACH + number, -REACH, channel);
+#endif
+  }
+  __device__ __forceinline__ float2 operator[](int k) const {
+    float2 v = widen(x[k]);
+#if SECOND
+    const float2 w = widen(other[k]);
+    v.x += w.x, v.y += w.y;
+#endif
+    return v;
+  }
+};

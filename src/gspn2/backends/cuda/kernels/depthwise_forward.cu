@@ -35,8 +35,8 @@ __device__ __forceinline__ void convolve(const Params& p, const Tile& t, const f
   for (int o = 0; o < TALL; ++o)
 #pragma unroll
     for (int k = 0; k < WIDE; ++k) sum[o][k] = bias;
-  pair_t next[COLUMNS];
-  load_row(next, p.x, p, t, t.row - REACH, -REACH, channel);
+  Row next;
+  next.load(p, t, 0, channel);
 #if SIDE > 3
 #pragma unroll 1
 #else
@@ -45,8 +45,8 @@ __device__ __forceinline__ void convolve(const Params& p, const Tile& t, const f
   for (int r = 0; r < ROWS; ++r) {
     float2 row[COLUMNS];
 #pragma unroll
-    for (int k = 0; k < COLUMNS; ++k) row[k] = widen(next[k]);
-    if (r + 1 < ROWS) load_row(next, p.x, p, t, t.row - REACH + r + 1, -REACH, channel);
+    for (int k = 0; k < COLUMNS; ++k) row[k] = next[k];
+    if (r + 1 < ROWS) next.load(p, t, r + 1, channel);
 #pragma unroll
     for (int o = 0; o < TALL; ++o) {
       const int tap = r - o;

@@ -24,14 +24,14 @@ __device__ __forceinline__ void add_tile(Sums& sums, const Params& p, const Tile
       sums.bias.x += g[o][k].x, sums.bias.y += g[o][k].y;
     }
   }
-  pair_t next[COLUMNS];
-  load_row(next, p.x, p, t, t.row - REACH, -REACH, channel);
+  Row next;
+  next.load(p, t, 0, channel);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     float2 row[COLUMNS];
 #pragma unroll
-    for (int k = 0; k < COLUMNS; ++k) row[k] = widen(next[k]);
-    if (r + 1 < ROWS) load_row(next, p.x, p, t, t.row - REACH + r + 1, -REACH, channel);
+    for (int k = 0; k < COLUMNS; ++k) row[k] = next[k];
+    if (r + 1 < ROWS) next.load(p, t, r + 1, channel);
 #pragma unroll
     for (int o = 0; o < TALL; ++o) {
       if (r - o < 0 || r - o >= SIDE) continue;
