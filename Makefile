@@ -9,8 +9,9 @@ STAMP  := $(VENV)/.installed
 demo: venv  ## train a small GSPN-2 on the digits and write report/report.html
 	$(BIN)/gspn2 demo --out report
 
+# worksteal: neighbours stay in one process, so what a file prepares once is prepared once.
 test: venv  ## all tests that need no GPU
-	$(BIN)/python -m pytest -q -m "not gpu" -n 2
+	$(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

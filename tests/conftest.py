@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before PyTorch is loaded, here and in the processes that tests start: threads that wait for each other give
+# their core to the tests beside them instead of turning on it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ def _gxx(arguments: Sequence[str], given: str | None = None) -> str:
     gxx = compiler()
     if gxx is None:
         raise RuntimeError("the emulator needs g++ 12 or newer, on Linux")
-    result = subprocess.run([gxx, *arguments], input=given, capture_output=True, text=True)
+    result = subprocess.run([gxx, *arguments], input=given, capture_output=True, text=True, cwd=HERE)
     if result.returncode:
         raise KernelError(f"g++ fails:\n{result.stderr[-6000:]}")
     return result.stdout
@@ -98,8 +98,13 @@ def _stamp() -> tuple[int, ...]:
     return tuple(file.stat().st_mtime_ns for file in sorted((*KERNELS.iterdir(), *HERE.glob("*.*"))))
 
 
+def _relative(path: Path) -> str:
+    """As g++ is told of it: the text with its lines' files, and so the key, is the same in every checkout."""
+    return os.path.relpath(path, HERE)
+
+
 def _object(source: Path, options: Sequence[str], checks: Sequence[str]) -> str:
-    text = _gxx([*_OPTIONS, *options, "-E", "-x", "c++", str(source)])
+    text = _gxx([*_OPTIONS, *options, "-E", "-x", "c++", _relative(source)])
     return str(_cached("o", [*_OPTIONS, *checks, "-c", "-x", "c++-cpp-output", "-"], text))
 
 
@@ -113,7 +118,7 @@ def _library(kernel: Kernel, capability: tuple[int, int], explain: bool, stamp: 
     major, minor = capability
     defines = (*kernel.defines, ("__CUDA_ARCH__", 100 * major + 10 * minor), ("GSPN2_EMULATE", 1))
     macros = (f"-D{name}={value}" for name, value in defines)
-    options = (*macros, f"-I{KERNELS}", "-include", str(HERE / "emulate.h"))
+    options = (*macros, f"-I{_relative(KERNELS)}", "-include", "./emulate.h")
     checks = _CHECKS if explain else (*_CHECKS, _TRAP)
     return _cached("so", ["-shared", _object(KERNELS / kernel.source, options, checks), *_runtime(stamp)])
 
