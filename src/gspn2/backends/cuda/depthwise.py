@@ -186,7 +186,7 @@ def _threads(side: int) -> int:
 
 
 def _resident(side: int, gradient: bool) -> int:
-    """Blocks of a multiprocessor. For the gradient of 49 weights a thread keeps so much that only one fits."""
+    """Blocks of a multiprocessor. With the gradient of 49 weights in registers there is room for one."""
     return 1 if gradient and side > 3 else 2
 
 
