@@ -69,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="contiguous planes, or channels innermost, as models have them (default: planes)",
     )
     cuda.add_argument("--backward", action="store_true", help="plan the gradients")
+    cuda.add_argument(
+        "--keep-hidden", action="store_true", help="forward leaves the states of all directions for backward"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -188,7 +191,7 @@ def _plan(problem: Problem, args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     from .planning import planned
 
-    return planned(problem, args.layout, backward=args.backward)
+    return planned(problem, args.layout, backward=args.backward, keep_hidden=args.keep_hidden)
 
 
 def _text(report: dict[str, Any]) -> str:

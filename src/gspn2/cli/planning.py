@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..backends import Problem
-from ..backends.cuda import plan
-from ..backends.cuda.geometry import Device, Plan
+from ..backends.cuda import plan, states_sum
+from ..backends.cuda.geometry import Case, Device, Plan
 from ..backends.cuda.layouts import imagined
 
 
-def planned(problem: Problem, layout: str, *, backward: bool) -> dict[str, Any]:
+def planned(problem: Problem, layout: str, *, backward: bool, keep_hidden: bool = False) -> dict[str, Any]:
     """What the planner decides for the problem on this machine's GPU, or else on an H200."""
     import torch
 
@@ -20,8 +20,10 @@ def planned(problem: Problem, layout: str, *, backward: bool) -> dict[str, Any]:
         device, name = driver.device(torch.cuda.current_device()), torch.cuda.get_device_name()
     else:
         device, name = Device(), "H200"
-    case = imagined(problem, layout, device, backward=backward, gate=problem.normalize)
-    chosen = plan.choose(case)
+    options = {"gate": problem.normalize, "keep_hidden": keep_hidden}
+    case = imagined(problem, layout, device, backward=backward, **options)
+    in_parts = keep_hidden and not backward and (problem.normalize or len(problem.directions) > 1)
+    chosen = _in_parts(case, layout) if in_parts else plan.choose(case)
     return {
         "device": name,
         "assumed": not torch.cuda.is_available(),
@@ -30,6 +32,23 @@ def planned(problem: Problem, layout: str, *, backward: bool) -> dict[str, Any]:
         **_described(chosen),
         "declined": {name: reason for name, reason in plan.why_not(case).items() if reason is not None},
     }
+
+
+def _in_parts(case: Case, layout: str) -> Plan:
+    """Forward that keeps the states: the plans of all its scans and of their sum, as one."""
+    states = imagined(case.problem, layout, case.device, backward=True, keep_hidden=True).views["y"]
+    summed = {"x": states} | {name: case.views[name] for name in ("gate", "y") if name in case.views}
+    parts = [plan.choose(scan) for scan in states_sum.scans(case, states)]
+    parts.append(states_sum.plan(Case(case.problem, case.device, summed)))
+    return Plan(
+        " + ".join(part.variant for part in parts),
+        tuple(launch for part in parts for launch in part.launches),
+        max((part.scratch for part in parts), key=sum),
+        (
+            "a scan for each direction, then the sum",
+            *dict.fromkeys(r for part in parts for r in part.reasons),
+        ),
+    )
 
 
 def _described(chosen: Plan) -> dict[str, Any]:

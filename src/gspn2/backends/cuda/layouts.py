@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..keeping import empty_states
 from ..problem import Problem
 from .geometry import Case, Device, View
 
@@ -21,8 +22,12 @@ def imagined(
     backward: bool = False,
     lam: bool = True,
     gate: bool = True,
+    keep_hidden: bool = False,
 ) -> Case:
-    """The case of a problem with its tensors in one of `LAYOUTS`; in backward with every gradient."""
+    """The case of a problem with its tensors in one of `LAYOUTS`; in backward with every gradient.
+
+    With keep_hidden backward is handed the states of all directions, as `propagate_keeping` leaves them.
+    """
     inputs = _planes(problem, lam, gate) if layout == "planes" else _channels(problem, lam, gate)
     tensors = dict(inputs)
     # Outputs have memory of their own, laid out as operators do it.
@@ -31,6 +36,8 @@ def imagined(
         tensors["dy"] = y
         if not gate and len(problem.directions) == 1:
             tensors["y"] = y  # the state itself, which the operator then keeps
+        elif keep_hidden:
+            tensors["y"] = empty_states(inputs["x"], len(problem.directions))
         tensors |= {f"d{name}": torch.empty_like(tensor) for name, tensor in inputs.items()}
     else:
         tensors["y"] = y

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ..keeping import one_direction
 from .geometry import Case, Kernel, Launch, Plan, View, options
 
 NAMES = ("x", "gate", "y")
@@ -30,6 +33,25 @@ def plan(case: Case) -> Plan:
     blocks = -(-vectors // (THREADS * VECTORS))
     launch = Launch(kernel, blocks, THREADS, 0, knobs=(int(channels_fast), fast // each))
     return Plan("states_sum", (launch,), (), (f"{each} elements at a time",))
+
+
+def scans(case: Case, states: View) -> list[Case]:
+    """The scans before it, one for each direction, for forward of `case` with states (B, D, C, H, W).
+
+    What starts at a direction of its own is not aligned better than that direction is.
+    """
+    found = []
+    for d in range(len(case.problem.directions)):
+        inputs = {name: case.views[name] for name in ("x", "taps", "lam") if name in case.views}
+        views = {name: _slice(view, d, case.itemsize) for name, view in (inputs | {"y": states}).items()}
+        found.append(Case(one_direction(case.problem, d), case.device, views))
+    return found
+
+
+def _slice(view: View, d: int, itemsize: int) -> View:
+    """Direction d of a tensor."""
+    start = d * view.d * itemsize | 128
+    return replace(view, d=0, alignment=min(view.alignment, start & -start))
 
 
 def _takes(case: Case, channels_fast: bool, each: int) -> bool:
