@@ -238,8 +238,9 @@ def test_runs_learn_resume_to_the_same_numbers_and_are_not_run_again(small: None
     assert begun[-1]["features"] < begun[1]["features"]
     assert results[2]["learnt"] < results[2]["parameters"]
 
-    resumed = _stopped_and_resumed(runs, tmp_path / "resumed")
-    for one, other in zip(results, resumed, strict=True):
+    taught = [runs[0], runs[2]]
+    resumed = _stopped_and_resumed(taught, tmp_path / "resumed")
+    for one, other in zip([results[0], results[2]], resumed, strict=True):
         assert _learnt(one) == _learnt(other)
         assert one["samples"] == other["samples"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from ...demo.charts import HEIGHT, WIDTH, Series, line_chart, linear_axis
 from ..errors import UserError
 from .objective import WEIGHTS
-from .plan import DRAWERS
+from .plan import DRAWERS, FREE
 from .runner import read
 from .samples import USES
 
@@ -221,7 +221,9 @@ def _how(results: Sequence[Result]) -> str:
     """Settings, machines and versions; all that differ among the results are named."""
     settings = [result["settings"] for result in results]
     told = "; ".join(
-        f"{name.replace('_', ' ')} {_values(it[name] for it in settings)}" for name in settings[0]
+        f"{name.replace('_', ' ')} {_values(it[name] for it in settings)}"
+        for name in settings[0]
+        if name not in FREE
     )
     machines = [result["machine"] for result in results]
     where = _values(it.get("device") or it["processor"] for it in machines)
