@@ -45,14 +45,14 @@ def measure(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"batch_size": settings.batch_size, "amp": settings.amp, "machine": machine(device, command)}
     found: dict[str, float] = {}
     for run in runs:
         if name_of(run) not in found:
             found[name_of(run)] = _seconds(run, settings, device, block)
             tell(name_of(run), found[name_of(run)])
-    out.mkdir(parents=True, exist_ok=True)
-    about = {"batch_size": settings.batch_size, "amp": settings.amp, "machine": machine(device, command)}
-    write_json(out / FILE, {"seconds": found, **about})
+            write_json(out / FILE, {"seconds": found, **about})
     return found
 
 
