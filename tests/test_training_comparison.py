@@ -414,6 +414,11 @@ def test_what_was_written_about_the_results_is_in_the_page(tmp_path: Path):
     assert "\nNobody knows why.\n" in document.text([_made_up("vit", 0.5, 1.0)], document.notes(tmp_path))
 
 
+def test_two_that_guess_are_not_compared():
+    text = document.text([_made_up("gspn2", 0.52, 10.0), _made_up("vit", 0.5, 20.0)])
+    assert "| maze, 64 | neither, 52.0%, 50.0% |" in text
+
+
 def test_unequal_steps_or_seeds_are_not_compared():
     cut = _made_up("vit", 0.5, 20.0, step=60)
     for others in ([cut], [_made_up("vit", 0.5, 20.0, seed=1)]):
