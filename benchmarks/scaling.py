@@ -3,10 +3,10 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py
 
 One launch measures 1, 2, 4 ... GPUs, up to as many as there are processes, in turn: forward, loss, backward
-with DDP over NCCL and a step of AdamW in bfloat16 mixed precision, on images that lie on the device, eager and
-compiled, with the same number of images for every GPU. Efficiency is over one GPU of the same launch. Before
-that it checks that several processes learn what one does: the same losses, in float32 and at the same global
-batch, within rounding.
+with DDP over NCCL and a step of AdamW in bfloat16 mixed precision, on images that lie on the device, eager
+and compiled, with the same number of images for every GPU. Efficiency is over one GPU of the same launch.
+Before that it checks that several processes learn what one does: the same losses, in float32 and at the same
+global batch, within rounding.
 
 Writes benchmarks/results/h200/scaling.json, whenever a part is done. `--device cpu` tries it out with gloo.
 """
