@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gspn2.models  # noqa: F401  (registers them with timm)
 from cuda_emulator import KernelError, compiler, run_launch
 from cuda_emulator.memory import Memory
 from gspn2.backends.cuda import depthwise
@@ -138,3 +140,15 @@ def test_no_gradient_through_the_fused_activation() -> None:
     x = _images(1, 4, 5, 6, dtype=torch.float32).requires_grad_()
     with pytest.raises(RuntimeError, match="apply the activation after it"):
         depthwise_op(x, torch.randn(4, 1, 3, 3), silu=True).sum().backward()
+
+
+def test_halves_of_blocks_in_a_row() -> None:
+    """What compiled stages do between blocks is the same as adding before the next one."""
+    torch.manual_seed(0)
+    stage = timm.create_model("test_gspn2").stages[2].eval()
+    x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y, branch = stage.downsample(x), None
+        for block in stage.blocks:
+            y, branch = block.halves(y, branch)
+        torch.testing.assert_close(y + branch, stage(x))

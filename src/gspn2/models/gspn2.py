@@ -84,8 +84,14 @@ class GSPN2Block(nn.Module):
         self.ffn = FFN(dim, mlp_ratio, layer_scale=layer_scale, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.lpu(x)
-        return self.ffn(x, self.tail(self.gspn(x)))
+        x, branch = self.halves(x)
+        return x + branch
+
+    def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The two whose sum is the block's output, for the input x or x + other (see `FFN.halves`)."""
+        x = self.lpu(x, other)
+        halves: tuple[Tensor, Tensor] = self.ffn.halves(x, self.tail(self.gspn(x)))
+        return halves
 
 
 class Stem(nn.Module):
@@ -134,7 +140,15 @@ class GSPN2Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        if self.grad_checkpointing:
+            return checkpoint_seq(self.blocks, x)
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return self.blocks(x)
+        # Compiled, a sum between blocks would be a pass over memory of its own.
+        branch: Tensor | None = None
+        for block in self.blocks:
+            x, branch = block.halves(x, branch)  # type: ignore[operator]
+        return x if branch is None else x + branch
 
 
 class GSPN2(nn.Module):

@@ -45,6 +45,9 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         pixels = input.permute(0, 2, 3, 1)
         pixels = F.layer_norm(pixels, self.normalized_shape, self.weight, self.bias, self.eps)
+        if input.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Autocast normalizes in float32 and leaves it at that: twice the memory for all that follows.
+            pixels = pixels.to(torch.get_autocast_dtype("cuda"))
         return pixels.permute(0, 3, 1, 2)
 
 
@@ -212,7 +215,11 @@ class FFN(nn.Module):
         self.fc2 = Pointwise(hidden, dim)
         self.tail = residual_branch(dim, layer_scale, drop_path)
 
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """FFN(x), or FFN(x + other)."""
+    def forward(self, x: Tensor) -> Tensor:
+        x, branch = self.halves(x)
+        return x + branch
+
+    def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The two whose sum is FFN(x), or FFN(x + other): an LPU that follows adds them itself."""
         x = self.lpu(x, other)
-        return x + self.tail(self.fc2(_gelu(self.fc1(self.norm(x)), self.act)))
+        return x, self.tail(self.fc2(_gelu(self.fc1(self.norm(x)), self.act)))
