@@ -18,7 +18,7 @@ from cuda_emulator.problems import ALL, BF16, FP16, Small, truth
 from gspn2.backends.cuda.geometry import Case, Device
 from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.variants import lines
-from gspn2.backends.cuda.variants.lines import Layout
+from gspn2.backends.cuda.variants.lines import Columns, Layout, Rows
 from gspn2.backends.problem import DIRECTIONS, Problem
 from helpers import max_error, relative_l2
 
@@ -155,6 +155,68 @@ def test_what_shared_memory_held_before_changes_no_bit(index: int) -> None:
         run_plan(lines.plan_of(layout), problem, tensors, seed=seed, device=small.device)
         results.append(y)
     assert torch.equal(*results)
+
+
+# Down and up meet in the middle; then right and left, which hold several rows a thread in all but the first.
+BY_AXIS = (
+    (Small(152, 40, channels=4, dtype=BF16, chunk=11), Rows(8, 2, 4), 2, Columns(64, 1), True),
+    (
+        Small(152, 40, channels=1, dtype=FP16, chunk=11, gate=False),
+        Rows(8, 1, 5),
+        1,
+        Columns(64, 1, 4),
+        False,
+    ),
+    (
+        Small(136, 24, channels=2, directions=("left", "up", "right", "down")),
+        Rows(4, 2, 3),
+        4,
+        Columns(32, 2, 2),
+        True,
+    ),
+    (
+        Small(72, 24, directions=("up", "down", "left"), normalize=False, lam=False),
+        Rows(2, 4, 4),
+        2,
+        Columns(32, 1, 2),
+        False,
+    ),
+)
+
+
+@pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
+@pytest.mark.parametrize(("small", "rows", "cluster", "columns", "prepared"), BY_AXIS, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_axis_by_axis(small: Small, rows: Rows, cluster: int, columns: Columns, prepared: bool) -> None:
+    torch.set_num_threads(1)
+    case = small.case()
+    problem = small.problem(case)
+    planned, _ = case_of(Inputs(case.x, case.logits, case.lam, case.gate, None, ALL), problem, small.device)
+    down_up = Layout(planned, 2, False, 1, 1, rows, None, pair=True, prepared=prepared)
+    right_left = Layout(planned, cluster, False, 1, 1, None, columns, prepared=prepared)
+    results = []
+    for seed in (3, 6):
+        y = torch.full_like(case.x, torch.nan)
+        tensors = {"x": case.x, "taps": case.logits, "lam": case.lam, "gate": case.gate, "y": y}
+        run_plan(lines.plan_of(down_up, right_left), problem, tensors, seed=seed, device=small.device)
+        results.append(y)
+    assert torch.equal(*results)
+    expected = truth(case, problem, (False, False, False, False))["y"]
+    l2, largest = TOLERANCE[small.dtype]
+    assert max_error(y, expected) <= largest
+    assert relative_l2(y, expected) <= l2
+
+
+def test_large_planes_are_scanned_axis_by_axis() -> None:
+    case = imagined_case(1024, 1024)
+    assert not lines.axis_by_axis(case), "two planes keep few multiprocessors busy"
+    for channels, prepared in ((2, False), (8, True)):
+        problem = replace(case.problem, batch=80 // channels, channels=channels)
+        large = imagined(problem, "planes", Device())
+        down_up, right_left = lines.axis_by_axis(large)
+        assert down_up.prepared == right_left.prepared == prepared
+        assert down_up.grid == 2 * 80
+        assert down_up.room == 2
 
 
 def imagined_case(height: int, width: int) -> Case:

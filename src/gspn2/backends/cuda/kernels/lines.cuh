@@ -5,24 +5,31 @@
 //   CLUSTER    blocks of a cluster (1: none). They share the lines of a plane, one plane after another; but rows
 //              (down, up) are scanned a plane a block unless VSPLIT
 //   VSPLIT     1: rows are cut over the blocks, too
+//   PAIR       1: only down and up, at the same time: each block of a cluster of two scans in one of these directions
+//   PREPARED   1: weights come from scratch memory (lines_weights.cu) instead of being made from logits
 //   CHANNELS   neighbouring ones, of one group, that a thread scans side by side: taps are read and normalised once
 //   SUMS       1: more than one direction, whose sum travels in float32
 //   VTHREADS, VPLACES, VLINES, VRING   down and up: threads that hold places, places of each, lines copied together,
 //              groups of these in a ring; VPLACES 0: no such direction
 //   HPIECE, HBUFFERS         right and left: bytes of a row in a tile, tiles in a warp's ring; HPIECE 0: none
-// Knobs: 0 planes of a cluster; places of a block, its own: 1 of a column, 2 of a row.
-// Scratch: 0 float32 sums over directions: of each plane 8 columns, row by row, then the next 8 (see Plane).
+//   HROWS      right and left: neighbouring rows of a thread
+// Knobs: 0 planes of a cluster; places of a block, its own: 1 of a column, 2 of a row; 3 how many directions this launch
+//   scans, 4 to 7 which; 8 launches before it left sums, 9 it completes them.
+// Scratch: 0 float32 sums over directions, in tiles of 8 x 8 places (see Plane); 1 the weights before and after of
+//   each place, [B][D][G][2][H][W], as float16 where tensors have 16 bits.
 #pragma once
-#include "common.cuh"
+#include "lines_taps.cuh"
 
 constexpr int SIZE = sizeof(storage_t);
 constexpr int WARPS = THREADS / 32;
 constexpr int OWN = 1 + HAS_LAM + HAS_GATE;       // tensors of a channel: x, lam, gate, in this order
-constexpr int TENSORS = 3 + CHANNELS * OWN;       // three taps, then those of each channel
-constexpr int HALO = CLUSTER > 1 ? 16 : 0;       // places beyond a block's own, and lines between exchanges
+constexpr int TAPS = PREPARED ? 2 : 3;
+constexpr int TENSORS = TAPS + CHANNELS * OWN;    // taps, then those of each channel
+constexpr int HALO = CLUSTER > 1 && !PAIR ? 16 : 0;       // places beyond a block's own, and lines between exchanges
 
 // Shared memory: the warps' edges, then what blocks of a cluster send each other, then rings.
-constexpr int EDGES = CHANNELS * 2 * 2 * (WARPS + 2);   // floats: [channel][turn][side][warp]
+constexpr int EDGE = HROWS > 1 ? 8 : 0;                // rows of a warp beyond its own, right and left
+constexpr int EDGES = CHANNELS * 2 * 2 * (WARPS + 2) * (EDGE > 0 ? EDGE : 1);  // floats: [channel][turn][side][warp][row]
 constexpr int SIDE = CHANNELS * HALO;                  // floats that come from one side: [channel][row]
 constexpr int HALOS = 2 * 2 * (HALO > 0 ? SIDE : 1);   // [turn][side]
 constexpr int RING = (4 * (EDGES + HALOS) + 32 + 127) / 128 * 128;
@@ -30,19 +37,6 @@ constexpr int RING = (4 * (EDGES + HALOS) + 32 + 127) / 128 * 128;
 __device__ __forceinline__ float* edges() { return (float*)shared_memory(); }
 __device__ __forceinline__ float* halos() { return edges() + EDGES; }
 __device__ __forceinline__ u64* halo_barriers() { return (u64*)(shared_memory() + (4 * (EDGES + HALOS) + 7) / 8 * 8); }
-
-// Element e of stored words.
-__device__ __forceinline__ float element(const u32* words, int e) {
-#if STORAGE == 0
-  return __uint_as_float(words[e]);
-#elif STORAGE == 1
-  const u32 word = words[e / 2];
-  return __uint_as_float(e & 1 ? word & 0xffff0000u : word << 16);
-#else
-  const u32 word = words[e / 2];
-  return __half2float(__ushort_as_half((unsigned short)(e & 1 ? word >> 16 : word & 0xffffu)));
-#endif
-}
 
 // Words of two neighbouring elements (float32: of one).
 __device__ __forceinline__ u32 stored(float first, float second) {
@@ -86,38 +80,47 @@ __device__ __forceinline__ void write_words(void* to, const u32* words) {
   }
 }
 
-// One direction of one plane. Sums lie in strips of 8 columns: in right and left scans a thread's 8 columns of a row are
-// 32 bytes beside those of the next thread, in down and up four rows of a thread's 8 places are 128 adjacent bytes.
+// One direction of one plane. Sums lie in tiles of 8 x 8 places, 256 bytes, which are what both axes read at about the
+// same time: in right and left scans a thread's 8 columns of a row are 32 bytes beside those of the next thread, in down
+// and up two rows of a thread's 8 places are 64, and the tiles of a line follow each other.
+constexpr int SUMS_TILE = 64;
 struct Plane {
   const storage_t* from[TENSORS];  // row 0, column 0 of each tensor
   storage_t* y;
   float* sums;
-  long long sums_strip, sums_channel;  // elements from strip to strip, from channel to channel
+  int sums_band;           // elements from tiles to those of the next 8 rows; a plane has less than 2^31
+  long long sums_channel;  // from channel to channel
   bool adds, last;       // is there a sum of earlier directions; does this direction complete it
 
   __device__ __forceinline__ float* sum_at(int channel, int r, int column) const {
-    return sums + channel * sums_channel + column / 8 * sums_strip + (long long)r * 8 + column % 8;
+    return sums + channel * sums_channel + in_band(r) + (column >> 3) * SUMS_TILE + (column & 7);
   }
+  // Elements from row 0 to row r of a tile's columns.
+  __device__ __forceinline__ int in_band(int r) const { return (r >> 3) * sums_band + (r & 7) * 8; }
 };
 
 // Elements of tensor i from row to row: looked up where it is used, as there are too many for registers.
 __device__ __forceinline__ long long row_step(const Params& p, int i) {
-  if (i < 3) return p.taps.h;
-  const int own = (i - 3) % OWN;
+  if (i < TAPS) return PREPARED ? p.width : p.taps.h;
+  const int own = (i - TAPS) % OWN;
   return own == 0 ? p.x.h : HAS_LAM && own == 1 ? p.lam.h : p.gate.h;
 }
 
 // task: an image's channel, or CHANNELS of them from one that it divides.
-__device__ __forceinline__ Plane plane_of(const Params& p, int task, int d) {
+__device__ __forceinline__ Plane plane_of(const Params& p, int task, int d, bool adds, bool last) {
   const int plane = task * CHANNELS;
   const long long b = plane / p.channels, c = plane % p.channels, g = c / (p.channels / p.groups);
   Plane it;
 #pragma unroll
-  for (int k = 0; k < 3; ++k)
+  for (int k = 0; k < TAPS; ++k)
+#if PREPARED
+    it.from[k] = (const storage_t*)p.scratch[1] + (((b * p.scans + d) * p.groups + g) * 2 + k) * p.height * p.width;
+#else
     it.from[k] = p.taps.data + b * p.taps.b + d * p.taps.d + g * p.taps.c + k * p.taps.k;
+#endif
 #pragma unroll
   for (int i = 0; i < CHANNELS; ++i) {
-    const storage_t** from = it.from + 3 + i * OWN;
+    const storage_t** from = it.from + TAPS + i * OWN;
     from[0] = p.x.data + b * p.x.b + (c + i) * p.x.c;
 #if HAS_LAM
     from[1] = p.lam.data + b * p.lam.b + d * p.lam.d + (c + i) * p.lam.c;
@@ -127,60 +130,41 @@ __device__ __forceinline__ Plane plane_of(const Params& p, int task, int d) {
 #endif
   }
   it.y = p.y.data + b * p.y.b + c * p.y.c;
-  it.sums_strip = 8LL * p.height;
-  it.sums_channel = (p.width + 7) / 8 * it.sums_strip;
+  it.sums_band = (p.width + 7) / 8 * SUMS_TILE;
+  it.sums_channel = (p.height + 7) / 8 * (long long)it.sums_band;
   it.sums = (float*)p.scratch[0] + plane * it.sums_channel;
-  it.adds = d > 0, it.last = d + 1 == p.scans;
+  it.adds = adds, it.last = last;
   return it;
 }
 
+// Are weights made from logits here?
+#define MAKES_WEIGHTS (NORMALIZE && !PREPARED)
 // What the taps of a missing neighbour are taken for: no share at all.
-#if !NORMALIZE
-constexpr u32 MISSING = 0;
-#else
-constexpr u32 MISSING = STORAGE == 0 ? 0xff800000u : STORAGE == 1 ? 0xff80ff80u : 0xfc00fc00u;
-#endif
+constexpr u32 MISSING = MAKES_WEIGHTS ? MISSING_LOGIT : 0;
 
-// As tap_weights, whose comment has the maths, of logits that had 16 bits: powers of two throughout, bounded only where
-// an infinity would leave NaN, because these instructions are most of what a place costs. ORDINARY: no logit is below
-// -20, so that nothing needs a bound or a common factor.
-template <bool ORDINARY>
-__device__ __forceinline__ Taps weights_of(const Taps& a) {
-#if NORMALIZE && STORAGE != 0
-  const float log2e = 1.44269504f, most = 59.f;  // products of two powers stay finite
-  const Taps t = {a.before * -log2e, a.here * -log2e, a.after * -log2e};
-  float one = 1.f, shift = 0.f;
-  if (!ORDINARY) {
-    shift = fmax_nan(fmin_nan(t.before, fmin_nan(t.here, t.after)), 0.f);
-    one = exp2_fast(-shift);
-  }
-  const float before = one + exp2_fast(ORDINARY ? t.before : fmin_nan(t.before - shift, most));
-  const float here = one + exp2_fast(ORDINARY ? t.here : fmin_nan(t.here - shift, most));
-  const float after = one + exp2_fast(ORDINARY ? t.after : fmin_nan(t.after - shift, most));
-  const Taps w = {here * after, before * after, before * here};
-  const float scale = reciprocal(w.before + w.here + w.after);
-  return {w.before * scale, w.here * scale, w.after * scale};
-#else
-  return tap_weights(a, true, true);
-#endif
-}
-
-// Do all lanes of the warp have none but ordinary logits in the first WORDS words of each tap? As integers, these are
-// the positive numbers, and negative ones up to -20. Lanes that are not `inside` hold whatever was in shared memory: it
-// must not decide, as both ways round differently.
+// Largest as integers, of the first WORDS words of each tap.
 template <int WORDS>
-__device__ __forceinline__ bool ordinary([[maybe_unused]] const u32 (&words)[TENSORS][4], [[maybe_unused]] bool inside) {
-#if NORMALIZE && STORAGE != 0
-  constexpr u32 LEAST = STORAGE == 1 ? 0xc1a0u : 0xcd00u;
-  u32 largest = 0;
+__device__ __forceinline__ u32 largest_logits(const u32 (&words)[TENSORS][4], u32 largest = 0) {
 #pragma unroll
   for (int k = 0; k < 3; ++k)
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) largest = max_halves(largest, words[k][i]);
-  return __all_sync(0xffffffffu, !inside || ((largest & 0xffffu) <= LEAST && largest >> 16 <= LEAST));
+  return largest;
+}
+
+// Do all lanes of the warp have none but ordinary logits? Lanes that are not `inside` hold whatever was in shared memory:
+// it must not decide, as both ways round differently.
+__device__ __forceinline__ bool ordinary([[maybe_unused]] u32 largest, [[maybe_unused]] bool inside) {
+#if MAKES_WEIGHTS && STORAGE != 0
+  return __all_sync(0xffffffffu, !inside || ordinary_logits(largest));
 #else
   return false;
 #endif
+}
+
+// A weight that lines_weights.cu left.
+__device__ __forceinline__ float weight(const u32* words, int e) {
+  return STORAGE == 0 ? __uint_as_float(words[e]) : half_of(words[e / 2], e & 1);
 }
 
 // What one place of one line needs, unpacked.
@@ -194,12 +178,17 @@ __device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e) {
   Place it;
 #pragma unroll
   for (int i = 0; i < CHANNELS; ++i) {
-    const int x = 3 + i * OWN;
+    const int x = TAPS + i * OWN;
     it.u[i] = element(words[x], e);
     if (HAS_LAM) it.u[i] *= element(words[x + HAS_LAM], e);
     it.gate[i] = HAS_GATE ? element(words[x + OWN - 1], e) : 1.f;
   }
+#if PREPARED
+  const float before = weight(words[0], e), after = weight(words[1], e);
+  it.w = {before, 1.f - before - after, after};
+#else
   it.w = weights_of<ORDINARY>({element(words[0], e), element(words[1], e), element(words[2], e)});
+#endif
   return it;
 }
 
@@ -220,6 +209,10 @@ struct Edges {
 
   __device__ __forceinline__ float* at(int channel, int side) const {
     return edges() + ((channel * 2 + turn) * 2 + side) * (WARPS + 2) + warp + 1;
+  }
+  // The same of the EDGE states beside the warp's end, for threads of several rows.
+  __device__ __forceinline__ float* run_at(int channel, int side) const {
+    return edges() + (((channel * 2 + turn) * 2 + side) * (WARPS + 2) + warp + 1) * EDGE;
   }
 
   __device__ __forceinline__ void start(int of_threads) {
@@ -246,6 +239,25 @@ struct Edges {
       if (lane == 31) *at(c, 1) = h[c][N - 1];
     }
     barrier();
+  }
+  // The same for warps that hold EDGE rows of their neighbours, every EDGE lines: what they computed there went wrong, by
+  // one row a line. `first`: row of this thread's first state in the warp.
+  template <int N>
+  __device__ __forceinline__ void renew(float (&h)[CHANNELS][N], int first, bool has_before, bool has_after) {
+    constexpr int ROWS = 32 * N;
+    turn ^= 1;
+    const bool low = first >= EDGE && first < 2 * EDGE, high = first >= ROWS - 2 * EDGE && first < ROWS - EDGE;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      if (low) write_words<N>(run_at(c, 0) + first - EDGE, (const u32*)h[c]);
+      if (high) write_words<N>(run_at(c, 1) + first - (ROWS - 2 * EDGE), (const u32*)h[c]);
+    }
+    barrier();
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      if (has_before && first < EDGE) read_words<N>((u32*)h[c], run_at(c, 1) - EDGE + first);
+      if (has_after && first >= ROWS - EDGE) read_words<N>((u32*)h[c], run_at(c, 0) + EDGE + first - (ROWS - EDGE));
+    }
   }
   __device__ __forceinline__ void barrier() const {
     if (WARPS > 1)
@@ -276,9 +288,10 @@ struct Strip {
       for (int e = 0; e < N; ++e) body(at + i * HALO + e, h[i][e]);
   }
 
-  // h: the states from `first` on. Places of a thread are all on one side of every border.
+  // h: the states from `first` on. Places of a thread are all on one side of every border. Two warps may hold them: one
+  // sends.
   template <int N>
-  __device__ __forceinline__ void exchange(float (&h)[CHANNELS][N], int first, int& count) const {
+  __device__ __forceinline__ void exchange(float (&h)[CHANNELS][N], int first, bool sends, int& count) const {
     const int turn = count & 1;
     const u32 parity = count >> 1 & 1;
     ++count;
@@ -290,9 +303,9 @@ struct Strip {
       if (has_before) mbarrier_arrive_expect(bar, 4 * SIDE);
       if (has_after) mbarrier_arrive_expect(bar + 1, 4 * CHANNELS * (end - own_end));
     }
-    if (has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
+    if (sends && has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
       for_states(h, mine + SIDE + first - own_begin, [&](float* at, float& state) { store_counted<1>(at, bar + 1, rank - 1, &state); });
-    if (has_after && first >= own_end - HALO && first < own_end)
+    if (sends && has_after && first >= own_end - HALO && first < own_end)
       for_states(h, mine + first - (own_end - HALO), [&](float* at, float& state) { store_counted<1>(at, bar, rank + 1, &state); });
     if (has_before && first >= begin && first < own_begin) {
       mbarrier_wait(bar, parity);

@@ -4,9 +4,8 @@
 
 #if HPIECE
 template <bool REVERSED>
-__device__ __forceinline__ void scan_horizontal(const Params& p, const Scan& scan, int plane, int d, int rank,
-                                                int exchanges) {
-  HorizontalScan<REVERSED> run{p, plane_of(p, plane, d)};
+__device__ __forceinline__ void scan_horizontal(const Params& p, const Scan& scan, const Plane& plane, int rank, int exchanges) {
+  HorizontalScan<REVERSED> run{p, plane};
   run.run(scan, rank, exchanges);
 }
 #endif
@@ -24,13 +23,24 @@ KERNEL(THREADS, BLOCKS) lines_forward(CONSTANT_PARAMS p) {
 #endif
   const int planes = p.batch * p.channels / CHANNELS, share = p.knobs[0];
   const int first = (int)blockIdx.x / CLUSTER * share, count = min(share, planes - first);
+#if PAIR
+  const Scan scan = scan_of(p, p.knobs[4 + rank]);
+  for (int q = 0; q < count; ++q) {
+    VerticalScan run{p, plane_of(p, first + q, p.knobs[4 + rank], false, false)};
+    run.run(scan, rank, 0);
+    __syncthreads();
+  }
+#else
   [[maybe_unused]] int exchanges = 0;  // of states between blocks, so far
-  for (int d = 0; d < p.scans; ++d) {
+  const int scans = p.knobs[3];
+  for (int i = 0; i < scans; ++i) {
+    const int d = p.knobs[4 + i];
     const Scan scan = scan_of(p, d);
+    const bool adds = i > 0 || p.knobs[8], last = i + 1 == scans && p.knobs[9];
     if (scan.vertical) {
 #if VPLACES
       for (int q = VSPLIT ? 0 : rank; q < count; q += VSPLIT ? 1 : CLUSTER) {
-        VerticalScan run{p, plane_of(p, first + q, d)};
+        VerticalScan run{p, plane_of(p, first + q, d, adds, last)};
         run.run(scan, rank, exchanges);
         if (VSPLIT) exchanges += exchanges_in(scan.lines);
         __syncthreads();
@@ -39,10 +49,11 @@ KERNEL(THREADS, BLOCKS) lines_forward(CONSTANT_PARAMS p) {
     } else {
 #if HPIECE
       for (int q = 0; q < count; ++q) {
+        const Plane plane = plane_of(p, first + q, d, adds, last);
         if (scan.reversed)
-          scan_horizontal<true>(p, scan, first + q, d, rank, exchanges);
+          scan_horizontal<true>(p, scan, plane, rank, exchanges);
         else
-          scan_horizontal<false>(p, scan, first + q, d, rank, exchanges);
+          scan_horizontal<false>(p, scan, plane, rank, exchanges);
         exchanges += exchanges_in(scan.lines);
         __syncthreads();
       }
@@ -50,4 +61,5 @@ KERNEL(THREADS, BLOCKS) lines_forward(CONSTANT_PARAMS p) {
     }
     wait_for_everybody();
   }
+#endif
 }

@@ -1,23 +1,26 @@
-// Right and left: lines are columns, memory runs along the scan. A thread holds one row, and scans the 16 bytes of it
+// Right and left: lines are columns, memory runs along the scan. A thread holds HROWS rows, and scans the 16 bytes of each
 // that it has just read from a tile in shared memory; the result takes the place of x there. So nothing is transposed,
 // and memory sees HPIECE bytes of every row at a time. A warp's tiles are its own: data needs no barrier.
+// Threads of one row meet in every line. With several, a warp also holds EDGE rows of its neighbours on either side:
+// warps meet every EDGE lines, and a thread's rows do not wait for each other.
 #pragma once
 #include "lines.cuh"
 
 #if HPIECE
 constexpr int VECTOR = 16 / SIZE;          // columns in 16 bytes
 constexpr int VECTORS = HPIECE / 16;       // of a row in a tile
-constexpr int TILE = 32 * HPIECE;          // bytes of one tensor in a warp's tile
+constexpr int ROWS = 32 * HROWS;           // of a warp
+constexpr int TILE = ROWS * HPIECE;        // bytes of one tensor in a warp's tile
 constexpr int HTILE = TENSORS * TILE;
-constexpr int SPAN = WARPS > 9 ? 4 : VECTOR;  // columns that a thread takes at once: many warps have few registers
+constexpr int SPAN = WARPS > 9 && HROWS == 1 ? 4 : VECTOR;  // columns that a thread takes at once: many warps have few registers
 constexpr int SPANS = HPIECE / SIZE / SPAN;
-constexpr int AHEAD = WARPS > 9 ? 1 : 8 / SPAN;  // spans between asking for sums and using them
+constexpr int AHEAD = HROWS > 1 || WARPS > 9 ? 1 : 8 / SPAN;  // spans between asking for sums and using them
+static_assert(HROWS == 1 || EDGE % VECTOR == 0, "warps meet between two spans");
 
-// Where vector v of a row is: permuted so that 8 rows' vectors meet 8 different groups of banks.
-template <int N>
+// Where vector v of a row is: permuted so that the vectors of 8 threads, or of 8 rows, meet 8 different groups of banks.
 __device__ __forceinline__ int place_of(int row, int v) {
-  constexpr int EIGHTH = N >= 8 ? 1 : 8 / N;
-  return (row * N + (v ^ (row / EIGHTH & (N < 8 ? N - 1 : 7)))) * 16;
+  constexpr int ALIKE = VECTORS * HROWS >= 8 ? HROWS : 8 / VECTORS;
+  return ((row * VECTORS + v) ^ (row / ALIKE & 7)) * 16;
 }
 
 template <bool REVERSED>
@@ -29,53 +32,55 @@ struct HorizontalScan {
   int width, tiles, all_spans;
   int warp_row;  // first row of the warp
 
-  // Lanes go over the vectors of a warp's rows, N to a row: a lane's first row is lane / N, its step 32 / N.
-  template <int N, typename Body>
-  __device__ __forceinline__ void for_vectors(int columns_of_vector, int column0, Body body) const {
-    const int lane = threadIdx.x % 32, v = lane % N;
-    if (column0 + v * columns_of_vector >= width) return;
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      const int r = lane / N + k * (32 / N);
-      body(k * (32 / N), place_of<N>(r, v), warp_row + r);
-    }
-  }
-
-  // Elements from row 0, column 0 to this lane's first vector of a tile at column 0.
-  template <int N>
-  __device__ __forceinline__ long long lane_offset(long long row_step, int columns_of_vector) const {
-    const int lane = threadIdx.x % 32;
-    return (warp_row + lane / N) * row_step + lane % N * columns_of_vector;
-  }
+  // Lanes go over the vectors of a warp's rows: a lane's first row is lane / VECTORS, its step STEP.
+  static constexpr int STEP = 32 / VECTORS;
+  static __device__ __forceinline__ int lane_row() { return threadIdx.x % 32 / VECTORS; }
+  static __device__ __forceinline__ int lane_vector() { return threadIdx.x % 32 % VECTORS; }
 
   __device__ __forceinline__ void move_to_lane() {
+    const int column = lane_vector() * VECTOR;
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i) plane.from[i] += lane_offset<VECTORS>(row_step(p, i), VECTOR);
-    plane.y += lane_offset<VECTORS>(p.y.h, VECTOR);
+    for (int i = 0; i < TENSORS; ++i) plane.from[i] += (warp_row + lane_row()) * row_step(p, i) + column;
+    plane.y += (warp_row + lane_row()) * p.y.h + column;
   }
 
   __device__ __forceinline__ unsigned char* tile_at(int tile) const { return ring + tile % HBUFFERS * HTILE; }
 
+  // Is there anything of this lane's vectors at column0, and which of its rows has the strip?
+  __device__ __forceinline__ bool has_columns(int column0) const { return column0 + lane_vector() * VECTOR < width; }
+  // Rows that only this warp holds as its own.
+  static __device__ __forceinline__ bool owns(int row_of_warp) { return row_of_warp >= EDGE && row_of_warp < ROWS - EDGE; }
+
   __device__ __forceinline__ void copy_tile(int tile) const {
     unsigned char* to = tile_at(tile);
     const int column0 = column_of(tile);
-    for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
-      if (!strip.has(row)) return;
+    if (!has_columns(column0)) return;
+    // Addresses go from row to row, tensor by tensor: made anew for each copy, they would be most of the instructions.
 #pragma unroll
-      for (int i = 0; i < TENSORS; ++i)
-        copy_async_wide(to + i * TILE + place, plane.from[i] + rows * row_step(p, i) + column0);
-    });
+    for (int i = 0; i < TENSORS; ++i) {
+      const storage_t* from = plane.from[i] + column0;
+      const long long step = STEP * row_step(p, i);
+#pragma unroll
+      for (int k = 0; k < ROWS / STEP; ++k, from += step) {
+        const int r = lane_row() + k * STEP;
+        if (strip.has(warp_row + r)) copy_async_wide(to + i * TILE + place_of(r, lane_vector()), from);
+      }
+    }
   }
 
   __device__ __forceinline__ void write_tile(int tile) const {
     const unsigned char* from = tile_at(tile);
     const int column0 = column_of(tile);
-    for_vectors<VECTORS>(VECTOR, column0, [&](int rows, int place, int row) {
-      if (!strip.owns(row)) return;
+    if (!has_columns(column0)) return;
+#pragma unroll
+    for (int k = 0; k < ROWS / STEP; ++k) {
+      const int r = lane_row() + k * STEP;
+      if (!owns(r) || !strip.owns(warp_row + r)) continue;
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
-        *(uint4*)(plane.y + c * p.y.c + rows * p.y.h + column0) = *(const uint4*)(from + (3 + c * OWN) * TILE + place);
-    });
+        *(uint4*)(plane.y + c * p.y.c + k * STEP * p.y.h + column0) =
+            *(const uint4*)(from + (TAPS + c * OWN) * TILE + place_of(r, lane_vector()));
+    }
   }
 
   // Tiles, and vectors in a tile, in scan order; the last tile of a row may have fewer.
@@ -84,108 +89,176 @@ struct HorizontalScan {
   }
   __device__ __forceinline__ int spans_in(int tile) const { return min(SPANS, (width - column_of(tile)) / SPAN); }
 
-  // Where this thread's span s of a row is in a tensor's part of a tile.
-  __device__ __forceinline__ int place_of_span(int s) const {
-    return place_of<VECTORS>(threadIdx.x % 32, s * SPAN / VECTOR) + s * SPAN % VECTOR * SIZE;
+  // Where span s of this thread's row k is in a tensor's part of a tile.
+  __device__ __forceinline__ int place_of_span(int k, int s) const {
+    return place_of(threadIdx.x % 32 * HROWS + k, s * SPAN / VECTOR) + s * SPAN % VECTOR * SIZE;
   }
-  __device__ __forceinline__ void read_span(u32 (&words)[TENSORS][4], int tile, int s) const {
-    const unsigned char* from = tile_at(tile) + place_of_span(s);
+  typedef u32 Words[HROWS][TENSORS][4];
+  __device__ __forceinline__ void read_span(Words& words, int tile, int s) const {
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i) read_words<SPAN * SIZE / 4>(words[i], from + i * TILE);
+    for (int k = 0; k < HROWS; ++k) {
+      const unsigned char* from = tile_at(tile) + place_of_span(k, s);
+#pragma unroll
+      for (int i = 0; i < TENSORS; ++i) read_words<SPAN * SIZE / 4>(words[k][i], from + i * TILE);
+    }
   }
 
-  // The sums of span n of this thread's row, in scan order; nothing beyond its end.
-  __device__ __forceinline__ void read_sums(u32 (&sums)[CHANNELS][SPAN], int row, int n) const {
-    if (!plane.adds || !strip.owns(row) || n >= all_spans) return;
+  // The sums of span n of this thread's rows from `row` on, in scan order; nothing beyond its end.
+  typedef u32 Sums[CHANNELS][HROWS][SPAN];
+  __device__ __forceinline__ void read_sums(Sums& sums, int row, bool mine, int n) const {
+    if (!plane.adds || !mine || n >= all_spans) return;
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      const float* from = plane.sum_at(c, row, column_of_span(n));
+    for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
-      for (int i = 0; i < SPAN; i += 4) {
-        const uint4 four = __ldcg((const uint4*)(from + i));
-        sums[c][i] = four.x, sums[c][i + 1] = four.y, sums[c][i + 2] = four.z, sums[c][i + 3] = four.w;
+      for (int k = 0; k < HROWS; ++k) {
+        const float* from = plane.sum_at(c, row, column_of_span(n)) + k * 8;
+#pragma unroll
+        for (int i = 0; i < SPAN; i += 4) {
+          const uint4 four = __ldcg((const uint4*)(from + i));
+          u32* to = sums[c][k] + i;
+          to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+        }
       }
-    }
   }
   __device__ __forceinline__ int column_of_span(int n) const { return (REVERSED ? all_spans - 1 - n : n) * SPAN; }
 
-  // One span of this thread's row, added to `result`.
-  __device__ __forceinline__ void scan_span(float (&result)[CHANNELS][SPAN], u32 (&words)[TENSORS][4],
-                                              float (&h)[CHANNELS][1], Edges& edges, Restarts& restarts, bool inside,
-                                              bool starts, bool ends) const {
+  // The columns of a span, one after the other; results are added to `result`.
+  typedef float Results[CHANNELS][HROWS][SPAN];
+  __device__ __forceinline__ void scan_span(Results& result, Words& words, float (&h)[CHANNELS][HROWS], Edges& edges,
+                                              Restarts& restarts, bool inside, bool starts, bool ends) const {
+    u32 largest = 0;
+#if !PREPARED
 #pragma unroll
     for (int i = 0; i < SPAN * SIZE / 4; ++i) {
-      if (starts) words[0][i] = MISSING;
-      if (ends) words[2][i] = MISSING;
+      if (starts) words[0][0][i] = MISSING;
+      if (ends) words[HROWS - 1][TAPS - 1][i] = MISSING;
     }
-    // Weights first: what is between two lines is on the way of the states.
-    Place places[SPAN];
-    if (ordinary<SPAN * SIZE / 4>(words, inside)) {
+#endif
+#if MAKES_WEIGHTS
 #pragma unroll
-      for (int e = 0; e < SPAN; ++e) places[e] = unpack<true>(words, e);
+    for (int k = 0; k < HROWS; ++k) largest = largest_logits<SPAN * SIZE / 4>(words[k], largest);
+#endif
+    const bool plain = ordinary(largest, inside);
+    if (HROWS > 1 && restarts.until >= SPAN) {
+      // No line of these restarts, and none has to ask.
+      restarts.until -= SPAN;
+      if (plain)
+        scan_columns<true, false>(result, words, h, edges, restarts, starts, ends);
+      else
+        scan_columns<false, false>(result, words, h, edges, restarts, starts, ends);
+    } else if (plain) {
+      scan_columns<true, true>(result, words, h, edges, restarts, starts, ends);
     } else {
-#pragma unroll
-      for (int e = 0; e < SPAN; ++e) places[e] = unpack<false>(words, e);
-    }
-#pragma unroll
-    for (int i = 0; i < SPAN; ++i) {
-      const int e = REVERSED ? SPAN - 1 - i : i;
-      const Place& it = places[e];
-      float before[CHANNELS], after[CHANNELS];
-      edges.get(before, after, h);
-      const bool restart = restarts.next();
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        if (restart) {
-          h[c][0] = it.u[c];
-        } else {
-          float next = fmaf(it.w.here, h[c][0], it.u[c]);
-          next = fmaf(it.w.before, starts ? 0.f : before[c], next);
-          h[c][0] = fmaf(it.w.after, ends ? 0.f : after[c], next);
-        }
-      }
-      edges.put(h);
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        const float v_out = HAS_GATE ? h[c][0] * it.gate[c] : h[c][0];
-        float& sum = result[c][e];
-        sum = SUMS ? sum + v_out : v_out;
-      }
+      scan_columns<false, true>(result, words, h, edges, restarts, starts, ends);
     }
   }
 
-  __device__ __forceinline__ void write_span(const float (&result)[CHANNELS][SPAN], int row, int tile, int s, int n) const {
+  template <bool ORDINARY, bool RESTARTS>
+  __device__ __forceinline__ void scan_columns(Results& result, const Words& words, float (&h)[CHANNELS][HROWS], Edges& edges,
+                                                 Restarts& restarts, bool starts, bool ends) const {
+    // Threads of one row meet in every line, and make all weights before: they would be on the way of the states.
+    constexpr int AT_ONCE = HROWS == 1 ? SPAN : 1;
+    Place places[AT_ONCE][HROWS];
+#pragma unroll
+    for (int i = 0; i < SPAN; ++i) {
+      const int e = REVERSED ? SPAN - 1 - i : i;
+      if (i % AT_ONCE == 0)
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+#pragma unroll
+          for (int k = 0; k < HROWS; ++k)
+            places[j][k] = unpack<ORDINARY>(words[k], REVERSED ? SPAN - 1 - i - j : i + j);
+      const Place(&it)[HROWS] = places[i % AT_ONCE];
+      const bool restart = RESTARTS && restarts.next();
+      if (HROWS == 1)
+        step_meeting(h, it[0], edges, restart, starts, ends);
+      else
+        step(h, it, restart, starts, ends);
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+        for (int k = 0; k < HROWS; ++k) {
+          const float v_out = HAS_GATE ? h[c][k] * it[k].gate[c] : h[c][k];
+          float& sum = result[c][k][e];
+          sum = SUMS ? sum + v_out : v_out;
+        }
+    }
+  }
+
+  // h <- w h + u of one row a thread.
+  static __device__ __forceinline__ void step_meeting(float (&h)[CHANNELS][HROWS], const Place& it, Edges& edges, bool restart,
+                                                      bool starts, bool ends) {
+    float before[CHANNELS], after[CHANNELS];
+    edges.get(before, after, h);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      const float* sum = result[c];
-      if (SUMS && !plane.last) {
-        if (!strip.owns(row)) continue;
-        float* to = plane.sum_at(c, row, column_of_span(n));
-#pragma unroll
-        for (int i = 0; i < SPAN; i += 4)
-          *(uint4*)(to + i) = make_uint4(__float_as_uint(sum[i]), __float_as_uint(sum[i + 1]), __float_as_uint(sum[i + 2]),
-                                         __float_as_uint(sum[i + 3]));
+      if (restart) {
+        h[c][0] = it.u[c];
       } else {
-        u32 out[4];
-#pragma unroll
-        for (int i = 0; i < SPAN * SIZE / 4; ++i) out[i] = stored(sum[i * 4 / SIZE], sum[i * 4 / SIZE + (SIZE < 4)]);
-        write_words<SPAN * SIZE / 4>(tile_at(tile) + (3 + c * OWN) * TILE + place_of_span(s), out);
+        float next = fmaf(it.w.here, h[c][0], it.u[c]);
+        next = fmaf(it.w.before, starts ? 0.f : before[c], next);
+        h[c][0] = fmaf(it.w.after, ends ? 0.f : after[c], next);
       }
     }
+    edges.put(h);
+  }
+
+  // The same of several. What comes from other lanes is added last: it is there last.
+  static __device__ __forceinline__ void step(float (&h)[CHANNELS][HROWS], const Place (&it)[HROWS], bool restart, bool starts,
+                                              bool ends) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const float before = __shfl_up_sync(0xffffffffu, h[c][HROWS - 1], 1);
+      const float after = __shfl_down_sync(0xffffffffu, h[c][0], 1);
+      float next[HROWS];
+#pragma unroll
+      for (int k = 0; k < HROWS; ++k) {
+        next[k] = fmaf(it[k].w.here, h[c][k], it[k].u[c]);
+        if (k > 0) next[k] = fmaf(it[k].w.before, h[c][k > 0 ? k - 1 : 0], next[k]);
+        if (k < HROWS - 1) next[k] = fmaf(it[k].w.after, h[c][k < HROWS - 1 ? k + 1 : 0], next[k]);
+      }
+      next[0] = fmaf(it[0].w.before, starts ? 0.f : before, next[0]);
+      next[HROWS - 1] = fmaf(it[HROWS - 1].w.after, ends ? 0.f : after, next[HROWS - 1]);
+#pragma unroll
+      for (int k = 0; k < HROWS; ++k) h[c][k] = restart ? it[k].u[c] : next[k];
+    }
+  }
+
+  __device__ __forceinline__ void write_span(const Results& result, int row, bool mine, int tile, int s, int n) const {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+      for (int k = 0; k < HROWS; ++k) {
+        const float* sum = result[c][k];
+        if (SUMS && !plane.last) {
+          if (!mine) continue;
+          float* to = plane.sum_at(c, row, column_of_span(n)) + k * 8;
+#pragma unroll
+          for (int i = 0; i < SPAN; i += 4)
+            *(uint4*)(to + i) = make_uint4(__float_as_uint(sum[i]), __float_as_uint(sum[i + 1]), __float_as_uint(sum[i + 2]),
+                                           __float_as_uint(sum[i + 3]));
+        } else {
+          u32 out[4];
+#pragma unroll
+          for (int i = 0; i < SPAN * SIZE / 4; ++i) out[i] = stored(sum[i * 4 / SIZE], sum[i * 4 / SIZE + (SIZE < 4)]);
+          write_words<SPAN * SIZE / 4>(tile_at(tile) + (TAPS + c * OWN) * TILE + place_of_span(k, s), out);
+        }
+      }
   }
 
   __device__ __forceinline__ void run(const Scan& scan, int rank, [[maybe_unused]] int exchanges) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     strip = strip_of(scan.places, p.knobs[1], rank);
     const int first_row = strip.own_begin - HALO;
-    const int threads = threads_for(strip.end - first_row, 1);
+    const int threads = threads_for((strip.end - first_row + ROWS - 2 * EDGE - 1) / (ROWS - 2 * EDGE) * 32, 1);
     if ((int)threadIdx.x >= threads) return;
     Edges edges;
     edges.start(threads);
-    warp_row = first_row + warp * 32;
-    const int row = warp_row + lane;
-    const bool starts = row == 0, ends = row + 1 == scan.places, inside = strip.has(row);
-    ring = shared_memory() + RING + warp * HBUFFERS * HTILE;
+    warp_row = first_row + warp * (ROWS - 2 * EDGE) - EDGE;
+    const int row = warp_row + lane * HROWS;  // the first of this thread's: all are in the strip, or none
+    const bool starts = row == 0, ends = row + HROWS == scan.places, inside = strip.has(row);
+    const bool holds = owns(lane * HROWS), mine = holds && strip.owns(row);
+    ring = held_shared_memory() + RING + warp * HBUFFERS * HTILE;
     width = p.width;
     constexpr int COLUMNS = HPIECE / SIZE;
     tiles = (width + COLUMNS - 1) / COLUMNS, all_spans = width / SPAN;
@@ -195,14 +268,14 @@ struct HorizontalScan {
       if (t < tiles) copy_tile(t);
       copy_commit();
     }
-    u32 sums[AHEAD][CHANNELS][SPAN] = {};  // zeros without earlier directions
+    Sums sums[AHEAD] = {};  // zeros without earlier directions
 #if SUMS
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) read_sums(sums[k], row, k);
+    for (int k = 0; k < AHEAD; ++k) read_sums(sums[k], row, mine, k);
 #endif
-    float h[CHANNELS][1] = {};
+    float h[CHANNELS][HROWS] = {};
     Restarts restarts{p.chunk, 0};
-    [[maybe_unused]] int until_exchange = HALO;
+    [[maybe_unused]] int until_exchange = HALO, until_renewed = EDGE;
     int n = 0;
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
@@ -214,31 +287,42 @@ struct HorizontalScan {
 #pragma unroll 1
       for (int i = 0; i < spans; ++i, ++n) {
         const int s = REVERSED ? spans - 1 - i : i;
+#if HROWS > 1
+        if (until_renewed == 0) {
+          edges.renew(h, lane * HROWS, warp > 0, (int)threadIdx.x / 32 + 1 < threads / 32);
+          until_renewed = EDGE;
+        }
+        until_renewed -= SPAN;
+#endif
 #if CLUSTER > 1
         if (until_exchange == 0) {
-          strip.exchange(h, row, exchanges);
-          edges.put(h);
+          strip.exchange(h, row, holds, exchanges);
+          if (HROWS == 1) edges.put(h);
           until_exchange = HALO;
         }
         until_exchange -= SPAN;
 #endif
         if (!inside)
 #pragma unroll
-          for (int c = 0; c < CHANNELS; ++c) h[c][0] = 0.f;
-        u32 words[TENSORS][4];  // of rows that are not there: whatever is in the tile
+          for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+            for (int k = 0; k < HROWS; ++k) h[c][k] = 0.f;
+        Words words;  // of rows that are not there: whatever is in the tile
         read_span(words, t, s);
-        float result[CHANNELS][SPAN];
+        Results result;
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
-          for (int e = 0; e < SPAN; ++e) {
-            result[c][e] = SUMS ? __uint_as_float(sums[0][c][e]) : 0.f;
+          for (int k = 0; k < HROWS; ++k)
 #pragma unroll
-            for (int k = 1; k < AHEAD; ++k) sums[k - 1][c][e] = sums[k][c][e];
-          }
-        if (SUMS) read_sums(sums[AHEAD - 1], row, n + AHEAD);
+            for (int e = 0; e < SPAN; ++e) {
+              result[c][k][e] = SUMS ? __uint_as_float(sums[0][c][k][e]) : 0.f;
+#pragma unroll
+              for (int l = 1; l < AHEAD; ++l) sums[l - 1][c][k][e] = sums[l][c][k][e];
+            }
+        if (SUMS) read_sums(sums[AHEAD - 1], row, mine, n + AHEAD);
         scan_span(result, words, h, edges, restarts, inside, starts, ends);
-        write_span(result, row, t, s, n);
+        write_span(result, row, mine, t, s, n);
       }
       __syncwarp();
       if (!SUMS || plane.last) write_tile(t);

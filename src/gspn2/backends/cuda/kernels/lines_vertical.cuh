@@ -35,11 +35,17 @@ struct VerticalScan {
   const storage_t* next[TENSORS];
   storage_t* y;
   long long y_step;  // elements from line to line
+#if PAIR
+  int steps[TENSORS];  // the same of operands, kept in registers
+#endif
   Strip strip;
+  // This lane's share of a line's sums: where the first is in row 0, and which of them are there.
+  float* sums;
+  u32 sums_owned;
   bool inside, writes;
 
   __device__ __forceinline__ unsigned char* group_at(int group) const {
-    return shared_memory() + RING + group % VRING * VGROUP;
+    return ring + group % VRING * VGROUP;
   }
   __device__ __forceinline__ unsigned char* line_at(int group, int i) const {
     return group_at(group) + i * VLINE + threadIdx.x * VBYTES;
@@ -48,21 +54,38 @@ struct VerticalScan {
     return {group_at(group) + VLINES * VLINE + (threadIdx.x / 32 * CHANNELS + channel) * VSUMS};
   }
 
-  // This lane's share of the warp's sums: body(place in the ring, address), where they are the block's own.
+  __device__ __forceinline__ void find_sums() {
+    const int lane = threadIdx.x % 32;
+    const int column = strip.begin + (int)threadIdx.x / 32 * 32 * VPLACES + lane / (2 * VLINES) * 8 + lane % 2 * 4;
+    sums = plane.sum_at(0, 0, column), sums_owned = 0;
+#pragma unroll
+    for (int k = 0; k < SumUnits::EACH; ++k)
+      if (strip.owns(column + k * SumUnits::STRIPS * 8)) sums_owned |= 1u << k;
+  }
+
+  // body(place in the ring, address) for this lane's share of the warp's sums, where they are the block's own.
   template <typename Body>
   __device__ __forceinline__ void for_sums(int group, Body body) const {
     const int lane = threadIdx.x % 32, line = group * VLINES + lane / 2 % VLINES;
     if (line >= lines) return;
-    const int column = strip.begin + (int)threadIdx.x / 32 * 32 * VPLACES + lane / (2 * VLINES) * 8 + lane % 2 * 4;
+    const int row = reversed ? lines - 1 - line : line;
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
-      const SumUnits sums = sums_of(group, i);
-      float* at = plane.sum_at(i, reversed ? lines - 1 - line : line, column);
+      const SumUnits units = sums_of(group, i);
+      float* at = sums + i * plane.sums_channel + plane.in_band(row);
 #pragma unroll
       for (int k = 0; k < SumUnits::EACH; ++k)
-        if (strip.owns(column + k * SumUnits::STRIPS * 8))
-          body(sums.unit(lane + 32 * k), at + k * SumUnits::STRIPS * plane.sums_strip);
+        if (sums_owned >> k & 1)
+          body(units.unit(lane + 32 * k), at + k * SumUnits::STRIPS * SUMS_TILE);
     }
+  }
+
+  __device__ __forceinline__ long long step(int tensor) const {
+#if PAIR
+    return steps[tensor];
+#else
+    return reversed ? -row_step(p, tensor) : row_step(p, tensor);
+#endif
   }
 
   __device__ __forceinline__ void copy_group(int group) {
@@ -75,13 +98,29 @@ struct VerticalScan {
           for (int k = 0; k < TENSORS; ++k) copy_async<VBYTES>(to + k * VTHREADS * VBYTES, next[k]);
         }
 #pragma unroll
-        for (int k = 0; k < TENSORS; ++k) next[k] += reversed ? -row_step(p, k) : row_step(p, k);
+        for (int k = 0; k < TENSORS; ++k) next[k] += step(k);
       }
 #if SUMS
-    if (plane.adds) for_sums(group, [](unsigned char* to, const float* from) { copy_async<16>(to, from); });
+    if (plane.adds) copy_sums(group);
 #endif
     copy_commit();
   }
+
+  __device__ __forceinline__ void copy_sums(int group) const {
+    for_sums(group, [](unsigned char* to, const float* from) { copy_async_wide(to, from); });
+  }
+
+#if PAIR
+  // Beyond the middle, the other block has been: its sums are there once it has come to the middle, too.
+  __device__ __forceinline__ void meet(int group) {
+    cluster_barrier();
+    plane.adds = true, plane.last = p.knobs[9];
+#pragma unroll 1
+    for (int g = group; g < group + VRING - 1; ++g) copy_sums(g);
+    copy_commit();
+    copy_wait<0>();
+  }
+#endif
 
   __device__ __forceinline__ void write_sums(int group) const {
     for_sums(group, [](const unsigned char* from, float* to) { *(uint4*)to = *(const uint4*)from; });
@@ -103,14 +142,14 @@ struct VerticalScan {
       for (int e = 0; e < VPLACES; ++e) v[e] = HAS_GATE ? h[c][e] * places[e].gate[c] : h[c][e];
 #if SUMS
       constexpr int PIECE = VPLACES < 4 ? VPLACES : 4;
-      const SumUnits sums = sums_of(group, c);
+      const SumUnits units = sums_of(group, c);
 #pragma unroll
       for (int e = 0; e < VPLACES; e += PIECE) {
         u32 words[4] = {0, 0, 0, 0};
-        if (plane.adds) read_words<PIECE>(words, sums.own(i, e));
+        if (plane.adds) read_words<PIECE>(words, units.own(i, e));
 #pragma unroll
         for (int k = 0; k < PIECE; ++k) words[k] = __float_as_uint(v[e + k] += __uint_as_float(words[k]));
-        if (!plane.last) write_words<PIECE>(sums.own(i, e), words);
+        if (!plane.last) write_words<PIECE>(units.own(i, e), words);
       }
       if (!plane.last) continue;
 #endif
@@ -122,10 +161,12 @@ struct VerticalScan {
   }
 
   __device__ __forceinline__ void unpack_line(Place (&places)[VPLACES], u32 (&words)[TENSORS][4], bool starts, bool ends) const {
-    constexpr u32 FIRST = SIZE < 4 ? 0x0000ffffu : ~0u, LAST = SIZE < 4 ? 0xffff0000u : ~0u;
-    if (starts) words[0][0] = (words[0][0] & ~FIRST) | (MISSING & FIRST);
-    if (ends) words[2][VWORDS - 1] = (words[2][VWORDS - 1] & ~LAST) | (MISSING & LAST);
-    if (ordinary<VWORDS>(words, inside)) {
+    if (!PREPARED) {
+      constexpr u32 FIRST = SIZE < 4 ? 0x0000ffffu : ~0u, LAST = SIZE < 4 ? 0xffff0000u : ~0u;
+      if (starts) words[0][0] = (words[0][0] & ~FIRST) | (MISSING & FIRST);
+      if (ends) words[TAPS - 1][VWORDS - 1] = (words[TAPS - 1][VWORDS - 1] & ~LAST) | (MISSING & LAST);
+    }
+    if (ordinary(MAKES_WEIGHTS ? largest_logits<VWORDS>(words) : 0, inside)) {
 #pragma unroll
       for (int e = 0; e < VPLACES; ++e) places[e] = unpack<true>(words, e);
     } else {
@@ -146,6 +187,12 @@ struct VerticalScan {
     [[maybe_unused]] int until_exchange = HALO;
     const bool starts = first == 0, ends = first + VPLACES >= scan.places;
     lines = scan.lines, reversed = scan.reversed;
+    ring = held_shared_memory() + RING;
+    find_sums();
+#if PAIR
+#pragma unroll
+    for (int i = 0; i < TENSORS; ++i) steps[i] = opaque((int)(reversed ? -row_step(p, i) : row_step(p, i)));
+#endif
     const long long start = reversed ? lines - 1 : 0;
 #pragma unroll
     for (int i = 0; i < TENSORS; ++i) next[i] = plane.from[i] + start * row_step(p, i) + first;
@@ -156,6 +203,9 @@ struct VerticalScan {
     float h[CHANNELS][VPLACES] = {};
     Restarts restarts{p.chunk, 0};
     const int groups = (lines + VLINES - 1) / VLINES;
+#if PAIR
+    const int middle = rank == 0 ? groups / 2 : groups - groups / 2;
+#endif
     // Beyond the image's lines and places: whatever is there.
     u32 words[TENSORS][4];
     Place places[VPLACES];
@@ -164,11 +214,14 @@ struct VerticalScan {
 #pragma unroll 1
     for (int g = 0; g < groups; ++g) {
       copy_wait<VRING - 3>();  // this group and the next
+#if PAIR
+      if (g == middle) meet(g);
+#endif
       if (SUMS) __syncwarp();
       copy_group(g + VRING - 1);
 #if VSPLIT
       if (until_exchange == 0) {
-        strip.exchange(h, first, exchanges);
+        strip.exchange(h, first, true, exchanges);
         edges.put(h);
         until_exchange = HALO;
       }

@@ -24,7 +24,16 @@ REGISTERS_NEEDED = {(False, False): 88, (False, True): 112, (True, False): 112, 
 """Of a thread, where several blocks could share a multiprocessor: with rows to scan, with logits."""
 
 STRIP = 8
-"""Columns of sums that lie together in scratch memory, row by row."""
+"""Columns, and rows, of a tile of sums in scratch memory."""
+
+REGISTERS_OF_ROWS = {2: 128, 4: 200}
+"""The same by rows of a thread in right and left scans."""
+
+EDGE = 8
+"""Rows that a warp holds beyond its own on either side, where threads hold several."""
+
+FEW_CHANNELS = 4
+"""Of a group: with fewer, each makes weights from logits anew."""
 
 HALO = 16
 """Rows that a block of a cluster holds beyond its own on either side."""
@@ -45,11 +54,18 @@ class Columns:
 
     piece: int
     buffers: int
+    rows: int = 1
+    """Of a thread: `HROWS`."""
+
+    @property
+    def edge(self) -> int:
+        """Rows that a warp holds beyond its own on either side."""
+        return EDGE if self.rows > 1 else 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of running a case.
+    """One way of running a case, or those of its directions that `rows` and `columns` are there for.
 
     Args:
         case: what it is for.
@@ -57,7 +73,9 @@ class Layout:
         split: they share rows, too; otherwise each scans those of a plane of its own.
         channels: scanned side by side by the same threads; more than one share taps.
         planes: of a cluster, or sets of so many channels.
-        rows, columns: None where the problem has no such direction.
+        rows, columns: None where the problem has no such direction, or another launch has it.
+        pair: a cluster of two blocks scans down and up at the same time.
+        prepared: weights are made from logits by a launch of their own.
     """
 
     case: Case
@@ -67,11 +85,21 @@ class Layout:
     planes: int
     rows: Rows | None
     columns: Columns | None
+    pair: bool = False
+    prepared: bool = False
+
+    @property
+    def scans(self) -> tuple[int, ...]:
+        """The directions of this launch, by their number."""
+        wanted = {"down": self.rows, "up": self.rows, "right": self.columns, "left": self.columns}
+        directions = self.case.problem.directions
+        return tuple(d for d, name in enumerate(directions) if wanted[name] is not None)
 
     @property
     def own_rows(self) -> int:
         """Rows of a block in horizontal scans."""
-        return -(-self.case.problem.height // self.cluster)
+        unit = self.columns.rows if self.columns is not None else 1
+        return -(-self.case.problem.height // (self.cluster * unit)) * unit
 
     @property
     def own_columns(self) -> int:
@@ -96,7 +124,8 @@ class Layout:
         if self.columns is None:
             return 0
         halo = 2 * HALO if self.cluster > 1 else 0
-        return -(-(self.own_rows + halo) // LANES) * LANES
+        columns = self.columns
+        return -(-(self.own_rows + halo) // (LANES * columns.rows - 2 * columns.edge)) * LANES
 
     @property
     def threads(self) -> int:
@@ -111,24 +140,33 @@ class Layout:
     def shared(self) -> int:
         """Bytes of shared memory, as `kernels/lines.cuh` cuts it."""
         warps = self.threads // LANES
-        edges, halos = 4 * (warps + 2), 4 * (HALO if self.cluster > 1 else 1)
-        head = 4 * (self.channels * edges + (halos if self.cluster == 1 else self.channels * halos)) + 32
+        edge = max(1, self.columns.edge if self.columns is not None else 0)
+        halos = 4 * (self.channels * HALO if self.cluster > 1 and not self.pair else 1)
+        head = 4 * (self.channels * 4 * (warps + 2) * edge + halos) + 32
         return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
+
+    @property
+    def room(self) -> int:
+        """Blocks whose shared memory a multiprocessor has."""
+        return (self.case.device.shared_memory + RESERVED) // (self.shared + RESERVED)
 
     @property
     def blocks(self) -> int:
         """At once on a multiprocessor: what the compiler is told, so that registers are left for them."""
         device = self.case.device
-        room = (device.shared_memory + RESERVED) // (self.shared + RESERVED)
         needed = REGISTERS_NEEDED[self.rows is not None, self.case.problem.normalize]
+        if self.columns is not None and self.columns.rows > 1:
+            needed = REGISTERS_OF_ROWS[self.columns.rows]
         registers = REGISTERS // (-(-needed // 8) * 8 * self.threads)
         wanted = -(-self.grid // device.multiprocessors)
-        return max(1, min(room, registers, wanted))
+        return max(1, min(self.room, registers, wanted))
 
     @property
     def tensors(self) -> int:
         """That a thread reads."""
-        return 3 + self.channels * (1 + ("lam" in self.case.views) + ("gate" in self.case.views))
+        return (2 if self.prepared else 3) + self.channels * (
+            1 + ("lam" in self.case.views) + ("gate" in self.case.views)
+        )
 
     @property
     def _rows_ring(self) -> int:
@@ -141,7 +179,7 @@ class Layout:
         columns = self.columns
         if columns is None:
             return 0
-        return columns.buffers * self.column_threads * columns.piece * self.tensors
+        return columns.buffers * self.column_threads * columns.rows * columns.piece * self.tensors
 
     def fits(self) -> bool:
         problem = self.case.problem
@@ -150,6 +188,10 @@ class Layout:
             return False
         if self.channels > 1 and self.threads > MOST_THREADS_OF_PAIRS:
             return False
+        if self.columns is not None and problem.height % self.columns.rows:
+            return False
+        if self.pair:
+            return True
         if self.cluster == 1:
             return True
         if self.columns is not None and problem.height - self.own_rows * (self.cluster - 1) < HALO:
@@ -176,6 +218,9 @@ def why_not(case: Case) -> str | None:
 
 def plan(case: Case) -> Plan:
     """As `best_layout` says."""
+    launches = axis_by_axis(case)
+    if launches:
+        return plan_of(*launches)
     layout = best_layout(case)
     assert layout is not None
     return plan_of(layout)
@@ -187,15 +232,23 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     The first runs on every device, clusters on sm_90 and newer.
     """
 
-    def cut(threads: int, cluster: int, split: int, channels: int = 1, blocks: int = 1) -> Macros:
+    def cut(
+        threads: int,
+        cluster: int,
+        split: int,
+        channels: int = 1,
+        blocks: int = 1,
+        pair: int = 0,
+        prepared: int = 0,
+    ) -> Macros:
         macros = {"THREADS": threads, "BLOCKS": blocks, "CLUSTER": cluster, "VSPLIT": split}
-        return (*macros.items(), ("CHANNELS", channels))
+        return (*macros.items(), ("CHANNELS", channels), ("PAIR", pair), ("PREPARED", prepared))
 
     def rows(threads: int, places: int, lines: int, ring: int) -> Macros:
         return (("VTHREADS", threads), ("VPLACES", places), ("VLINES", lines), ("VRING", ring))
 
-    def columns(piece: int, buffers: int) -> Macros:
-        return (("HPIECE", piece), ("HBUFFERS", buffers))
+    def columns(piece: int, buffers: int, rows: int = 1) -> Macros:
+        return (("HPIECE", piece), ("HBUFFERS", buffers), ("HROWS", rows))
 
     no_rows, no_columns = rows(0, 0, 1, 3), columns(0, 1)
     kernels = []
@@ -212,42 +265,72 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
             (*scan, *cut(160, 8, 0, channels=2, blocks=3), *no_rows, *columns(64, 1)),
             (*four, *cut(160, 8, 1, channels=2, blocks=2), *rows(64, 4, 4, 3), *columns(32, 2)),
             (*four, *cut(160, 8, 1), *rows(160, least, 8, 6), *columns(64, 2)),
+            (*four, *cut(128, 2, 0, blocks=2, pair=1, prepared=1), *rows(128, most, 2, 4), *no_columns),
+            (*four, *cut(128, 8, 0, blocks=2, prepared=1), *no_rows, *columns(64, 1, 2)),
+            (*four, *cut(96, 4, 0, blocks=2), *no_rows, *columns(32, 1, 4)),
         ]
     # Columns of 1024 rows over two blocks leave 96 registers: a few addresses are spilled, once in a tile.
     tall = [
         (("STORAGE", 1), *four[1:], *cut(544, 2, 0), *rows(256, 4, 4, 3), *columns(64, 1)),
         (("STORAGE", 0), *four[1:], *cut(544, 2, 0), *rows(256, 4, 2, 4), *columns(64, 1)),
     ]
-    return [(_kernel(macros), True) for macros in kernels] + [(_kernel(macros), False) for macros in tall]
+    weights = [Kernel("lines_weights.cu", "lines_weights", macros[:4]) for macros in tall]
+    hot = [_kernel(macros) for macros in kernels] + weights
+    return [(kernel, True) for kernel in hot] + [(_kernel(macros), False) for macros in tall]
 
 
-def plan_of(layout: Layout) -> Plan:
-    """The plan of a layout."""
-    case, problem = layout.case, layout.case.problem
-    rows = layout.rows or Rows(0, 1, 3)
-    columns = layout.columns or Columns(0, 1)
-    kernel = _kernel(
-        (
-            *options(case),
-            ("THREADS", layout.threads),
-            ("BLOCKS", layout.blocks),
-            ("CLUSTER", layout.cluster),
-            ("CHANNELS", layout.channels),
-            ("VSPLIT", int(layout.split)),
-            ("SUMS", int(_sums(case))),
-            ("VTHREADS", layout.row_threads),
-            ("VPLACES", rows.places),
-            ("VLINES", rows.lines),
-            ("VRING", rows.ring),
-            ("HPIECE", columns.piece),
-            ("HBUFFERS", columns.buffers),
+def plan_of(*layouts: Layout) -> Plan:
+    """The plan of a layout, or of those of the two axes, in order."""
+    case, problem = layouts[0].case, layouts[0].case.problem
+    launches = [_weights(case)] if layouts[0].prepared else []
+    for number, layout in enumerate(layouts):
+        rows = layout.rows or Rows(0, 1, 3)
+        columns = layout.columns or Columns(0, 1)
+        kernel = _kernel(
+            (
+                *options(case),
+                ("THREADS", layout.threads),
+                ("BLOCKS", layout.blocks),
+                ("CLUSTER", layout.cluster),
+                ("CHANNELS", layout.channels),
+                ("VSPLIT", int(layout.split)),
+                ("PAIR", int(layout.pair)),
+                ("PREPARED", int(layout.prepared)),
+                ("SUMS", int(_sums(case))),
+                ("VTHREADS", layout.row_threads),
+                ("VPLACES", rows.places),
+                ("VLINES", rows.lines),
+                ("VRING", rows.ring),
+                ("HPIECE", columns.piece),
+                ("HBUFFERS", columns.buffers),
+                ("HROWS", columns.rows),
+            )
         )
-    )
-    knobs = (layout.planes, layout.own_rows, layout.own_columns)
-    launch = Launch(kernel, layout.grid, layout.threads, layout.shared, cluster=layout.cluster, knobs=knobs)
-    strips = problem.batch * problem.channels * -(-problem.width // STRIP)
-    scratch = 4 * STRIP * strips * problem.height if _sums(case) else 0
-    return Plan("lines", (launch,), (scratch,), _reasons(layout))
+        scans = (*layout.scans, 0, 0, 0, 0)[:4]
+        state = (int(number > 0), int(number + 1 == len(layouts)))
+        knobs = (layout.planes, layout.own_rows, layout.own_columns, len(layout.scans), *scans, *state)
+        shape = (layout.grid, layout.threads, layout.shared)
+        launches.append(Launch(kernel, *shape, cluster=layout.cluster, knobs=knobs))
+    tiles = -(-problem.width // STRIP) * -(-problem.height // STRIP)
+    sums = 4 * STRIP**2 * tiles * problem.batch * problem.channels if _sums(case) else 0
+    scratch = (sums, _bytes_of_weights(case)) if layouts[0].prepared else (sums,)
+    reasons = tuple(reason for layout in layouts for reason in _reasons(layout))
+    return Plan("lines", tuple(launches), scratch, reasons)
+
+
+def _bytes_of_weights(case: Case) -> int:
+    problem = case.problem
+    places = problem.batch * len(problem.directions) * problem.groups * problem.height * problem.width
+    return 2 * case.itemsize * places
+
+
+def _weights(case: Case) -> Launch:
+    """Weights from logits, for all channels of a group."""
+    threads = 256
+    vectors = _bytes_of_weights(case) // (2 * VECTOR_BYTES)
+    blocks = min(-(-vectors // threads), 8 * case.device.multiprocessors)
+    kernel = Kernel("lines_weights.cu", "lines_weights", options(case))
+    return Launch(kernel, blocks, threads, 0)
 
 
 def _reasons(layout: Layout) -> tuple[str, ...]:
@@ -290,6 +373,53 @@ def _channels(case: Case) -> tuple[int, ...]:
 def best_layout(case: Case) -> Layout | None:
     """The one to run; None if none fits."""
     return min(layouts(case), key=_rank, default=None)
+
+
+def axis_by_axis(case: Case) -> tuple[Layout, ...]:
+    """Launches for down and up, and for right and left, of large planes in four directions; else none.
+
+    Down and up run at the same time, in a block each: the planes are then enough to keep the device busy.
+    """
+    problem, device = case.problem, case.device
+    planes = problem.batch * problem.channels
+    large = min(problem.height, problem.width) >= 1024 and 2 * planes >= device.multiprocessors
+    if device.capability < (9, 0) or len(problem.directions) != 4 or not large:
+        return ()
+    if problem.height % 8 or problem.width * case.itemsize % VECTOR_BYTES:
+        return ()
+    if any(abs(view.h) >= 2**31 for view in case.views.values()):
+        return ()  # the kernel keeps these steps in registers of 32 bits
+    shared = problem.channels // problem.groups >= FEW_CHANNELS
+    prepared = problem.normalize and shared and _bytes_of_weights(case) < 2**34
+    return next(
+        (
+            (down_up, right_left)
+            for down_up in _pairs(case, prepared)
+            for right_left in _tall(case, prepared)
+            if down_up.fits() and right_left.fits()
+        ),
+        (),
+    )
+
+
+def _pairs(case: Case, prepared: bool) -> Iterator[Layout]:
+    """Down and up at the same time, best first: with two blocks on a multiprocessor where these find room."""
+    found = []
+    for lines, ring in ((2, 4), (2, 3), (1, 6), (1, 5), (1, 4)):
+        for places in (VECTOR_BYTES // case.itemsize, VECTOR_BYTES // case.itemsize // 2):
+            rows = Rows(places, lines, ring)
+            found.append(Layout(case, 2, False, 1, 1, rows, None, pair=True, prepared=prepared))
+    yield from sorted(found, key=lambda layout: layout.room < 2)
+
+
+def _tall(case: Case, prepared: bool) -> Iterator[Layout]:
+    """Right and left of large planes, best first."""
+    problem = case.problem
+    busy = 4 * problem.batch * problem.channels >= 3 * case.device.multiprocessors
+    many = ((2, Columns(64, 1)), (4, Columns(64, 1)), (8, Columns(64, 1)), (8, Columns(32, 1)))
+    few = ((8, Columns(64, 1, 2)), (8, Columns(32, 1, 2)))
+    for cluster, columns in (*many, *few) if busy else (*few, *many):
+        yield Layout(case, cluster, False, 1, 1, None, columns, prepared=prepared)
 
 
 def _rank(layout: Layout) -> tuple[float, ...]:
