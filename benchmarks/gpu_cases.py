@@ -91,6 +91,8 @@ def propagate() -> Iterator[Case]:
                     yield Case(
                         size, NARROW, taps, DIRECTIONS, layout, scaled=scaled, passes=BOTH, targets=targets
                     )
+            # Beside what it costs to compute the states again; without a target.
+            yield Case(size, NARROW, "shared", DIRECTIONS, layout, scaled=True, passes=BOTH, kept=True)
 
 
 def few_planes() -> Iterator[Case]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import Problem
-from ..backends.cuda import driver, plan, toolchain
+from ..backends.cuda import driver, plan, states_sum, toolchain
 from ..backends.cuda.geometry import Case as PlannerCase
 from ..backends.cuda.geometry import Device, Kernel, View
 from ..ops.propagate import _problem
@@ -40,6 +40,8 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.gspn2.propagate.default:
             self._forward(result, *args)
+        elif func is torch.ops.gspn2.propagate_keeping.default:
+            self._keeping(*result, *args)
         elif func is torch.ops.gspn2.propagate_backward.default:
             self._backward(result, *args)
         return result
@@ -48,6 +50,17 @@ class Recorder(TorchDispatchMode):
         x, taps, lam, gate, directions, chunk, normalize, _ = args
         problem = _problem(x, taps, directions, chunk, normalize)
         self._note(problem, {"x": x, "taps": taps, "lam": lam, "gate": gate, "y": y}, False)
+
+    def _keeping(self, y: Tensor, h: Tensor, *args: Any) -> None:
+        x, taps, lam, gate, directions, chunk, normalize, _ = args
+        problem = replace(_problem(x, taps, directions, chunk, normalize), device="cuda")
+        tensors = {"x": x, "taps": taps, "lam": lam, "gate": gate, "y": y}
+        views = {name: View.of(it) for name, it in tensors.items() if it is not None}
+        case, states = PlannerCase(problem, self.device, views), View.of(h)
+        plans = [plan.choose(scan) for scan in states_sum.scans(case, states)]
+        summed = {"x": states} | {name: views[name] for name in ("gate", "y") if name in views}
+        plans.append(states_sum.plan(PlannerCase(problem, self.device, summed)))
+        self.kernels |= dict.fromkeys(launch.kernel for it in plans for launch in it.launches)
 
     def _backward(self, gradients: tuple[Tensor, ...], *args: Any) -> None:
         dy, x, taps, lam, gate, directions, chunk, normalize, _, needs, *rest = args

@@ -48,6 +48,7 @@ class Scan:
         scaled: `propagate` with lam and gate.
         passes: "forward", "backward".
         chunk: lines between restarts, or None.
+        kept: forward keeps the states of all directions, and backward reads them.
     """
 
     size: Size
@@ -59,6 +60,7 @@ class Scan:
     scaled: bool = False
     passes: tuple[str, ...] = ("forward",)
     chunk: int | None = None
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -68,7 +70,8 @@ class Scan:
         words.append("planes" if self.layout == PLANES else "pixels")
         if not self.scan:
             words.append("scaled" if self.scaled else "bare")
-        return " ".join([*words, *([f"chunk {self.chunk}"] if self.chunk else [])])
+        words += [f"chunk {self.chunk}"] if self.chunk else []
+        return " ".join([*words, *(["kept"] if self.kept else [])])
 
     @property
     def groups(self) -> int:
@@ -93,7 +96,7 @@ class Scan:
         }
 
     def bytes(self, which: str) -> int:
-        """Every input read once, every output written once."""
+        """Every input read once, every output written once; states that are kept are neither."""
         inputs, image = sum(self.numbers.values()), self.numbers["x"]
         elements = inputs + image if which == "forward" else inputs + image + inputs
         return elements * self.dtype.itemsize
@@ -119,6 +122,7 @@ class Scan:
             "lam_and_gate": self.scaled,
             "input_sets": self.sets,
             **({"chunk": self.chunk} if self.chunk else {}),
+            **({"kept_states": True} if self.kept else {}),
         }
 
     def problem(self) -> Problem:
@@ -177,7 +181,13 @@ def operator_calls(
         if scan.scan:
             assert lam is not None
             return gspn2.line_scan(x, lam[:, 0], taps[:, 0], **options, direction=scan.directions[0])
+        if scan.kept:
+            return keeping(i)[0]
         return gspn2.propagate(x, taps, lam, gate, **options, directions=scan.directions)
+
+    def keeping(i: int) -> tuple[Tensor, Tensor]:
+        settings = (indices, scan.chunk or 0, True, backend)
+        return torch.ops.gspn2.propagate_keeping(*inputs[i][:4], *settings)
 
     # As autograd does it: a single scan's output is kept for its backward.
     hidden: dict[int, Tensor] = {}
@@ -186,6 +196,8 @@ def operator_calls(
         x, taps, lam, gate, dy = inputs[i]
         if i not in hidden and _is_hidden_state(x, gate, indices):
             hidden[i] = forward(i)
+        if i not in hidden and scan.kept:
+            hidden[i] = keeping(i)[1]
         needs = [True, True, lam is not None, gate is not None]
         settings = (indices, scan.chunk or 0, not scan.scan, backend, needs, hidden.get(i))
         return torch.ops.gspn2.propagate_backward(dy, x, taps, lam, gate, *settings)
