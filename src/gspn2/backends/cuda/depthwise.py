@@ -94,7 +94,8 @@ def weight_gradient(dy: Tensor, x: Tensor, side: int, other: Tensor | None = Non
             channels, dtype=torch.float32
         )
     index = x.get_device()
-    loaded, groups = _ready(tuple(x.shape), (x.dtype, torch.float32, side, False, False, False, True), index)
+    flags = (False, False, False, other is not None, True)
+    loaded, groups = _ready(tuple(x.shape), (x.dtype, torch.float32, side, flags), index)
     partial = torch.empty(groups, taps + 1, channels, dtype=torch.float32, device=x.device)
     _run(loaded, (x, dy, None, None, None, partial, other), index)
     sums = partial.sum(0)
