@@ -24,7 +24,8 @@ from gspn2.cli.main import main
 from gspn2.integrations.diffusers import UNetMixers, mount, unmount
 from gspn2.integrations.diffusers.distill import DistillConfig, batches_of, distill
 from gspn2.integrations.diffusers.distillation import Batch, Distiller, twin
-from gspn2.integrations.diffusers.pairs import buckets, find_pairs
+from gspn2.integrations.diffusers.pairs import buckets, fitted
+from gspn2.integrations.diffusers.sources import Options, find_source, list_pictures
 from gspn2.training.errors import DataError, Interrupted, UserError
 
 SIZES = {"wide": (48, 96), "square": (64, 64), "high": (100, 60), "other": (70, 66)}
@@ -72,6 +73,11 @@ def config(folders, out, name="sdxl", **changes):
 
 def losses(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def listed(data, kept, **options):
+    chosen = Options(**options)
+    return list_pictures(find_source(str(data), chosen), str(data), chosen, kept, lambda count: None)
 
 
 def test_a_twin_shares_every_tensor_and_no_module():
@@ -174,7 +180,8 @@ def test_a_signal_saves_first(folders, tmp_path):
 
 
 def test_two_processes_take_the_steps_of_one(folders, tmp_path):
-    distill(config(folders, tmp_path / "one", steps=3))
+    """Also when each takes its share in two passes."""
+    distill(config(folders, tmp_path / "one", steps=3, batch_size=4))
     command = [
         "-m",
         "torch.distributed.run",
@@ -186,8 +193,8 @@ def test_two_processes_take_the_steps_of_one(folders, tmp_path):
         "distill",
     ]
     fixed = ["--pipeline", str(folders / "sdxl"), "--data", str(folders / "data"), "--device", "cpu"]
-    sizes = ["--resolution", "64", "--steps", "3", "--batch-size", "2", "--sample-every", "0"]
-    rates = ["--warmup", "1", "--lr", "3e-3", "--out", str(tmp_path / "two")]
+    sizes = ["--resolution", "64", "--steps", "3", "--batch-size", "4", "--sample-every", "0"]
+    rates = ["--accumulate", "2", "--warmup", "1", "--lr", "3e-3", "--out", str(tmp_path / "two")]
     done = subprocess.run(
         [sys.executable, *command, *fixed, *sizes, *rates],
         capture_output=True,
@@ -220,10 +227,10 @@ def test_buckets_and_crops(folders):
     assert {(w, h) for h, w in sizes} == set(sizes)
     with pytest.raises(ValueError, match="multiple of 32, got 100"):
         buckets(100, 32)
-    pairs = find_pairs(folders / "data", buckets(128, 32))
+    pairs = [fitted(picture, buckets(128, 32)) for picture in listed(folders / "data", folders).pictures]
     assert [pair.caption for pair in pairs] == ["a high", "a other", "a square", "a wide"]
     for pair in pairs:
-        assert pair.original == SIZES[pair.image.stem]
+        assert pair.original == SIZES[pair.caption.removeprefix("a ")]
         assert (pair.size[0] - pair.size[1]) * (pair.original[0] - pair.original[1]) >= 0
     order = batches_of(pairs, 2, 0, 0)
     assert {i for batch in order for i in batch} == set(range(4))
@@ -235,7 +242,7 @@ def test_buckets_and_crops(folders):
     [
         ("caption", "no caption, expected lonely.txt"),
         ("empty", "is empty"),
-        ("picture", "cannot read"),
+        ("picture", "no readable picture with a caption in .*lonely.png: not an image"),
         ("none", "no picture"),
         ("folder", "no such"),
     ],
@@ -252,7 +259,7 @@ def test_bad_data_is_refused(folders, tmp_path, fault, message):
         if fault != "caption":
             (data / "lonely.txt").write_text(" " if fault == "empty" else "words")
     with pytest.raises(DataError, match=message):
-        find_pairs(data, [(64, 64)])
+        listed(data, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +267,9 @@ def test_bad_data_is_refused(folders, tmp_path, fault, message):
     [
         (["--resolution", "100"], "resolution: expected a multiple of"),
         (["--drop", "1"], "drop: expected"),
+        (["--batch-size", "6", "--accumulate", "4"], "multiple of 4 (1 processes x 4 passes), got 6"),
+        (["--data", "hf:nowhere/at/all"], "nowhere/at/all: cannot be loaded"),
+        (["--data", "missing-{0..3}.tar"], "no such file"),
         (["--noise", "0", "--teacher", "0", "--features", "0"], "one loss"),
         (["--pipeline", "nowhere"], "no model_index.json in nowhere"),
         (["--resume"], "no last.safetensors to resume from"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.errors import Interrupted
+from ..training.log import FAULTS
 from .common import guarded, positive
 from .progress import PLAIN_SECONDS
 
@@ -19,14 +20,19 @@ EPILOG = """examples:
   gspn2 distill --pipeline sdxl/ --data pictures/ --out runs/sdxl
   gspn2 distill --pipeline sdxl/ --data pictures/ --out runs/sdxl --resume
   accelerate launch -m gspn2 distill --pipeline sdxl/ --data pictures/ --batch-size 64
+  gspn2 distill --pipeline sdxl/ --data 'shards/{000..127}.tar' --caption-column caption
+  gspn2 distill --pipeline sdxl/ --data hf-stream:NAME --pictures 50000
 
-The data is a folder of pictures, each with a caption beside it: cat.jpg and cat.txt. Latents and prompt
-embeddings are made once and kept. The trained mixers are in OUT/mixers, for `gspn2 generate --mixers`."""
+The data is a folder of pictures, each with a caption beside it (cat.jpg and cat.txt), WebDataset's shards, or
+a data set of the datasets library, whole or as a stream. Latents and prompt embeddings are made once and
+kept. The trained mixers are in OUT/mixers, for `gspn2 generate --mixers`."""
 
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "resolution": (positive, "side of a square picture, in pixels (default: the UNet's)"),
     "steps": (positive, "of the run (default: 10000)"),
     "batch_size": (positive, "pictures a step, of all processes together (default: 16)"),
+    "accumulate": (positive, "passes in which each process takes its share of a step (default: 1)"),
+    "pictures": (positive, "the first so many of the data (default: all)"),
     "lr": (float, "peak learning rate (default: 1e-4)"),
     "warmup": (int, "steps up to it (default: 500)"),
     "clip": (float, "largest norm of the gradient (default: 1)"),
@@ -49,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gspn2 distill`."""
     parser.epilog = EPILOG
     parser.add_argument("--pipeline", type=Path, required=True, metavar="PATH", help="folder of a pipeline")
-    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="pictures and captions")
+    data = "pictures and captions: folder, .tar files, hf:NAME or hf-stream:NAME"
+    parser.add_argument("--data", required=True, metavar="DATA", help=data)
+    image = "of the data set (default: the first of images)"
+    parser.add_argument("--image-column", metavar="NAME", help=image)
+    column = "of the data set or of the shards' .json files (default: found by its name)"
+    parser.add_argument("--caption-column", metavar="NAME", help=column)
     parser.add_argument("--out", type=Path, default=Path("runs/distill"), metavar="DIR", help="of the run")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of latents and prompts (default: in OUT)")
     parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint in OUT")
@@ -76,6 +87,8 @@ def _distill(args: argparse.Namespace) -> int:
         data=args.data,
         out=args.out,
         cache=args.cache,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
         bf16=args.amp == "bf16" or (args.amp == "auto" and device == "cuda"),
         checkpointing=args.grad_checkpointing,
         device=device,
@@ -91,6 +104,9 @@ def _distill(args: argparse.Namespace) -> int:
         print("resume with: the same command and --resume", file=sys.stderr)
         return 128 + stop.signum
     if main_process:
+        if (args.out / FAULTS).is_file():
+            count = len((args.out / FAULTS).read_text(encoding="utf-8").splitlines())
+            print(f"left out {count} unreadable pictures: {args.out / FAULTS}")
         print(f"wrote {mixers}; use it with: gspn2 generate PROMPT --mixers {shlex.quote(str(mixers))} ...")
     return 0
 
@@ -102,7 +118,8 @@ class _Lines:
         self._printed = 0.0
 
     def __call__(self, what: str, done: int, total: int, losses: dict[str, float]) -> None:
-        text = "  ".join([f"{what} {done}/{total}", *(f"{name} {x:.4f}" for name, x in losses.items())])
+        count = f"{what} {done}/{total}" if total else f"{what} {done}"
+        text = "  ".join([count, *(f"{name} {x:.4f}" for name, x in losses.items())])
         if sys.stderr.isatty():
             print(f"\r\x1b[K{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
         elif done == total or time.monotonic() - self._printed > PLAIN_SECONDS:

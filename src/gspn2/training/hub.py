@@ -55,7 +55,7 @@ class HubImages(Sequence[HubImage]):
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return _image(self._rows[int(index)][self._column], f"{self._name}[{index}]")
+        return stored_image(self._rows[int(index)][self._column], f"{self._name}[{index}]")
 
     def take(self, indices: Sequence[int]) -> HubImages:
         """Some of them."""
@@ -79,11 +79,12 @@ class HubStream:
         rows = self._rows.skip(skip) if skip else self._rows
         for number, row in enumerate(rows, start=skip):
             label = row[self._columns.label]
-            image = _image(row[self._columns.image], f"{self._name}[{number}]")
+            image = stored_image(row[self._columns.image], f"{self._name}[{number}]")
             yield image, index[label] if isinstance(label, str) else int(label)
 
 
-def _image(stored: Any, name: str) -> HubImage:
+def stored_image(stored: Any, name: str) -> HubImage:
+    """What a row holds in an undecoded column of images; `name` is for messages."""
     if not isinstance(stored, dict):
         return HubImage(name, None, None)
     path = stored.get("path")
@@ -93,14 +94,14 @@ def _image(stored: Any, name: str) -> HubImage:
 def find_hub(data: str) -> Parts:
     """A whole data set: its own split, or everything for us to divide."""
     name = data.removeprefix(WHOLE)
-    splits = _load(name, stream=False)
+    splits = load_splits(name, stream=False)
     train, test = _roles(splits, data)
     columns = _columns(splits[train or test], data)
     parts, labels = {}, {}
     for split in filter(None, (train, test)):
         rows = splits[split]
         labels[split] = rows[columns.label]
-        images = rows.select_columns([columns.image]).cast_column(columns.image, _encoded())
+        images = rows.select_columns([columns.image]).cast_column(columns.image, undecoded())
         parts[split] = HubImages(images, columns.image, f"{name}/{split}")
     names = columns.class_names or tuple(sorted({str(v) for part in labels.values() for v in part}))
     index = {value: i for i, value in enumerate(names)}
@@ -131,7 +132,7 @@ class HubStreams:
 def find_streams(data: str) -> HubStreams:
     """A data set of which nothing is kept: it has to bring a split, and to name its classes."""
     name = data.removeprefix(STREAM)
-    splits = _load(name, stream=True)
+    splits = load_splits(name, stream=True)
     train, test = _roles(splits, data)
     columns = _columns(splits[train or test], data)
     if columns.class_names is None:
@@ -142,15 +143,23 @@ def find_streams(data: str) -> HubStreams:
             return None, 0
         rows = splits[split].select_columns([columns.image, columns.label])
         info = (rows.info.splits or {}).get(split)
-        images = rows.cast_column(columns.image, _encoded())
+        images = rows.cast_column(columns.image, undecoded())
         return HubStream(images, columns, f"{name}/{split}"), info.num_examples or 0 if info else 0
 
     (ours, count), (theirs, tests) = stream(train), stream(test)
     return HubStreams(columns.class_names, ours, theirs, count, tests)
 
 
-def _load(name: str, stream: bool) -> Any:
-    import datasets
+def load_splits(name: str, stream: bool) -> Any:
+    """Splits by name, of NAME or NAME#CONFIG on the hub, of a folder, or of what `save_to_disk` wrote.
+
+    Raises:
+        DataError: it cannot be loaded, or the library is not there.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f'{name}: needs the library datasets (pip install "gspn2[datasets]")') from None
 
     path, _, config = name.partition("#")
     folder = Path(path)
@@ -188,7 +197,8 @@ def _columns(rows: Any, data: str) -> Columns:
     return Columns(images[0], labels[0], tuple(kind.names) if isinstance(kind, ClassLabel) else None)
 
 
-def _encoded() -> Any:
+def undecoded() -> Any:
+    """The kind of a column whose images stay encoded."""
     from datasets import Image
 
     return Image(decode=False)

@@ -231,6 +231,16 @@ def _cache() -> Path:
 
 def _scan(path: str) -> Iterator[Entry]:
     """Read a shard's headers, and of its contents the classes alone."""
+    for tar, members in grouped(path):
+        yield from _sample(tar, members)
+
+
+def grouped(path: str) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
+    """The samples of a shard: the open file, and the members of each.
+
+    Raises:
+        DataError: not a tar file, a compressed or a damaged one.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
             key: str | None = None
@@ -243,12 +253,12 @@ def _scan(path: str) -> Iterator[Entry]:
                     continue
                 this = f"{folder}/{base.partition('.')[0]}"
                 if this != key and group:
-                    yield from _sample(tar, group)
+                    yield tar, group
                     group = []
                 key = this
                 group.append(member)
             if group:
-                yield from _sample(tar, group)
+                yield tar, group
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: not an uncompressed tar file, or a damaged one: {error}") from error
 

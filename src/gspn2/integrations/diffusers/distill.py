@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from gspn2.training.checkpoint import part, write_safetensors
-from gspn2.training.errors import CheckpointError, Interrupted, TrainingFailed, UserError
+from gspn2.training.errors import CheckpointError, DataError, Interrupted, TrainingFailed, UserError
+from gspn2.training.failure import write_faults
 from gspn2.training.rng import derive_seed, seeded
 from gspn2.training.schedule import learning_rate
 from gspn2.training.state import load_optimizer, load_weights, prefixed
@@ -30,11 +32,14 @@ from gspn2.training.stopping import StopRequest
 from .distillation import LOSSES, Average, Batch, Distiller
 from .generate import KINDS
 from .mounting import mount
-from .pairs import Cache, Pair, buckets, find_pairs
+from .pairs import Cache, Pair, buckets, fitted
 from .sampling import Sampler
+from .sources import Options, Source, find_source, list_pictures
 
 LAST, LOG, MIXERS = "last.safetensors", "log.jsonl", "mixers"
-_FREE_ON_RESUME = {"out", "cache", "device", "checkpointing", "save_every", "sample_every", "samples"}
+_FREE_ON_RESUME = {
+    *("out", "cache", "device", "checkpointing", "accumulate", "save_every", "sample_every", "samples")
+}
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """Called with what is being done, how much of it is done, how much there is, and the losses of a step."""
@@ -46,12 +51,13 @@ class DistillConfig:
 
     Args:
         pipeline: folder of a Stable Diffusion or SDXL pipeline, the teacher.
-        data: folder of pictures with captions (`pairs.find_pairs`).
+        data: pictures with captions: a folder, tar shards, "hf:NAME" or "hf-stream:NAME" (`sources`).
         out: folder of the run.
         cache: folder of latents and prompt embeddings; None for one in `out`.
         resolution: side of a square picture; other aspect ratios get as many pixels. None: what the UNet was
             trained at.
         steps, batch_size: of the run, and of a step, of all processes together.
+        accumulate: passes that each process takes its share of a step in.
         lr, warmup, clip: AdamW's peak rate, steps to it, largest norm of the gradient.
         noise, teacher, features: weights of the losses.
         drop: share of captions left out, for classifier-free guidance.
@@ -62,13 +68,14 @@ class DistillConfig:
         save_every, sample_every: steps between checkpoints and between grids; 0 for no grids.
         samples, sample_steps, guidance: pictures in a grid, and how they are made.
         device: "cpu", or anything else for what Accelerate finds.
+        image_column, caption_column, pictures: what to take of the data (`sources.Options`).
 
     Raises:
         UserError: something cannot be.
     """
 
     pipeline: Path
-    data: Path
+    data: Path | str
     out: Path
     cache: Path | None = None
     resolution: int | None = None
@@ -92,11 +99,17 @@ class DistillConfig:
     guidance: float = 5.0
     seed: int = 0
     device: str = "auto"
+    accumulate: int = 1
+    image_column: str | None = None
+    caption_column: str | None = None
+    pictures: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "proxy_ratio", "save_every", "samples", "sample_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        counts = ("steps", "batch_size", "accumulate", "proxy_ratio", "save_every", "samples", "sample_steps")
+        for name in (*counts, "pictures"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected at least 1, got {value}")
         for name in ("warmup", "noise", "teacher", "features", "sample_every"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -143,7 +156,11 @@ class DistillConfig:
         return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
-def distill(config: DistillConfig, report: Report = lambda *_: None, *, resume: bool = False) -> Path:
+def _silent(what: str, done: int, total: int, losses: dict[str, float]) -> None:
+    """A report to nobody."""
+
+
+def distill(config: DistillConfig, report: Report = _silent, *, resume: bool = False) -> Path:
     """Train mixers to stand in for a pipeline's self-attentions.
 
     Args:
@@ -159,9 +176,9 @@ def distill(config: DistillConfig, report: Report = lambda *_: None, *, resume: 
         TrainingFailed: the loss is no longer finite.
         Interrupted: SIGINT or SIGTERM came; the state has been saved.
     """
-    pairs = find_pairs(config.data, config.sizes())
-    about = {"settings": config.settings(), "data": _digest(config, pairs)}
-    saved = _read_checkpoint(config.out / LAST, about) if resume else None
+    sizes = config.sizes()
+    if resume and not (config.out / LAST).is_file():
+        raise CheckpointError(f"out: no {LAST} to resume from in {config.out}")
     if not resume and any((config.out / name).exists() for name in (LAST, MIXERS)):
         raise UserError(f"out: {config.out} holds a run; --resume goes on with it, or take another folder")
     accelerator = Accelerator(
@@ -169,15 +186,52 @@ def distill(config: DistillConfig, report: Report = lambda *_: None, *, resume: 
         cpu=config.device == "cpu",
         step_scheduler_with_optimizer=False,
     )
-    if config.batch_size % accelerator.num_processes:
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
         raise UserError(
-            f"batch_size: expected a multiple of the {accelerator.num_processes} processes, got"
-            f" {config.batch_size}"
+            f"batch_size: expected a multiple of {parts} ({accelerator.num_processes} processes x"
+            f" {config.accumulate} passes), got {config.batch_size}"
         )
+    if not accelerator.is_main_process:
+        report = _silent
+    data = _Data.found(config, sizes, accelerator, report)
+    about = {"settings": config.settings(), "data": data.digest()}
+    saved = _read_checkpoint(config.out / LAST, about) if resume else None
     with StopRequest() as stop:
-        run = _Run(config, accelerator, pairs, about, report)
+        run = _Run(config, accelerator, data, about, report, resume)
         run.train(saved, stop)
     return config.out / MIXERS
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Pictures, as they were listed, and where they come from."""
+
+    source: Source
+    pairs: list[Pair]
+    faults: list[str]
+
+    @classmethod
+    def found(
+        cls, config: DistillConfig, sizes: list[tuple[int, int]], accelerator: Accelerator, report: Report
+    ) -> _Data:
+        options = Options(config.image_column, config.caption_column, config.pictures)
+        source = find_source(str(config.data), options)
+        # The others find the list of the first process, where it is one that is kept.
+        with accelerator.main_process_first():
+            listing = list_pictures(
+                source,
+                str(config.data),
+                options,
+                config.cache or config.out / "cache",
+                lambda count: report("pictures", count, 0, {}),
+            )
+        return cls(source, [fitted(picture, sizes) for picture in listing.pictures], listing.faults)
+
+    def digest(self) -> str:
+        """What the examples are, wherever they are."""
+        named = [(pair.picture.label, pair.caption, pair.size) for pair in self.pairs]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 class _Run:
@@ -187,15 +241,19 @@ class _Run:
         self,
         config: DistillConfig,
         accelerator: Accelerator,
-        pairs: list[Pair],
+        data: _Data,
         about: dict[str, Any],
         report: Report,
+        resumed: bool,
     ) -> None:
-        self.config, self.accelerator, self.pairs, self.about = config, accelerator, pairs, about
-        self.report = report if accelerator.is_main_process else lambda *_: None
+        self.config, self.accelerator, self.about, self.report = config, accelerator, about, report
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.cache = Cache(config.cache or config.out / "cache", config.pipeline, dtype)
-        pipe = self._encoded_pipeline(dtype)
+        pipe = self._encoded_pipeline(data, dtype, resumed)
+        self.pairs, unread = self.cache.split(data.pairs)
+        self.faults = [*data.faults, *unread]
+        if not self.pairs:
+            raise DataError(f"data: not one picture can be read: {self.faults[0]}")
         pipe.unet.to(accelerator.device)
         try:
             # The same fresh mixers in all processes.
@@ -212,16 +270,16 @@ class _Run:
         self.mixers = distiller.mixers
         self.sampler = Sampler(pipe, distiller.student, config.guidance, config.sample_steps, config.seed)
         self.average = Average(self.mixers, config.ema)
-        self._order = 0, batches_of(pairs, config.batch_size, config.seed, 0)
+        self._order = 0, batches_of(self.pairs, config.batch_size, config.seed, 0)
         self._levels = int(distiller.schedule.config.num_train_timesteps)
         self.parameters = list(self.mixers.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0)
         self.distiller = accelerator.prepare_model(distiller)
 
-    def _encoded_pipeline(self, dtype: torch.dtype) -> Any:
+    def _encoded_pipeline(self, data: _Data, dtype: torch.dtype, resumed: bool) -> Any:
         """The pipeline without its text encoders, once all latents and embeddings are on disk."""
         config, accelerator = self.config, self.accelerator
-        pairs, captions = self.cache.missing(self.pairs)
+        pairs, captions = self.cache.missing(data.pairs, known_faults=resumed)
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         # Everybody has looked before anybody writes: the shares must be of the same list.
         accelerator.wait_for_everyone()
@@ -241,6 +299,7 @@ class _Run:
         self.cache.build(
             pipe,
             pairs[share],
+            data.source.open([pair.picture for pair in pairs[share]]),
             captions[share],
             accelerator.device,
             lambda what, done, total: self.report(what, done, total, {}),
@@ -254,6 +313,8 @@ class _Run:
         """All steps that are left."""
         config = self.config
         config.out.mkdir(parents=True, exist_ok=True)
+        if self.faults and self.accelerator.is_main_process:
+            write_faults(config.out, self.faults)
         first = self._restore(saved) if saved is not None else 0
         with _Log(config.out / LOG, first, self.accelerator.is_main_process) as log:
             for step in range(first, config.steps):
@@ -277,21 +338,30 @@ class _Run:
         rate = learning_rate(step, config.steps, config.warmup, config.lr, 0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = self.distiller(self._batch(step).to(accelerator.device))
-        accelerator.backward(losses["loss"])
+        values = torch.zeros(len(LOSSES) + 1, device=accelerator.device)
+        examples = self._places(step)
+        size = len(examples) // config.accumulate
+        for start in range(0, len(examples), size):
+            batch = collate([self._example(step, *example) for example in examples[start : start + size]])
+            # Processes add up their gradients once, in the last pass.
+            last = start + size == len(examples)
+            with nullcontext() if last else accelerator.no_sync(self.distiller):
+                losses = self.distiller(batch.to(accelerator.device))
+                accelerator.backward(losses["loss"] / config.accumulate)
+            shown = torch.stack([losses[name].detach().float() for name in (*LOSSES, "loss")])
+            values += shown / config.accumulate
         accelerator.clip_grad_norm_(self.parameters, config.clip)
-        values = torch.stack([losses[name].detach().float() for name in (*LOSSES, "loss")])
-        shown = dict(zip((*LOSSES, "loss"), accelerator.reduce(values, "mean").tolist(), strict=True))
-        if not all(abs(value) < float("inf") for value in shown.values()):
-            raise TrainingFailed(f"the loss at step {step} is {shown['loss']}; a smaller --lr may help")
+        found = dict(zip((*LOSSES, "loss"), accelerator.reduce(values, "mean").tolist(), strict=True))
+        if not all(abs(value) < float("inf") for value in found.values()):
+            raise TrainingFailed(f"the loss at step {step} is {found['loss']}; a smaller --lr may help")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.mixers, step)
-        self.report("steps", step + 1, config.steps, shown)
-        return shown
+        self.report("steps", step + 1, config.steps, found)
+        return found
 
-    def _batch(self, step: int) -> Batch:
-        """This process's share of a step's pictures, with their noise."""
+    def _places(self, step: int) -> list[tuple[int, Pair]]:
+        """This process's share of a step: places in the batch, and pictures, all of one size."""
         config, count = self.config, self.accelerator.num_processes
         # An epoch has as many batches as any other: its buckets are as full.
         epoch, place = divmod(step, len(self._order[1]))
@@ -299,7 +369,7 @@ class _Run:
             self._order = epoch, batches_of(self.pairs, config.batch_size, config.seed, epoch)
         indices = self._order[1][place]
         places = range(self.accelerator.process_index, config.batch_size, count)
-        return collate([self._example(step, place, self.pairs[indices[place]]) for place in places])
+        return [(place, self.pairs[indices[place]]) for place in places]
 
     def _example(
         self, step: int, place: int, pair: Pair
@@ -398,20 +468,10 @@ class _Log:
             os.fsync(self._file.fileno())
 
 
-def _digest(config: DistillConfig, pairs: list[Pair]) -> str:
-    """What the examples are, whatever folder they are in."""
-    named = [
-        (str(p.image.relative_to(config.data)), p.image.stat().st_size, p.caption, p.size) for p in pairs
-    ]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-
 def _read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors of a run's last checkpoint, and its `step` as one of them."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise CheckpointError(f"out: no {path.name} to resume from in {path.parent}")
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})["gspn2_distill"])

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,30 +20,62 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gspn2.training.checkpoint import write_safetensors
+from gspn2.training.checkpoint import replacing, write_safetensors
 from gspn2.training.errors import DataError
+from gspn2.training.samples import Source as Stored
+from gspn2.training.samples import read_source
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 _NARROWEST = 2.0
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A picture and its caption.
+class Picture:
+    """A picture with a caption, as a source lists it.
 
     Args:
-        image: the file.
+        name: what a person would look for.
+        place: where its source finds it: numbers and text.
+        key: changes with the picture; its latents are kept under it.
+        label: the same wherever the data are; a run that is resumed must find the same ones.
         caption: what it shows.
+        height, width: as it is shown, in pixels.
+    """
+
+    name: str
+    place: Any
+    key: str
+    label: str
+    caption: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and what is made of it.
+
+    Args:
+        picture: with its caption.
         size: height and width it is brought to, in pixels.
-        original: height and width it has.
         crop: rows and columns cut off at the top and left, once it covers `size`.
     """
 
-    image: Path
-    caption: str
+    picture: Picture
     size: tuple[int, int]
-    original: tuple[int, int]
     crop: tuple[int, int]
+
+    @property
+    def caption(self) -> str:
+        """What it shows."""
+        return self.picture.caption
+
+    @property
+    def original(self) -> tuple[int, int]:
+        """Height and width it has."""
+        return self.picture.height, self.picture.width
 
 
 def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
@@ -63,49 +95,13 @@ def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def find_pairs(folder: Path, sizes: Sequence[tuple[int, int]]) -> list[Pair]:
-    """Pictures with a caption of the same name that ends in .txt, in a folder and those below it, by name.
-
-    Every picture's header is read and every caption, so that what is wrong is found before long work.
-
-    Raises:
-        DataError: no such folder, no picture in it, a caption that is missing, empty or unreadable, or a file
-            that is no picture.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if not folder.is_dir():
-        raise DataError(f"data: {folder}: {'is a file, expected a folder' if folder.exists() else 'no such'}")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.startswith("."))
-    if not files:
-        raise DataError(f"data: no picture ({', '.join(IMAGES)}) in {folder}")
-    found = []
-    for file in files:
-        text = file.with_suffix(".txt")
-        try:
-            caption = " ".join(text.read_text(encoding="utf-8").split())
-        except FileNotFoundError:
-            raise DataError(f"data: {file} has no caption, expected {text.name} beside it") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data: cannot read {text}: {error}") from error
-        if not caption:
-            raise DataError(f"data: the caption {text} is empty")
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"data: cannot read {file}: {error}") from error
-        found.append(_fitted(file, caption, (height, width), sizes))
-    return found
-
-
-def _fitted(file: Path, caption: str, original: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Pair:
+def fitted(picture: Picture, sizes: Sequence[tuple[int, int]]) -> Pair:
     """The bucket of the nearest aspect ratio, and what is cut off there."""
+    original = picture.height, picture.width
     aspect = math.log(original[0] / original[1])
     size = min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
     covering = _covering(original, size)
-    crop = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
-    return Pair(file, caption, size, original, crop)
+    return Pair(picture, size, ((covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2))
 
 
 def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -114,24 +110,22 @@ def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     return max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
 
 
-def read_pixels(pair: Pair) -> Tensor:
+def pixels_of(pair: Pair, image: Image) -> Tensor:
     """The picture, resized and cut, (1, 3, height, width) in [-1, 1].
 
     Raises:
-        DataError: the file cannot be decoded.
+        DataError: it has not the size that it was listed with.
     """
-    from PIL import Image
+    from PIL import Image as module
 
+    if (image.height, image.width) != pair.original:
+        listed = "{} x {}".format(*pair.original)
+        raise DataError(f"{pair.picture.name}: is {image.height} x {image.width}, was listed as {listed}")
     height, width = _covering(pair.original, pair.size)
     top, left = pair.crop
-    try:
-        with Image.open(pair.image) as image:
-            resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"data: cannot decode {pair.image}: {error}") from error
+    resized = image.convert("RGB").resize((width, height), module.Resampling.LANCZOS)
     cut = resized.crop((left, top, left + pair.size[1], top + pair.size[0]))
-    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None]
-    return pixels.float() / 127.5 - 1
+    return torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 class Cache:
@@ -149,9 +143,11 @@ class Cache:
 
     def latents_file(self, pair: Pair) -> Path:
         """Where the latents of a picture are, or will be."""
-        about = pair.image.stat()
-        named = [str(pair.image.resolve()), about.st_size, about.st_mtime_ns, pair.size, pair.crop]
-        return self._file("latents", named)
+        return self._file("latents", [pair.picture.key, pair.size, pair.crop])
+
+    def fault_file(self, pair: Pair) -> Path:
+        """Where it says why a picture could not be read, if it could not."""
+        return self.latents_file(pair).with_suffix(".unreadable.txt")
 
     def prompt_file(self, caption: str | None) -> Path:
         """Where the embeddings of a caption are; None stands for no caption, as guidance has it."""
@@ -161,13 +157,34 @@ class Cache:
         digest = hashlib.sha256(json.dumps([kind, self._encoders, named]).encode()).hexdigest()
         return self.folder / f"{kind}-{digest[:32]}.safetensors"
 
-    def missing(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[str | None]]:
-        """Pictures and captions that have not been encoded yet."""
+    def missing(self, pairs: Sequence[Pair], known_faults: bool) -> tuple[list[Pair], list[str | None]]:
+        """Pictures and captions that have not been encoded yet.
+
+        Args:
+            pairs: among these.
+            known_faults: leave out pictures that could not be read before: a run that is resumed goes on
+                without them, a new one tries them again.
+        """
         captions: list[str | None] = [None, *dict.fromkeys(pair.caption for pair in pairs)]
         return (
-            [pair for pair in pairs if not self.latents_file(pair).is_file()],
+            [
+                pair
+                for pair in pairs
+                if not self.latents_file(pair).is_file()
+                and not (known_faults and self.fault_file(pair).is_file())
+            ],
             [caption for caption in captions if not self.prompt_file(caption).is_file()],
         )
+
+    def split(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
+        """Pairs that have latents, and what was wrong with the others."""
+        encoded = [self.latents_file(pair).is_file() for pair in pairs]
+        faults = [
+            self.fault_file(pair).read_text(encoding="utf-8")
+            for pair, fine in zip(pairs, encoded, strict=True)
+            if not fine
+        ]
+        return [pair for pair, fine in zip(pairs, encoded, strict=True) if fine], faults
 
     def latents(self, pair: Pair) -> Tensor:
         """Scaled latents of a picture, (C, h, w)."""
@@ -189,18 +206,28 @@ class Cache:
         self,
         pipe: Any,
         pairs: Sequence[Pair],
+        stored: Iterator[Stored],
         captions: Sequence[str | None],
         device: torch.device,
         progress: Callable[[str, int, int], None],
     ) -> None:
-        """Encode what is missing; each file is written whole or not at all, so a later call goes on."""
+        """Encode what is missing; each file is written whole or not at all, so a later call goes on.
+
+        `stored` brings the picture of each pair in turn. One that cannot be read gets a file that says so.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
             for i, caption in enumerate(captions):
                 self._write(self.prompt_file(caption), _embed(pipe, caption, device))
                 progress("prompts", i + 1, len(captions))
-            for i, pair in enumerate(pairs):
-                latents = pipe.vae.encode(read_pixels(pair).to(device, pipe.vae.dtype)).latent_dist.mode()
+            for i, (pair, source) in enumerate(zip(pairs, stored, strict=True)):
+                try:
+                    pixels = pixels_of(pair, read_source(source))
+                except DataError as error:
+                    with replacing(self.fault_file(pair)) as draft:
+                        draft.write_text(str(error), encoding="utf-8")
+                    continue
+                latents = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode()
                 shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
                 scaled = (latents[0].float() - shift) * pipe.vae.config.scaling_factor
                 self._write(self.latents_file(pair), {"latents": scaled})
