@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-images", type=positive, default=default.train_images, metavar="N")
     parser.add_argument("--test-images", type=positive, default=default.test_images, metavar="N")
     parser.add_argument(
-        "--tests", type=positive, default=default.tests, metavar="N", help="points of a curve (default: 20)"
+        "--tests", type=positive, default=default.tests, metavar="N", help="points of a curve (default: 10)"
     )
     parser.add_argument(
         "--minutes", type=float, default=default.minutes, metavar="X", help="of a run (default: 10)"

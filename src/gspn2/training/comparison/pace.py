@@ -19,8 +19,8 @@ from .trainer import Block
 
 FILE = "pace.json"
 IMAGES = 2048
-BLOCK = 40
-ROUNDS = 5
+BLOCK = 30
+ROUNDS = 3
 
 
 def measure(

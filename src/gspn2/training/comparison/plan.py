@@ -36,13 +36,13 @@ class Settings:
         UserError: a number is not positive.
     """
 
-    steps: int = 5000
-    batch_size: int = 256
+    steps: int = 2000
+    batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.05
-    train_images: int = 100_000
-    test_images: int = 5_000
-    tests: int = 20
+    train_images: int = 50_000
+    test_images: int = 2_048
+    tests: int = 10
     minutes: float = 10.0
     amp: str = "auto"
 

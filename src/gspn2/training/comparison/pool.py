@@ -21,8 +21,8 @@ from .images import Source, making, workers
 from .lanes import Lanes
 from .plan import Run, Settings
 
-LANES = 4
-"""Runs of a process. More would wait for its CPU core, fewer leave the device idle."""
+LANES = 1
+"""Runs of a process. The GPU takes turns between processes: what they do on the CPU is hidden all the same."""
 LOOK_SECONDS = 0.2
 OnWord = Callable[[Run, str, str, int], None]
 
