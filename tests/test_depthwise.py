@@ -121,6 +121,40 @@ def test_operator_and_its_gradients(residual: bool, side: int) -> None:
         )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "side", "residual"), [((2, 64, 56, 56), 3, True), ((3, 134, 5, 9), 7, False)]
+)
+def test_operator_on_a_gpu(
+    shape: tuple[int, int, int, int], side: int, residual: bool, dtype: torch.dtype
+) -> None:
+    """Values and gradients against float64, by kernels of this project."""
+    torch.manual_seed(0)
+    channels = shape[1]
+    x, other, dy = (_images(*shape, dtype=dtype).cuda() for _ in range(3))
+    weight, bias = torch.randn(channels, 1, side, side).cuda(), torch.randn(channels).cuda()
+    assert depthwise.takes(x, weight, bias)
+
+    def run(function: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        y = function(*inputs)
+        return (y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype)))
+
+    def right(x: Tensor, weight: Tensor, bias: Tensor, *other: Tensor) -> Tensor:
+        source = x + other[0] if other else x
+        y = F.conv2d(source, weight, bias, padding=side // 2, groups=channels)
+        return y + source if residual else y
+
+    for inputs in ((x, weight, bias), (x, weight, bias, other)):
+        found = run(lambda *given: depthwise_op(*given, residual=residual), *inputs)
+        expected = run(right, *(tensor.double() for tensor in inputs))
+        for ours, theirs in zip(found, expected, strict=True):
+            error = (ours.double() - theirs).norm() / theirs.norm()
+            assert error <= (2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
 def test_registration() -> None:
     x = _images(2, 4, 5, 6, dtype=torch.float32)
     weight, bias = torch.randn(4, 1, 3, 3), torch.randn(4)
