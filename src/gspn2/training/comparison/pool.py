@@ -22,7 +22,7 @@ from .lanes import Lanes
 from .plan import Run, Settings
 
 LANES = 1
-"""Runs of a process. The GPU takes turns between processes: what they do on the CPU is hidden all the same."""
+"""Runs of a process. The GPU takes turns between processes, which hides what they do on the CPU."""
 LOOK_SECONDS = 0.2
 OnWord = Callable[[Run, str, str, int], None]
 
