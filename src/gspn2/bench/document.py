@@ -158,8 +158,8 @@ def _models(rows: Sequence[Row]) -> str:
 
 
 def _t2i(rows: Sequence[Row]) -> str:
-    steps = [[row["case"].removeprefix("step, "), *cells] for row in rows for cells in _steps(row)]
-    images = [[row["case"].removeprefix("image, "), *cells] for row in rows for cells in _images(row)]
+    steps = [[row["case"].split(", ")[1], *cells] for row in rows for cells in _steps(row)]
+    images = [[row["case"].split(", ", 1)[1], *cells] for row in rows for cells in _images(row)]
     heads = ["", "pass", ATTENTION, MIXERS, CUT, "over the floor", "of attention", "peak memory"]
     shown = [_table(heads, steps, left=2) + "\nMilliseconds a step.\n"] if steps else []
     heads = ["", DIRECT, PROGRESSIVE, "faster", "peak memory", "stated before"]
@@ -175,9 +175,9 @@ def _t2i(rows: Sequence[Row]) -> str:
 
 def _steps(row: Row) -> Iterator[list[str]]:
     """Lines of a case: ours over the floor, and over attention."""
-    for which in (STEP, GRAPH) if row["case"].startswith("step") else ():
+    for which in (STEP, GRAPH):
         found = [find(row, name, which) for name in (ATTENTION, MIXERS, CUT)]
-        if not any(found):
+        if found[1] is None:
             continue
         other, ours, floor = found
         yield [

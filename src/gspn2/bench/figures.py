@@ -216,14 +216,14 @@ def cpu(rows: Rows) -> Figure | None:
 
 def t2i(rows: Rows) -> Figure | None:
     """Milliseconds of a step against the size of the picture."""
-    cases = [row for row in of(rows, "t2i") if row["case"].startswith("step")]
+    cases = [row for row in of(rows, "t2i") if find(row, "GSPN-2", "step")]
     if not cases:
         return None
     passes = [which for which in ("step", "step, CUDA graph") if any(_has(row, which) for row in cases)]
     figure, panels = _panels(len(passes), width=5.8, height=3.8)
     for axes, which in zip(panels, passes, strict=True):
-        mine = [row for row in cases if _has(row, which)]
-        _lines(axes, mine, lambda row: row["facts"]["pixels"], which)
+        mine = [{**row, "contenders": [it for it in timed(row) if it["pass"] == which]} for row in cases]
+        _lines(axes, [row for row in mine if timed(row)], lambda row: row["facts"]["pixels"], which)
         axes.set_title(f"{cases[0]['facts']['model']}: {which}")
         axes.set_xlabel("pixels of a side")
     _legend(figure, panels)

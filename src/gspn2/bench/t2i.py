@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,70 +14,89 @@ from .t2i_image import DIRECT_STEPS, PROGRESSIVE_STEPS, Picture, Setting
 from .t2i_sdxl import SDXL, TINY, Shape
 from .t2i_step import ATTENTION, CUT, MIXERS, Step, with_layers
 
-STEPS = {512: 10.0, 1024: 10.0, 2048: 10.0, 4096: 15.0, 8192: 50.0, 16384: 60.0}
+STEPS = {512: 20.0, 1024: 10.0, 2048: 10.0, 4096: 12.0}
 """Sides of pictures in pixels, and about the seconds that their steps take to measure."""
-COMPOSED = 16384
-"""From here on the step with attention takes minutes: a layer of each level stands for all of that level."""
-EXTRA = 8192
-IMAGES = {
-    Setting(1024): 20.0,
-    Setting(2048): 40.0,
-    Setting(4096): 40.0,
-    Setting(8192, layers=True, evaluations=2): 50.0,
-    Setting(16384, layers=True, evaluations=2): 120.0,
-}
-"""And about the seconds that they take."""
-EVERY_STEP = {Setting(8192, layers=True): 70.0, Setting(16384, layers=True): 200.0}
-"""The progressive picture at a large size end to end, with nothing left out."""
-SMALL_STEPS = (128,)
-SMALL_IMAGES = (Setting(256, layers=True, evaluations=2, from_side=256, steps=8),)
+COMPOSED = 8192
+"""From here on a layer of each level stands for all of it: a step with attention takes up to minutes."""
+IMAGES = {Setting(1024): 20.0, Setting(2048): 25.0, Setting(4096): 40.0}
+WITH_STEP = {8192: 50.0, 16384: 120.0}
+"""Pictures that are measured together with their steps, which take long; some evaluations are left out."""
+EVERY_STEP = {Setting(8192): 70.0, Setting(16384): 180.0}
+"""And progressive pictures of these sizes end to end, with nothing left out."""
+SMALL_STEP = 128
+SMALL_IMAGE = Setting(256, evaluations=2, from_side=256, steps=8)
 
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Steps by size, then whole pictures."""
     if device.type == "cpu":
-        for side in SMALL_STEPS:
-            yield _step_case(TINY, side, 3.0, extra=False)
-        for setting in SMALL_IMAGES:
-            yield _image_case(TINY, setting, 5.0)
+        yield _case(TINY, SMALL_STEP, 3.0)
+        yield _case(TINY, SMALL_IMAGE.side, 10.0, SMALL_IMAGE, extra=True)
         return
     for side, seconds in STEPS.items():
-        yield _step_case(SDXL, side, seconds, extra=side >= EXTRA)
+        yield _case(SDXL, side, seconds)
     for setting, seconds in IMAGES.items():
-        yield _image_case(SDXL, setting, seconds)
+        yield _case(SDXL, setting.side, seconds, setting, steps=(ATTENTION,), extra=True)
+    for side, seconds in WITH_STEP.items():
+        yield _case(SDXL, side, seconds, Setting(side, evaluations=2), extra=True)
     for setting, seconds in EVERY_STEP.items():
-        yield _image_case(SDXL, setting, seconds, ", every step")
+        yield _case(SDXL, setting.side, seconds, setting, steps=(), more=", every step", extra=True)
 
 
-def _step_case(shape: Shape, side: int, seconds: float, extra: bool) -> Case:
+def _case(
+    shape: Shape,
+    side: int,
+    seconds: float,
+    setting: Setting | None = None,
+    *,
+    steps: Sequence[str] = (ATTENTION, MIXERS, CUT),
+    more: str = "",
+    extra: bool = False,
+) -> Case:
+    """A step, a picture, or both.
+
+    Args:
+        shape: of the pipeline.
+        side: of the picture in pixels.
+        seconds: that it takes, about.
+        setting: of the picture; None for the step alone.
+        steps: contenders whose step is measured.
+        more: at the end of the name.
+        extra: as for `Case`.
+    """
+    pictures: list[Picture] = []
+    composes = side >= COMPOSED or (setting is not None and len(steps) > 1)
+
     def contenders(device: torch.device) -> list[Contender]:
         step = Step(shape, side, side, device)
-
-        def attention() -> dict[str, Pass]:
-            if device.type == "meta":
-                raise Absent("nothing to compile")
-            return step.layer_passes() if side >= COMPOSED else step.passes(step.attention)
-
-        def cut() -> dict[str, Pass]:
-            if device.type == "meta":
-                raise Absent("nothing to compile")
-            return step.passes(step.cut)
-
+        graph = setting is None
         made: dict[str, Callable[[], dict[str, Pass]]] = {
-            ATTENTION: attention,
-            MIXERS: lambda: step.passes(step.mounted, step.check_mixers),
-            CUT: cut,
+            ATTENTION: lambda: (
+                step.layer_passes() if composes else _runnable(step).passes(step.nets.attention, graph=graph)
+            ),
+            MIXERS: lambda: step.passes(step.nets.mounted, step.check_mixers, graph=graph),
+            CUT: lambda: _runnable(step).passes(step.nets.cut, graph=graph),
         }
-        return [Contender(name, _with_diffusers(make)) for name, make in made.items()]
+        found = [Contender(name, _with_diffusers(made[name])) for name in steps]
+        if setting is not None:
+            pictures.append(Picture(setting, step))
+            last = pictures[-1].contender()
+            found.append(Contender(last.name, _with_diffusers(last.make)))
+        return found
 
     def derive(rows: list[Row]) -> list[Row]:
-        return with_layers(rows, shape.self_attentions)
+        found = with_layers(rows, shape.self_attentions)
+        return found + (pictures.pop().derive([*rows, *found]) if pictures else [])
 
-    rounds = 1 if side >= EXTRA else 5
+    facts: dict[str, Any] = {"model": shape.name, "pixels": side, "batch": 1}
+    if setting is not None:
+        facts |= {"direct_steps": DIRECT_STEPS, "progressive_steps": setting.steps, "guidance": True}
+    what = "step" if setting is None else "step and image" if len(steps) > 1 else "image"
+    rounds = 1 if side >= COMPOSED or setting is not None else 5
     return Case(
         "t2i",
-        f"step, {side} pixels",
-        _facts(shape, side),
+        f"{what}, {side} pixels{more}",
+        facts,
         contenders,
         extra=extra,
         rounds=rounds,
@@ -86,24 +105,11 @@ def _step_case(shape: Shape, side: int, seconds: float, extra: bool) -> Case:
     )
 
 
-def _image_case(shape: Shape, setting: Setting, seconds: float, more: str = "") -> Case:
-    made: list[Picture] = []
-
-    def contenders(device: torch.device) -> list[Contender]:
-        made.append(Picture(setting, Step(shape, setting.side, setting.side, device)))
-        return [Contender(it.name, _with_diffusers(it.make)) for it in made[-1].contenders()]
-
-    def derive(rows: list[Row]) -> list[Row]:
-        return made.pop().derive(rows)
-
-    facts = _facts(shape, setting.side)
-    facts |= {"direct_steps": DIRECT_STEPS, "progressive_steps": setting.steps, "guidance": True}
-    name = f"image, {setting.side} pixels{more}"
-    return Case("t2i", name, facts, contenders, extra=True, rounds=1, seconds=seconds, derive=derive)
-
-
-def _facts(shape: Shape, side: int) -> dict[str, Any]:
-    return {"model": shape.name, "pixels": side, "batch": 1}
+def _runnable(step: Step) -> Step:
+    """A step that needs no kernels of ours has nothing to do on a device without memory."""
+    if step.device.type == "meta":
+        raise Absent("nothing to compile")
+    return step
 
 
 def _with_diffusers(make: Callable[[], dict[str, Pass]]) -> Callable[[], dict[str, Pass]]:

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .case import Absent, Contender, Pass
+from .case import Contender, Pass
 from .check import Wrong
 from .measure import Work
 from .results import Row
-from .t2i_sdxl import SCHEDULER, embeddings, latents, make_vae
-from .t2i_step import ATTENTION, CUT, STEP, Step, composed, measured_peak, with_layers
+from .t2i_sdxl import SCHEDULER, dtype_on, embeddings, make_vae
+from .t2i_step import ATTENTION, STEP, Step, composed, measured_peak
 
 if TYPE_CHECKING:
     from ..integrations.diffusers.generate import Job
     from ..integrations.diffusers.stages import Stage
 
-IMAGE, SHORTENED, DECODE = "image", "image, shortened", "decode"
+IMAGE, SHORTENED = "image", "image, shortened"
 DIRECT, PROGRESSIVE = "attention, direct", "GSPN-2, progressive"
 DIRECT_STEPS, PROGRESSIVE_STEPS, GUIDANCE = 50, 30, 5.0
 """The baseline's steps are those of the papers, ours the default of `gspn2 generate`."""
@@ -40,21 +40,19 @@ class Setting:
 
     Args:
         side: pixels.
-        layers: compose the step with attention from single layers.
         evaluations: steps that are run of each progressive stage from `from_side` on; None for all.
         from_side: see there.
         steps: of the scheduler in each progressive stage.
     """
 
     side: int
-    layers: bool = False
     evaluations: int | None = None
     from_side: int = 4096
     steps: int = PROGRESSIVE_STEPS
 
 
 class Picture:
-    """The contenders of a case.
+    """What a picture takes, beside the passes of its step.
 
     Args:
         setting: what is left out.
@@ -65,47 +63,26 @@ class Picture:
         self.setting, self.step = setting, step
         self.run: Run | None = None
 
-    def contenders(self) -> list[Contender]:
-        """What the direct pass is composed of, and the progressive ones."""
-        step = self.step
-        if self.setting.layers:
-            found = [Contender(ATTENTION, step.layer_passes), Contender(CUT, lambda: step.passes(step.cut))]
-        else:
-            found = [Contender(ATTENTION, lambda: step.passes(step.attention, graph=False))]
-        return [*found, Contender("VAE", self._decode), Contender(PROGRESSIVE, self._progressive)]
+    def contender(self) -> Contender:
+        """The progressive passes."""
+        return Contender(PROGRESSIVE, self._passes)
 
-    def _progressive(self) -> dict[str, Pass]:
+    def _passes(self) -> dict[str, Pass]:
         self.run = Run(self.setting, self.step)
         return self.run.passes()
 
-    def _decode(self) -> dict[str, Pass]:
-        from ..integrations.diffusers.vae import TiledVae
-
-        step = self.step
-        if step.device.type == "meta":
-            raise Absent("nothing to compile")
-        tiled = TiledVae(make_vae(step.shape, step.device))
-        noise = latents(step.weights, step.height, step.width)
-
-        def call(_: int) -> None:
-            for strip in tiled.decode(noise):
-                if not strip.isfinite().all():
-                    raise Wrong("the picture is not finite")
-
-        call(0)
-        return {DECODE: Pass(Work(call, graph=False, warm=False), dict, 0, 0)}
-
     def derive(self, rows: Sequence[Row]) -> list[Row]:
         """Whole pictures, as far as they are composed."""
-        steps = with_layers(rows, self.step.shape.self_attentions)
-        timed = {(it["name"], it["pass"]): it["ms"] for it in [*rows, *steps] if "ms" in it}
-        step, decode = timed.get((ATTENTION, STEP)), timed.get(("VAE", DECODE))
+        if self.run is None or not any(it["name"] == PROGRESSIVE and "ms" in it for it in rows):
+            return []
         found = []
-        if step is not None and decode is not None:
-            count = 2 * DIRECT_STEPS
-            told = f"{count} x {step / 1e3:.3f} s a step, {decode / 1e3:.2f} s to decode"
+        step = next((it["ms"] for it in rows if (it["name"], it.get("pass")) == (ATTENTION, STEP)), None)
+        if step is not None:
+            # Both end alike.
+            count, decode = 2 * DIRECT_STEPS, 1e3 * self.run.decoding
+            told = f"{count} x {step / 1e3:.3f} s a step, {decode / 1e3:.2f} s to decode and write"
             found.append(composed(DIRECT, IMAGE, count * step + decode, told, images=1))
-        return [*steps, *found, *([] if self.run is None else self.run.derive(rows))]
+        return [*found, *self.run.derive(rows)]
 
 
 class Run:
@@ -125,6 +102,8 @@ class Run:
         self.job = self._shortened(setting)
         self.seconds: dict[int, list[float]] = {}
         """When the steps of each stage of the last run were done."""
+        self.decoding = 0.0
+        """Seconds after the last step."""
 
     def _job(self, steps: int) -> Job:
         from ..integrations.diffusers.generate import Job
@@ -137,7 +116,7 @@ class Run:
             steps=steps,
             guidance=GUIDANCE,
             device=str(self.step.device),
-            dtype=str(self.step.weights.dtype).removeprefix("torch."),
+            dtype=str(dtype_on(self.step.device)).removeprefix("torch."),
         )
 
     def _shortened(self, setting: Setting) -> Job:
@@ -157,7 +136,8 @@ class Run:
         step = self.step
         if step.device.type == "meta":
             return self._without_memory()
-        unet = step.with_mixers()
+        # `gspn2 generate` changes the layout of its weights, which the steps beside it must not notice.
+        unet = step.nets.with_mixers(shared=False)
         vae = make_vae(step.shape, step.device)
         parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         scheduler = EulerDiscreteScheduler(**SCHEDULER)
@@ -172,6 +152,7 @@ class Run:
             out = self.folder / "picture.tif"
             with step.chosen():
                 generator.run(PROMPT, out, keep=True)
+            self.decoding = time.perf_counter() - max(self.seconds[len(job.stages()) - 1])
             self._check(job, out)
 
         def call(_: int) -> None:
@@ -195,7 +176,7 @@ class Run:
         def call(_: int) -> None:
             for stage in self.whole.stages():
                 step = Step(self.step.shape, stage.height, stage.width, self.step.device)
-                step.runner(self.step.with_mixers())()
+                step.runner(self.step.nets.with_mixers())()
 
         return {IMAGE: Pass(Work(call), dict, 0, 0)}
 

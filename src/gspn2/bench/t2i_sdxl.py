@@ -70,7 +70,7 @@ SCALE = 8
 TEXT_TOKENS = 77
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """Configurations of one pipeline.
 

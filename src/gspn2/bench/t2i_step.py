@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ PROBED_TOKENS = 128 * 128
 """The backends of attention are compared on so many tokens at most; the faster one is used at every level."""
 MOST_GRAPHED = 2048
 """Pixels of a side up to which the step is measured as a CUDA graph, too: beyond, the host is far ahead."""
+WARM_TOKENS = 4096
+CHECKED = 256
+"""Rows that a mixer is checked on at most, and one column more: the reference goes line by line."""
 TOKENS = 65536
 """A feed-forward takes so many tokens at a time, as `gspn2 generate` does it."""
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -37,23 +41,22 @@ class NoAttention(nn.Module):
         return hidden_states.new_zeros(1)
 
 
-class Step:
-    """The UNet of a case, and what a step of it is given.
+class Networks:
+    """UNets around the same weights.
 
     Args:
         shape: of the pipeline.
-        height, width: of the picture in pixels.
-        device: to measure on; "meta" to find the kernels that will be needed.
+        device: where they are made.
     """
 
-    def __init__(self, shape: Shape, height: int, width: int, device: torch.device) -> None:
-        self.shape, self.height, self.width, self.device = shape, height, width, device
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self._shape, self._device = shape, device
         self._stack = ExitStack()
 
     @cached_property
     def weights(self) -> Any:
         """The UNet that the others share their weights with; itself it is not run."""
-        return make_unet(self.shape, self.device)
+        return make_unet(self._shape, self._device)
 
     @cached_property
     def attention(self) -> Any:
@@ -65,14 +68,6 @@ class Step:
         """Mixers in the place of self-attention."""
         return self._frugal(self.with_mixers())
 
-    def with_mixers(self) -> Any:
-        """Another UNet around the same weights, with mixers that put out more than zeros."""
-        from ..integrations.diffusers import mount
-
-        unet = self.twin()
-        mount(unet, zero_output=False)
-        return unet
-
     @cached_property
     def cut(self) -> Any:
         """No self-attention."""
@@ -80,6 +75,14 @@ class Step:
         for name in [name for name, _ in self_attentions(unet)]:
             unet.set_submodule(name, NoAttention())
         return self._frugal(unet)
+
+    def with_mixers(self, shared: bool = True) -> Any:
+        """Another UNet around the same weights or copies, with mixers that put out more than zeros."""
+        from ..integrations.diffusers import mount
+
+        unet = self.twin() if shared else copy.deepcopy(self.weights)
+        mount(unet, zero_output=False)
+        return unet
 
     def twin(self) -> Any:
         """Another UNet around the same weights."""
@@ -94,12 +97,35 @@ class Step:
         self._stack.enter_context(frugal(unet, tokens=TOKENS))
         return unet
 
+
+@lru_cache(maxsize=1)
+def networks(shape: Shape, device: torch.device) -> Networks:
+    """The UNets of the shape and device that were asked for last: making them takes long."""
+    return Networks(shape, device)
+
+
+class Step:
+    """A step of a UNet for a picture of some size.
+
+    Args:
+        shape: of the pipeline.
+        height, width: of the picture in pixels.
+        device: to measure on; "meta" to find the kernels that will be needed.
+    """
+
+    def __init__(self, shape: Shape, height: int, width: int, device: torch.device) -> None:
+        self.shape, self.height, self.width, self.device = shape, height, width, device
+
+    @property
+    def nets(self) -> Networks:
+        return networks(self.shape, self.device)
+
     @cached_property
     def levels(self) -> dict[int, tuple[int, tuple[int, int], str]]:
         """For each width of tokens: self-attentions, rows and columns of their tokens, name of the first."""
         found: dict[int, tuple[int, tuple[int, int], str]] = {}
         channels = list(self.shape.unet["block_out_channels"])
-        for name, module in self_attentions(self.attention):
+        for name, module in self_attentions(self.nets.weights):
             dim = module.query_dim
             places = SCALE * 2 ** channels.index(dim)
             grid = (self.height // places, self.width // places)
@@ -114,8 +140,8 @@ class Step:
             return "default"
         dim, (_, grid, name) = min(self.levels.items())
         tokens = min(grid[0] * grid[1], PROBED_TOKENS)
-        layer = self.attention.get_submodule(name)
-        x = torch.randn(1, tokens, dim, device=self.device, dtype=self.attention.dtype)
+        layer = self.nets.attention.get_submodule(name)
+        x = torch.randn(1, tokens, dim, device=self.device, dtype=self.nets.weights.dtype)
         times: dict[str, float] = {}
         for backend, kind in BACKENDS.items():
             with torch.no_grad(), sdpa_kernel([kind]):
@@ -189,27 +215,25 @@ class Step:
             raise Absent("nothing to compile")
         found = {}
         for dim, (_, grid, name) in self.levels.items():
-            layer = self.attention.get_submodule(name)
-            x = torch.randn(1, grid[0] * grid[1], dim, device=self.device, dtype=self.attention.dtype)
+            layer, tokens = self.nets.attention.get_submodule(name), grid[0] * grid[1]
+            x = torch.randn(1, tokens, dim, device=self.device, dtype=self.nets.weights.dtype)
 
-            def call(_: int, layer: Any = layer, x: Tensor = x) -> Tensor:
+            def call(x: Tensor, layer: Any = layer) -> Tensor:
                 with torch.no_grad(), self.chosen():
-                    return layer(x)
-
-            with FlopCounterMode(display=False) as counter:
-                output = call(0)
-
-            def check(output: Tensor = output) -> dict[str, float]:
+                    output = layer(x)
                 if not output.isfinite().all():
                     raise Wrong("the output is not finite")
-                return {}
+                return output
 
-            work = Work(call, graph=False, warm=False)
-            found[layer_pass(dim)] = Pass(work, check, 2 * x.nbytes, counter.get_total_flops())
+            # Loads the kernels; a call of the full size may take many seconds.
+            call(x[:, :WARM_TOKENS])
+            work = Work(lambda _, call=call, x=x: call(x), graph=False, warm=False)  # type: ignore[misc]
+            flops = 2 * tokens * (4 * dim**2 + 2 * tokens * dim)
+            found[layer_pass(dim)] = Pass(work, dict, 2 * x.nbytes, flops)
         return found
 
     def check_mixers(self) -> dict[str, float]:
-        """A mixer of each level, at its size, against the plain reference; and the way back from mixers.
+        """A mixer of each level against the plain reference, and the way back from mixers.
 
         Raises:
             Wrong: a mixer is off, or a UNet whose mixers were unmounted is not what it was.
@@ -218,9 +242,10 @@ class Step:
         from ..integrations.diffusers.mixers import GRID
 
         errors = {}
-        layers = dict(mixers_of(self.mounted).layers())
-        for dim, (_, grid, name) in self.levels.items():
-            x = torch.randn(1, grid[0] * grid[1], dim, device=self.device, dtype=self.attention.dtype)
+        layers = dict(mixers_of(self.nets.mounted).layers())
+        for dim, (_, full, name) in self.levels.items():
+            grid = (min(full[0], CHECKED), min(full[1], CHECKED + 1))
+            x = torch.randn(1, grid[0] * grid[1], dim, device=self.device, dtype=self.nets.weights.dtype)
             mixer = layers[name].tokens.mixer
             found = []
             for backend in (None, "reference"):
@@ -238,7 +263,7 @@ class Step:
 
         side = SCALE * 2 ** len(self.shape.unet["block_out_channels"])
         small = Step(self.shape, 2 * side, 3 * side, self.device)
-        unet = self.twin()
+        unet = self.nets.twin()
         call = small.runner(unet)
         before = call()
         mount(unet, zero_output=False)
