@@ -40,9 +40,12 @@ constexpr int EACH = 16 / SIZE;  // elements of 16 bytes, the unit of asynchrono
 // meanwhile; those of the walk back only are fetched during the walk forward, into one.
 constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DY = TAPS + 3, GATE = DY + 1, HIDDEN = GATE + HAS_GATE;
 // Float32 numbers take two operands beside 16-bit storage: states, and in horizontal scans the gradient of a shared tap
-// that replaces them.
-constexpr int HIDDENS = !HAS_HIDDEN ? 0 : STORAGE != 0 && (OWN_STATES || (HORIZONTAL && SHARED)) ? 2 : 1;
+// that replaces them. Where dx can go to the sums' place, x makes room for the second half of that gradient.
+constexpr bool PARKS_IN_X = HAS_HIDDEN && !OWN_STATES && HORIZONTAL && SHARED && HAS_SUMS && STORAGE != 0;
+constexpr bool WIDE_STATES = STORAGE != 0 && (OWN_STATES || (HORIZONTAL && SHARED && !PARKS_IN_X));
+constexpr int HIDDENS = !HAS_HIDDEN ? 0 : WIDE_STATES ? 2 : 1;
 constexpr int SUM = HIDDEN + HIDDENS, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, OPERANDS = SUM + SUMS;
+constexpr int DX = PARKS_IN_X ? SUM : X;  // in whose place dx waits until it is written
 constexpr int DOUBLE = HAS_HIDDEN ? OPERANDS : DY, UNITS = DOUBLE + OPERANDS;
 
 constexpr bool WANTS_X = WANTS & 1, WANTS_TAPS = WANTS & 2, WANTS_LAM = WANTS & 4, WANTS_GATE = WANTS & 8;

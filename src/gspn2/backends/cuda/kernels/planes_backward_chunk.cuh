@@ -72,7 +72,7 @@ __device__ __forceinline__ void put_input_gradient(const Params& p, Chunk& c, in
   }
 #endif
 #endif
-  c.put(X, e, dx);
+  c.put(DX, e, dx);
 }
 
 // g of a line: what its output and the lines after it say of its state, which is `h`.

@@ -45,9 +45,10 @@ __device__ __forceinline__ void read_states(const Work& w, const Thread& t, int 
 __device__ constexpr int upper_of(int k) {
   return STORAGE == 0 ? TAPS + k : k == 0 ? TAPS : k == 1 ? TAPS + 2 : HIDDEN;
 }
-__device__ constexpr int lower_of(int k) { return k == 0 ? TAPS + 1 : k == 1 ? DY : HIDDEN + 1; }
+__device__ constexpr int lower_of(int k) { return k == 0 ? TAPS + 1 : k == 1 ? DY : PARKS_IN_X ? X : HIDDEN + 1; }
 __device__ constexpr bool is_parked(int op) {
-  return SHARED && WANTS_TAPS && ((op >= TAPS && op < DY) || (STORAGE != 0 && (op == DY || is_state(op))));
+  const bool instead = op == DY || is_state(op) || (PARKS_IN_X && op == X);
+  return SHARED && WANTS_TAPS && ((op >= TAPS && op < DY) || (STORAGE != 0 && instead));
 }
 
 // What lines hand on comes from taps, dy and gate; the gradients take the rest besides, which is read later: registers.
@@ -65,7 +66,7 @@ __device__ __forceinline__ void write_vector(const Params& p, const Work& w, con
                                              const Chunk& c) {
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++)
-    if (is_parked(op) || is_wanted(p, op))
+    if (is_parked(op) || is_wanted(p, op) || (op == DX && is_wanted(p, X)))
       write_words(tile_at(w, tile) + unit_at(op) + vector_at(t.lane + is_state(op), q), c.operand[op].row[0].words);
 }
 
@@ -73,7 +74,8 @@ __device__ __forceinline__ void write_gradients(const Params& p, const Work& w, 
   const int left = left_of(w, tile) * SIZE;
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++)
-    if (is_wanted(p, op) && !is_parked(op)) write_unit(w, t, tile, op, w.planes[USED + op] + left, sink_pitch(p, op));
+    if (is_wanted(p, op) && (op == X || !is_parked(op)))
+      write_unit(w, t, tile, op == X ? DX : op, w.planes[USED + op] + left, sink_pitch(p, op));
 }
 
 #if SHARED
@@ -165,8 +167,9 @@ __device__ __forceinline__ void put_gradients(const Params& p, const Thread& t, 
       const float dgate[N] = {states.at(1, e) * c.at(DY, 0, e)};
       c.put(HAS_GATE ? GATE : DY, e, dgate);
     }
-    if (WANTS_TAPS) put_tap_gradients(t, c, states, e, line, weight[e], RESTARTS && (restarts >> e & 1));
+    // First what needs x: it may make room for the gradient of a tap.
     put_product_gradients(p, c, e, line);
+    if (WANTS_TAPS) put_tap_gradients(t, c, states, e, line, weight[e], RESTARTS && (restarts >> e & 1));
   }
 }
 

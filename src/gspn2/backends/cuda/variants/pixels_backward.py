@@ -63,12 +63,14 @@ def tiling_of(case: Case) -> Warps | None:
         if not case.itemsize <= vector <= widest:
             continue
         for vectors in _widths(case, vector):
-            roles, splits = _cluster(case, vector, vectors)
-            while roles * splits <= _largest_cluster(case):
-                tiling = _fit(case, vector, vectors, roles, splits)
-                if tiling is not None:
-                    return tiling
-                splits *= 2
+            # With states at hand, what counts is how early lines are asked for: more splits before a short ring.
+            for fewest in (4, 2) if has_states(case, vector) else (2,):
+                roles, splits = _cluster(case, vector, vectors)
+                while roles * splits <= _largest_cluster(case):
+                    tiling = _fit(case, vector, vectors, roles, splits, fewest)
+                    if tiling is not None:
+                        return tiling
+                    splits *= 2
     return None
 
 
@@ -201,7 +203,7 @@ def regions(case: Case, tiling: Warps) -> tuple[int, ...]:
     return ring, sums_, states, edges, halo, gradients, weights
 
 
-def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Warps | None:
+def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int, shortest: int = 2) -> Warps | None:
     """The tiling with few idle threads, whose segments are as long as shared memory allows."""
     problem, device = case.problem, case.device
     runs = (-(-problem.width // splits), -(-problem.height // splits))
@@ -213,7 +215,7 @@ def _fit(case: Case, vector: int, vectors: int, roles: int, splits: int) -> Warp
     for most, fewest in dict.fromkeys(choices):
         for lines in _segments(case, vector, vectors):
             halo = lines if splits > 1 else 0
-            if lines < fewest or (splits > 1 and min(runs) < halo):
+            if lines < max(fewest, shortest) or (splits > 1 and min(runs) < halo):
                 continue
             shapes = _shapes(case, vector, vectors, lines, max(runs) + 2 * halo)
             for lanes, places, threads in shapes:
@@ -250,7 +252,8 @@ def _segments(case: Case, vector: int, vectors: int) -> list[int]:
     if packed and problem.channels * case.itemsize < SECTOR and image > case.device.cache:
         # A part of each sector is other operands; with less on its way more of it is in the cache later.
         most = 2
-    return [lines for lines in (4, 8, 6, 2) if lines <= most]
+    order = (6, 4, 8, 2) if has_states(case, vector) else (4, 8, 6, 2)
+    return [lines for lines in order if lines <= most]
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:

@@ -141,11 +141,11 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     across = {"HORIZONTAL": 1, "PLACES": 1, "SEGMENT": 16, "THREADS": 320}
     hot = [
         scan,
-        scan | {"HAS_HIDDEN": 1},
         scan | {"STORAGE": 0, "HAS_HIDDEN": 1},
         scan | across,
         scan | across | {"REVERSED": 1},
         many,
+        many | {"SEGMENT": 4, "SHARED": 1, "HAS_HIDDEN": 1},
         many | across,
         many
         | across
@@ -354,7 +354,11 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
     if not sizes.horizontal and not sums and strips == 1 and needed <= 16:
         width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
     threads = max(width, 32)
-    shared = _place_bytes(case, sizes.horizontal, segment) * threads * places + 16 * (threads // 32 + 2) + 16 * halo
+    shared = (
+        _place_bytes(case, sizes.horizontal, segment) * threads * places
+        + 16 * (threads // 32 + 2)
+        + 16 * halo
+    )
     shared += BARRIERS * (strips > 1) + POINTERS * sizes.horizontal
     if shared > case.device.shared_memory or threads > THREADS[-1]:
         return None

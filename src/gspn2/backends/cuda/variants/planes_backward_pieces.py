@@ -51,9 +51,13 @@ class Walk:
     def states(self, case: Case) -> int:
         """Operands that hold states: a float32 number is two halves beside 16-bit storage.
 
-        The gradient of a tap, which later takes the place of states, always is.
+        The gradient of a tap, which later takes the place of states, always is; x makes room for one half
+        where dx can take the place of sums.
         """
-        return 0 if self.forward else 2 if (self.own_states or self.shared) and case.itemsize < 4 else 1
+        if self.forward:
+            return 0
+        alone = len(case.problem.directions) == 1
+        return 2 if (self.own_states or (self.shared and alone)) and case.itemsize < 4 else 1
 
     def operands(self, case: Case) -> int:
         """OPERANDS of the kernel, or USED of them."""
@@ -111,7 +115,7 @@ def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
             continue
         rows = min(height, own + HALO * min(2, strips - 1))
         threads = -(-rows // LANES) * LANES
-        if threads > (MOST_THREADS if walk.states(case) < 2 else 256):
+        if threads > _longest_block(case, walk):
             continue
         for piece in (32, 64, 128):
             for buffers in (1, 2):
@@ -173,7 +177,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     return [
         (kernel(0, 1, 224, 64, 2), True),
         (kernel(0, 0, 256, 64, 2, REVERSED=1), True),
-        (kernel(0, 1, 224, 64, 2, **cluster), True),
+        (kernel(0, 1, 160, 64, 2, **{**four, "OWN_STATES": 0}, SHARED=1), True),
         (kernel(0, 1, 160, 64, 1, MIN_BLOCKS=3, REVERSED=1, **cluster), True),
         (kernel(0, 0, 160, 64, 1, MIN_BLOCKS=3, **cluster), True),
         (kernel(0, 0, 160, 128, 1, **cluster), True),
@@ -227,11 +231,24 @@ def _room(case: Case) -> int:
     return case.device.shared_memory + RESERVED
 
 
+def _is_plain(case: Case, walk: Walk) -> bool:
+    """Does the walk back of a single scan find its states, without a sum over anything?"""
+    single = len(case.problem.directions) == 1 and "gate" not in case.views
+    return single and not walk.own_states and not walk.shared
+
+
+def _longest_block(case: Case, walk: Walk) -> int:
+    """Threads of a block at most."""
+    if walk.forward or _is_plain(case, walk):
+        return MOST_THREADS
+    return 256 if walk.own_states else 384
+
+
 def _most_threads(case: Case, walk: Walk) -> int:
     """Threads of a multiprocessor that leave each of them the registers that it takes."""
     if walk.forward:
         return 768
-    return 512 if walk.states(case) < 2 else 384
+    return 512 if _is_plain(case, walk) else 384
 
 
 def _kernel(case: Case, cut: Pieces) -> Kernel:
