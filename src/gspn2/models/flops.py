@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 _PROPAGATE_MACS = 5
 
 
-@register_flop_formula(torch.ops.gspn2.propagate)
+@register_flop_formula([torch.ops.gspn2.propagate, torch.ops.gspn2.propagate_keeping])
 def _propagate_flops(
     x_shape: Any, taps_shape: Any, lam: Any, gate: Any, directions: Any, *args: Any, **kwargs: Any
 ) -> int:
@@ -23,7 +23,10 @@ def _propagate_flops(
 
 @register_flop_formula(torch.ops.gspn2.propagate_backward)
 def _propagate_backward_flops(dy_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """The scan again (the state is recomputed), its adjoint, and the gradients of taps, lam, gate and x."""
+    """The scan again, its adjoint, and the gradients of taps, lam, gate and x.
+
+    States that were kept are no exception: that they are not computed again is the kernels' matter.
+    """
     x_shape, taps_shape, lam, gate, directions = args[:5]
     return 3 * _propagate_flops(x_shape, taps_shape, lam, gate, directions)
 

@@ -63,7 +63,7 @@ def tiling_of(case: Case) -> Warps | None:
         if not case.itemsize <= vector <= widest:
             continue
         for vectors in _widths(case, vector):
-            # With states at hand, what counts is how early lines are asked for: more splits before a short ring.
+            # With states at hand, what counts is how early lines are asked for: not a short ring.
             for fewest in (4, 2) if has_states(case, vector) else (2,):
                 roles, splits = _cluster(case, vector, vectors)
                 while roles * splits <= _largest_cluster(case):
