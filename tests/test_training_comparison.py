@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -288,10 +289,17 @@ def test_runs_side_by_side_stop_and_go_on(finished, tmp_path: Path):
         if points == [event]:
             signal.raise_signal(signal.SIGTERM)
 
+    made = finished[0] / "images"
+    (again := tmp_path / "images").mkdir()
+    for path in sorted(made.iterdir())[2:]:
+        # But one, which is made beside the runs.
+        shutil.copy(path, again)
     with pytest.raises(Interrupted) as stopped:
         compare(runs, TINY, tmp_path, jobs=2, on_event=stop)
     assert stopped.value.signum == signal.SIGTERM
-    assert not list((tmp_path / "images").glob(".*"))
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {
+        path.name: path.read_bytes() for path in made.iterdir()
+    }
     events: list[Progress] = []
     results = compare(runs, TINY, tmp_path, on_event=events.append)
     assert {event.what for event in events} <= {"begins", "resumes", "point", "skipped", "ends"}
