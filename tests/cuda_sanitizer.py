@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from cuda_helpers import ALL_LAYOUTS, VARIANTS, Declined, forced
-from gspn2.backends import DIRECTIONS, Problem
+from gspn2.backends import DIRECTIONS, Problem, reference
 from gspn2.backends.cuda.geometry import Case as PlannerCase
 from gspn2.backends.cuda.geometry import Kernel, Plan
+from gspn2.backends.keeping import states_of
 from helpers import Case, make_case, relative_l2, truth
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
@@ -47,7 +48,8 @@ LAYOUTS = ("records", "planes", "channel_innermost", "strided", "cropped", "misa
 class Size:
     """One problem: small, but more than one tile, stage, warp or chunk of something.
 
-    One direction means no gate, and a backward that is handed the state, as autograd does it.
+    One direction means no gate, and a backward that is handed the state, as autograd does it. Kept: forward
+    leaves the states of all directions, and backward is handed those.
     """
 
     batch: int
@@ -57,6 +59,7 @@ class Size:
     width: int
     chunk: int | None = None
     directions: tuple[str, ...] = DIRECTIONS
+    kept: bool = False
 
 
 SIZES = (
@@ -68,6 +71,8 @@ SIZES = (
     Size(2, 32, 4, 9, 32, chunk=5),
     Size(1, 4, 4, 48, 96, directions=("left",)),
     Size(2, 16, 1, 24, 64, chunk=7, directions=("up",)),
+    Size(1, 12, 1, 70, 48, chunk=31, kept=True),
+    Size(2, 8, 8, 24, 72, kept=True),
 )
 
 
@@ -91,6 +96,12 @@ def forward(case: Case, problem: Problem, _: Tensor | None) -> dict[str, Tensor]
     from gspn2.backends.cuda import launch
 
     return {"y": launch.propagate(case.x, case.logits, case.lam, case.gate, problem)}
+
+
+def keeping(case: Case, problem: Problem, _: Tensor | None) -> dict[str, Tensor]:
+    from gspn2.backends.cuda import launch
+
+    return {"y": launch.propagate_keeping(case.x, case.logits, case.lam, case.gate, problem)[0]}
 
 
 def backward(case: Case, problem: Problem, hidden: Tensor | None) -> dict[str, Tensor]:
@@ -118,7 +129,7 @@ def main() -> int:
     begin = time.monotonic()
     variants = args.variants.split(",")
     truths: dict[tuple[Size, torch.dtype], tuple[Case, dict[str, Tensor]]] = {}
-    ran = {f"{variant} {name}": 0 for variant in variants for name in ("forward", "backward")}
+    ran = {f"{variant} {name}": 0 for variant in variants for name in ("forward", "keeping", "backward")}
     wrong: list[str] = []
     complete = True
     for size, dtype, layout in in_diagonals():
@@ -129,7 +140,7 @@ def main() -> int:
             case = posed(size, dtype)
             truths[size, dtype] = case, truth(case)
         case, expected = truths[size, dtype]
-        for variant, operator, call in calls(case, layout, variants, expected["y"]):
+        for variant, operator, call in calls(case, layout, variants, expected["y"], size.kept):
             with forced(variant, strictly=True):
                 try:
                     found = call()
@@ -172,14 +183,16 @@ def posed(size: Size, dtype: torch.dtype) -> Case:
 
 
 def calls(
-    case: Case, layout: str, variants: list[str], y: Tensor
+    case: Case, layout: str, variants: list[str], y: Tensor, kept: bool
 ) -> Iterator[tuple[str, str, Callable[[], dict[str, Tensor]]]]:
     """By variant and pass, what runs it on the GPU."""
     laid, upload = ALL_LAYOUTS[layout](case), Uploaded()
     uploaded = laid.map(upload)
     hidden = upload(torch.empty_like(laid.x).copy_(y)) if case.gate is None else None
     problem = Problem.of(uploaded.x, uploaded.logits, case.directions, case.chunk, normalize=True)
-    for variant, operator in product(variants, (forward, backward)):
+    if kept:
+        hidden = upload(states_of(reference.propagate, laid.x, laid.logits, laid.lam, problem))
+    for variant, operator in product(variants, (keeping if kept else forward, backward)):
         yield variant, operator.__name__, partial(operator, uploaded, problem, hidden)
 
 
@@ -210,7 +223,7 @@ def compile_all(variants: list[str]) -> int:
     kernels: dict[Kernel, None] = {}
     for size, dtype, layout in in_diagonals():
         case = posed(size, dtype)
-        for variant, _, call in calls(case, layout, variants, case.x):
+        for variant, _, call in calls(case, layout, variants, case.x, size.kept):
             with suppress(Declined, Planned), forced(variant, strictly=True), planning(kernels):
                 call()
     with ProcessPoolExecutor() as pool:
