@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from gspn2.bench import ahead, document, figures, runner, t2i
+from gspn2.bench import ahead, document, figures, report, runner, t2i
 from gspn2.bench.measure import Work
 from gspn2.bench.results import Row, find, timed
 from gspn2.bench.t2i_image import DIRECT, IMAGE, PROGRESSIVE, SHORTENED, Setting
@@ -87,6 +87,8 @@ def test_a_picture_with_evaluations_left_out(measure: Any) -> None:
     text = document._t2i([found])
     assert text.count("*") >= 3
     assert "composed: 100 x" in text
+    ((_, told),) = report.headlines([found])
+    assert told.endswith("256 x 256 pixels")
 
 
 def test_the_step_of_large_pictures_is_composed_of_layers() -> None:

@@ -53,7 +53,7 @@ def _section(content: dict[str, Any]) -> str:
     machine, rows = content["machine"], content["cases"]
     title = f"## {machine.get('device') or machine['processor']}"
     told = f"`{content['run']['command']}` on {where(machine)}. {method(content)}"
-    found = [title, _wrapped(told), _wrapped(busy(content)), _rates(content)]
+    found = [title, _wrapped(told), _wrapped(busy(content)), _rates(content), _wrapped(_older(content))]
     for part in parts().values():
         mine = of(rows, part.name)
         if mine:
@@ -65,6 +65,16 @@ def _section(content: dict[str, Any]) -> str:
     if left_out:
         found.append(_wrapped(f"Left out when time was up: {'; '.join(left_out)}."))
     return "\n\n".join(it.rstrip() for it in found if it) + "\n"
+
+
+def _older(content: dict[str, Any]) -> str:
+    """The cases that were measured with another commit than the last ones, or ""."""
+    commit = content["machine"]["commit"]
+    by_commit: dict[str, list[str]] = {}
+    for row in content["cases"]:
+        if row.get("commit", commit) != commit:
+            by_commit.setdefault(row["commit"], []).append(f"{row['bench']}: {row['case']}")
+    return " ".join(f"With commit {name}: {'; '.join(cases)}." for name, cases in by_commit.items())
 
 
 def _rates(content: dict[str, Any]) -> str:

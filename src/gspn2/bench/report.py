@@ -18,6 +18,7 @@ from .case import Part, parts
 from .figures import images_per_second, of
 from .ladder import RUNGS
 from .results import Row, broken, find, timed
+from .t2i_image import DIRECT, IMAGE, PROGRESSIVE
 from .tables import HEADS, busy, cells, facts_of, method, where
 from .terminal import digits, milliseconds
 
@@ -110,6 +111,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
         for it in timed(row)
         if it["name"] == "gspn2_tiny" and it["pass"] == "inference"
     ][:1]
+    found += _pictures(rows)
     return found[:4]
 
 
@@ -127,6 +129,19 @@ def _beside_attention(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [
         (f"{digits(ratio)}x", f"as fast as attention, sub-layers with projections, {tokens} tokens ({name})")
     ]
+
+
+def _pictures(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """A whole picture at the largest size that has one."""
+    found = [
+        (row["facts"]["pixels"], other["ms"] / ours["ms"])
+        for row in of(list(rows), "t2i")
+        if (ours := find(row, PROGRESSIVE, IMAGE)) and (other := find(row, DIRECT, IMAGE))
+    ]
+    if not found:
+        return []
+    side, ratio = max(found)
+    return [(f"{digits(ratio)}x", f"as fast as 50 steps with attention, a picture of {side} x {side} pixels")]
 
 
 def _section(part: Part, rows: Sequence[Row], pictures: dict[str, str]) -> str:
