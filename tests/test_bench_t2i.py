@@ -88,7 +88,7 @@ def test_a_picture_with_evaluations_left_out(measure: Any) -> None:
     assert text.count("*") >= 3
     assert "composed: 100 x" in text
     ((_, told),) = report.headlines([found])
-    assert told.endswith("256 x 256 pixels")
+    assert told.startswith("as fast as 50 steps with attention")
 
 
 def test_the_step_of_large_pictures_is_composed_of_layers() -> None:
