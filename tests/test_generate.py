@@ -56,8 +56,7 @@ def pixels(path):
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd15"])
-@pytest.mark.parametrize("size", ["256x192", "128x320", "256x256"])
+@pytest.mark.parametrize(("name", "size"), [("sdxl", "256x192"), ("sd15", "128x320"), ("sd15", "256x256")])
 def test_three_aspect_ratios(folders, tmp_path, capsys, name, size):
     out = tmp_path / "image.png"
     assert main(command(folders, out, "a cat", name=name, size=size)) == 0
