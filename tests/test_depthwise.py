@@ -15,6 +15,7 @@ from cuda_emulator import KernelError, compiler, run_launch
 from cuda_emulator.memory import Memory
 from gspn2.backends.cuda import depthwise
 from gspn2.backends.cuda.geometry import Device
+from gspn2.models.gspn2 import Stem
 from gspn2.ops.depthwise import depthwise as depthwise_op
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++ 12 on Linux")
@@ -186,3 +187,16 @@ def test_halves_of_blocks_in_a_row() -> None:
         for block in stage.blocks:
             y, branch = block.halves(y, branch)
         torch.testing.assert_close(y + branch, stage(x))
+
+
+@pytest.mark.parametrize(("channels", "stride", "size"), [(3, 2, (9, 12)), (1, 1, (5, 4))])
+def test_stem_as_a_matrix_product(
+    channels: int, stride: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    stem = Stem(channels, 16, stride)
+    x = torch.randn(2, channels, *size)
+    right = stem.conv1(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    torch.testing.assert_close(stem._first(x), right)

@@ -22,6 +22,8 @@ def test_same_as_the_views(lam: bool) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
     found = mixer.from_proxy(y)
     torch.testing.assert_close(found, right)
+    torch.testing.assert_close(mixer._sums(y), right)
+    torch.testing.assert_close(mixer._packed(x, *rows, aligned=True), mixer._packed(x, *rows))
     for a, b in zip(torch.autograd.grad(found, list(mixer.parameters()), dy), expected, strict=True):
         torch.testing.assert_close(a, b)
 

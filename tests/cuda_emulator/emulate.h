@@ -78,6 +78,9 @@ EMULATED void copy_async(void* shared, const void* global, int bytes = SIZE) {
   emulator::copy_async(shared, global, SIZE, bytes);
 }
 EMULATED int opaque(int v) { return v; }
+EMULATED float opaque(float v) { return v; }
+template <typename T>
+EMULATED T* opaque(T* p) { return p; }
 EMULATED void copy_async_wide(void* shared, const void* global) { copy_async<16>(shared, global); }
 EMULATED void copy_async_wide(void* shared, const void* global, int bytes) { copy_async<16>(shared, global, bytes); }
 EMULATED u64 cache_policy(bool read_once) { return read_once; }

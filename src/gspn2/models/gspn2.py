@@ -114,14 +114,17 @@ class Stem(nn.Module):
         return self.norm2(self.conv2(x))
 
     def _first(self, x: Tensor) -> Tensor:
-        """conv1; compiled for a GPU with zeros for channels up to 8: fewer do not get onto tensor cores."""
-        missing = -x.shape[1] % 8
-        if not (torch.compiler.is_compiling() and x.is_cuda and missing):
-            return self.conv1(x)
-        weight = F.pad(self.conv1.weight, (0, 0, 0, 0, 0, missing))
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        padded = F.pad(x, (0, 0, 0, 0, 0, missing))
-        return F.conv2d(padded, weight, self.conv1.bias, self.conv1.stride, self.conv1.padding)
+        """conv1; compiled for a GPU as a matrix product: one of 3 channels does not use tensor cores."""
+        conv, channels = self.conv1, x.shape[1]
+        if not (torch.compiler.is_compiling() and x.is_cuda and channels <= 4):
+            return conv(x)
+        stride, used = conv.stride[0], 9 * channels
+        padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+        windows = padded.unfold(1, 3, stride).unfold(2, 3, stride).permute(0, 1, 2, 4, 5, 3)
+        # Whole vectors of 16 bytes.
+        windows = F.pad(windows.flatten(3), (0, -used % 8))
+        weight = F.pad(conv.weight.permute(0, 2, 3, 1).flatten(1), (0, -used % 8))
+        return F.linear(windows, weight, conv.bias).permute(0, 3, 1, 2)
 
 
 class GSPN2Stage(nn.Module):

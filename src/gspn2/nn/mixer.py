@@ -185,8 +185,9 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._compiled_packed():
+            rows = self._operand_rows(self._merge(x.shape[2], x.shape[3]))
             y = propagate_packed(
-                self._packed(x, *self._operand_rows(self._merge(x.shape[2], x.shape[3]))),
+                self._packed(x, *rows, aligned=x.is_cuda),
                 self.proxy_dim,
                 self.groups,
                 self.directions,
@@ -194,7 +195,7 @@ class Mixer(nn.Module):
                 self.sizes[0] > 0,
                 self.backend,
             )
-            return self._back(y)
+            return self._sums(y) if x.is_cuda and self.proxy_dim <= _MOST_SUMMED else self.from_proxy(y)
         y = propagate(
             *self.operands(x),
             directions=self.directions,
@@ -215,18 +216,28 @@ class Mixer(nn.Module):
             and not self.keep_hidden
         )
 
-    def _packed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(B, H, W, P): the proxy, lam, gate and logits made from x, given the operands' rows."""
-        proxy_bias = self.to_proxy.bias if self.to_proxy.bias is not None else bias.new_zeros(self.proxy_dim)
-        weight = torch.cat([self.to_proxy.weight, weight])
-        return pointwise(x, weight, torch.cat([proxy_bias, bias])).permute(0, 2, 3, 1)
+    def _packed(self, x: Tensor, weight: Tensor, bias: Tensor, aligned: bool = False) -> Tensor:
+        """(B, H, W, P): the proxy, lam, gate and logits made from x, given the operands' rows.
 
-    def _back(self, y: Tensor) -> Tensor:
-        """`from_proxy`; compiled for a GPU and from few channels as sums that join the pass after them."""
-        if self.proxy_dim > _MOST_SUMMED or not y.is_cuda:
-            return self.from_proxy(y)
+        aligned: multiply with rows of zeros up to a multiple of 8, and drop what they make. Matrix products
+        with rows of odd sizes take longer than that and a copy.
+        """
+        proxy_bias = self.to_proxy.bias if self.to_proxy.bias is not None else bias.new_zeros(self.proxy_dim)
+        weight, bias = torch.cat([self.to_proxy.weight, weight]), torch.cat([proxy_bias, bias])
+        rows = weight.shape[0]
+        if aligned and rows % _VECTOR:
+            missing = -rows % _VECTOR
+            weight, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing))
+            packed = pointwise(x, weight, bias).permute(0, 2, 3, 1)[..., :rows]
+            return packed.contiguous()
+        return pointwise(x, weight, bias).permute(0, 2, 3, 1)
+
+    def _sums(self, y: Tensor) -> Tensor:
+        """`from_proxy` from few channels, as sums that a compiler puts into the pass after them."""
         pixels, weight = y.permute(0, 2, 3, 1), self.from_proxy.weight
-        result = sum(pixels[..., c : c + 1] * weight[:, c] for c in range(self.proxy_dim))
+        result = pixels[..., :1] * weight[:, 0]
+        for c in range(1, self.proxy_dim):
+            result = result + pixels[..., c : c + 1] * weight[:, c]
         if self.from_proxy.bias is not None:
             result = result + self.from_proxy.bias
         return result.to(y.dtype).permute(0, 3, 1, 2)

@@ -17,13 +17,14 @@ from .geometry import Device, Kernel, Launch
 
 SIDES = (3, 5, 7)
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMAT = struct.Struct("<7q10i")
+_FORMAT = struct.Struct("<7q8i")
 _ADDRESSES = 7
 _MOST_TILES = 2**32 - 2**20
 """A kernel counts tiles, and adds a round of them, in 32 bits."""
 
 _PAIRS = 64
 """Pairs of channels that a block takes at most: more only share its weights."""
+_THREADS = 256
 _ROUNDS = 4
 """Blocks for each one that the GPU has room for: the last ones to finish are short."""
 
@@ -102,11 +103,7 @@ def weight_gradient(dy: Tensor, x: Tensor, side: int, other: Tensor | None = Non
     return sums[:taps].t().contiguous().view(channels, 1, side, side), sums[taps].clone()
 
 
-def plan(
-    shape: tuple[int, int, int, int],
-    options: Options,
-    device: Device,
-) -> tuple[Launch, bytes, int]:
+def plan(shape: tuple[int, int, int, int], options: Options, device: Device) -> tuple[Launch, bytes, int]:
     """The launch, its packed arguments without addresses, and the groups of blocks that share the tiles.
 
     Args:
@@ -117,9 +114,9 @@ def plan(
     """
     batch, channels, height, width = shape
     storage, weights, side, (residual, silu, flip, second, gradient) = options
-    tall, wide = _tile(height, width, side)
+    tall, wide = _tile(height, width, side, gradient)
     pairs = _pairs(channels // 2)
-    bound = _threads(side)
+    bound = _THREADS
     slots = max(1, bound // pairs)
     threads = -(-slots * pairs // 32) * 32
     slices = -(-channels // 2 // pairs)
@@ -132,6 +129,8 @@ def plan(
         ("STORAGE", _STORAGE[storage]),
         ("WEIGHTS", _STORAGE[weights]),
         ("SIDE", side),
+        ("CHANNELS", channels),
+        ("PAIRS", pairs),
         ("TALL", tall),
         ("WIDE", wide),
         ("THREADS", bound),
@@ -145,9 +144,7 @@ def plan(
         defines += [("RESIDUAL", int(residual)), ("SILU", int(silu))]
         kernel = Kernel("depthwise_forward.cu", "depthwise_forward", tuple(defines))
         shared = 8 * side * side * pairs
-    arguments = _FORMAT.pack(
-        *(0,) * _ADDRESSES, batch, height, width, channels, pairs, slots, slices, groups, int(flip), 0
-    )
+    arguments = _FORMAT.pack(*(0,) * _ADDRESSES, batch, height, width, slots, slices, groups, int(flip), 0)
     return Launch(kernel, groups * slices, threads, shared), arguments, groups
 
 
@@ -168,9 +165,10 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     ]
 
 
-def _tile(height: int, width: int, side: int) -> tuple[int, int]:
+def _tile(height: int, width: int, side: int, gradient: bool) -> tuple[int, int]:
     """Rows and columns of a tile: the more pixels the better, unless many lie outside of the image."""
-    choices = [(2, 7), (4, 7), (2, 8)]  # more do not fit in the registers
+    # More do not fit in the registers.
+    choices = [(2, 7), (2, 8)] if gradient and side > 3 else [(2, 7), (4, 7), (2, 8)]
 
     def work(choice: tuple[int, int]) -> float:
         tall, wide = choice
@@ -179,11 +177,6 @@ def _tile(height: int, width: int, side: int) -> tuple[int, int]:
         return pixels * (side * side + 2 * loads)
 
     return min(choices, key=work)
-
-
-def _threads(side: int) -> int:
-    """Of a block, at most: with sides above 3 a thread holds more than 128 registers."""
-    return 256 if side == 3 else 192
 
 
 def _resident(side: int, gradient: bool) -> int:

@@ -5,6 +5,8 @@
 //   STORAGE    of images: 0 float32, 1 bfloat16, 2 float16
 //   WEIGHTS    of weights and bias, the same codes
 //   SIDE       of the kernel, odd
+//   CHANNELS   of the images: with it known, an access is an address and a constant
+//   PAIRS      of channels in a block
 //   TALL, WIDE pixels of a tile
 //   SECOND     1: the input is the sum of two images
 #pragma once
@@ -36,8 +38,7 @@ struct Params {
   pair_t* y;               // (B, H, W, C)
   float* partial;          // (groups, TAPS + 1, C): a group's sums for each weight, and for the bias
   const pair_t* other;     // (B, H, W, C): added to x before all else
-  int batch, height, width, channels;
-  int pairs;               // of channels in a block
+  int batch, height, width;
   int slots;               // tiles that a block has in work at a time
   int slices;              // blocks that share the channels of an image
   int groups;              // blocks that share the tiles
@@ -98,11 +99,11 @@ struct Share {
 
 __device__ __forceinline__ Share share_of(const Params& p) {
   Share s;
-  s.slot = threadIdx.x / p.pairs;
-  s.pair = threadIdx.x - s.slot * p.pairs;
+  s.slot = threadIdx.x / PAIRS;
+  s.pair = threadIdx.x - s.slot * PAIRS;
   s.group = blockIdx.x / p.slices;
-  s.channel = 2 * ((blockIdx.x - s.group * p.slices) * p.pairs + s.pair);
-  s.idle = s.slot >= p.slots || s.channel >= p.channels;
+  s.channel = 2 * ((blockIdx.x - s.group * p.slices) * PAIRS + s.pair);
+  s.idle = s.slot >= p.slots || s.channel >= CHANNELS;
   return s;
 }
 
@@ -132,10 +133,10 @@ __device__ __forceinline__ Tile tile_of(const Params& p, u32 number, u32 down, u
 template <int COUNT>
 __device__ __forceinline__ void load_row(pair_t (&to)[COUNT], const pair_t* from, const Params& p, const Tile& t, int row,
                                          int column, int channel) {
-  const int stride = p.channels / 2;
+  constexpr int stride = CHANNELS / 2;
   const bool exists = row >= 0 && row < p.height;
   const u32 inside = exists ? t.inside >> (column + REACH) : 0u;
-  from += ((t.image + row) * p.width + t.column + column) * stride + channel / 2;
+  from = opaque(from + ((t.image + row) * p.width + t.column + column) * stride + channel / 2);
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) to[k] = inside >> k & 1u ? __ldg(from + k * stride) : no_pair();
 }

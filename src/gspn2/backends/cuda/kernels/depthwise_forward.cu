@@ -21,10 +21,11 @@ __device__ __forceinline__ float silu(float v) {
 
 __device__ __forceinline__ void fetch_weights(float2* weights, const Params& p, int slice) {
   float* to = (float*)weights;
-  const int count = 2 * p.pairs, first = slice * count;
+  constexpr int count = 2 * PAIRS;
+  const int first = slice * count;
   for (int i = threadIdx.x; i < TAPS * count; i += blockDim.x) {
     const int channel = i / TAPS, tap = i - channel * TAPS;
-    const float v = first + channel < p.channels ? widen_weight(__ldg(p.weight + (first + channel) * TAPS + tap)) : 0.f;
+    const float v = first + channel < CHANNELS ? widen_weight(__ldg(p.weight + (first + channel) * TAPS + tap)) : 0.f;
     to[(p.flip ? TAPS - 1 - tap : tap) * count + channel] = v;
   }
 }
@@ -45,15 +46,22 @@ __device__ __forceinline__ void convolve(const Params& p, const Tile& t, const f
   for (int r = 0; r < ROWS; ++r) {
     float2 row[COLUMNS];
 #pragma unroll
-    for (int k = 0; k < COLUMNS; ++k) row[k] = next[k];
+    for (int k = 0; k < COLUMNS; ++k) {
+      row[k] = next[k];
+#if SIDE > 3
+      // Or they are widened again for each row of outputs.
+      row[k] = make_float2(opaque(row[k].x), opaque(row[k].y));
+#endif
+    }
     if (r + 1 < ROWS) next.load(p, t, r + 1, channel);
 #pragma unroll
     for (int o = 0; o < TALL; ++o) {
       const int tap = r - o;
       if (tap < 0 || tap >= SIDE) continue;
+      const float2* line = weights + tap * SIDE * PAIRS;
 #pragma unroll
       for (int m = 0; m < SIDE; ++m) {
-        const float2 weight = weights[(tap * SIDE + m) * p.pairs];
+        const float2 weight = line[m * PAIRS];
 #pragma unroll
         for (int k = 0; k < WIDE; ++k) multiply_add(sum[o][k], row[k + m], weight);
       }
@@ -64,15 +72,16 @@ __device__ __forceinline__ void convolve(const Params& p, const Tile& t, const f
 #endif
     }
   }
-  const int stride = p.channels / 2;
-  pair_t* to = p.y + ((t.image + t.row) * p.width + t.column) * stride + channel / 2;
+  constexpr int stride = CHANNELS / 2;
+  pair_t* rows = p.y + ((t.image + t.row) * p.width + t.column) * stride + channel / 2;
 #pragma unroll
   for (int o = 0; o < TALL; ++o) {
     if (t.row + o >= p.height) break;
+    pair_t* to = opaque(rows);
 #pragma unroll
     for (int k = 0; k < WIDE; ++k)
-      if (t.inside >> (k + REACH) & 1u) to[k * stride] = narrow(make_float2(silu(sum[o][k].x), silu(sum[o][k].y)));
-    to += (long long)p.width * stride;
+      if (t.inside >> (k + REACH) & 1u) __stwb(to + k * stride, narrow(make_float2(silu(sum[o][k].x), silu(sum[o][k].y))));
+    rows += (long long)p.width * stride;
   }
 }
 

@@ -57,16 +57,17 @@ KERNEL(THREADS, BLOCKS) depthwise_weights(CONSTANT_PARAMS p) {
   // Two sets take turns, so that one barrier a weight is enough.
 #pragma unroll
   for (int tap = 0; tap <= TAPS; ++tap) {
-    float2* set = shared + (tap & 1) * p.slots * p.pairs;
-    if (!s.idle) set[s.slot * p.pairs + s.pair] = tap < TAPS ? sums.weight[tap < TAPS ? tap : 0] : sums.bias;
+    float2* set = shared + (tap & 1) * p.slots * PAIRS;
+    if (!s.idle) set[s.slot * PAIRS + s.pair] = tap < TAPS ? sums.weight[tap < TAPS ? tap : 0] : sums.bias;
     __syncthreads();
     if (s.slot == 0 && !s.idle) {
       float2 all = set[s.pair];
+#pragma unroll 1
       for (int slot = 1; slot < p.slots; ++slot) {
-        const float2 other = set[slot * p.pairs + s.pair];
+        const float2 other = set[slot * PAIRS + s.pair];
         all.x += other.x, all.y += other.y;
       }
-      *(float2*)(p.partial + ((long long)s.group * (TAPS + 1) + tap) * p.channels + s.channel) = all;
+      *(float2*)(p.partial + ((long long)s.group * (TAPS + 1) + tap) * CHANNELS + s.channel) = all;
     }
   }
 }

@@ -64,6 +64,17 @@ __device__ __forceinline__ int opaque(int v) {
   return v;
 }
 
+__device__ __forceinline__ float opaque(float v) {
+  asm volatile("" : "+f"(v));
+  return v;
+}
+// The same for an address: what lies at constant distances from it is reached by constants in the instructions.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 // The larger of two numbers of 16 bits, without sign, in each half.
 __device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
 #if __CUDA_ARCH__ >= 900
