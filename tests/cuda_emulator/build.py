@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import functools
@@ -13,13 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from gspn2.backends import cuda
 from gspn2.backends.cuda.geometry import Kernel
+from kept import kept_folder
 
 HERE = Path(__file__).parent
 KERNELS = Path(cuda.__file__).parent / "kernels"
@@ -56,18 +54,6 @@ def compiler() -> str | None:
     return gxx if version and int(version.split(".")[0]) >= 12 else None
 
 
-@functools.cache
-def _folder() -> Path:
-    """Where compiled kernels are kept, for a day: each change of a source makes new ones."""
-    folder = Path(tempfile.gettempdir()) / f"gspn2-emulator-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for file in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            if time.time() - file.stat().st_mtime > 86400:
-                file.unlink()
-    return folder
-
-
 def _gxx(arguments: Sequence[str], given: str | None = None) -> str:
     gxx = compiler()
     if gxx is None:
@@ -81,7 +67,7 @@ def _gxx(arguments: Sequence[str], given: str | None = None) -> str:
 def _cached(kind: str, arguments: Sequence[str], text: str | None = None) -> Path:
     """What g++ makes with these arguments of `text`, made once, also where several processes ask for it."""
     key = hashlib.sha256(repr((arguments, text)).encode()).hexdigest()[:24]
-    path = _folder() / f"{key}.{kind}"
+    path = kept_folder() / f"{key}.{kind}"
     if path.exists():
         return path
     with (path.parent / f"{key}.lock").open("w") as lock:
