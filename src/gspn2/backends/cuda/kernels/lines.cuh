@@ -8,13 +8,13 @@
 //   PAIR       1: only down and up, at the same time: each block of a cluster of two scans in one of these directions
 //   PREPARED   1: weights come from scratch memory (lines_weights.cu) instead of being made from logits
 //   CHANNELS   neighbouring ones, of one group, that a thread scans side by side: taps are read and normalised once
-//   SUMS       1: more than one direction, whose sum travels in float32
+//   SUMS       1: more than one direction, whose sum travels in float32; 2: the cache is too small for it
 //   VTHREADS, VPLACES, VLINES, VRING   down and up: threads that hold places, places of each, lines copied together,
 //              groups of these in a ring; VPLACES 0: no such direction
 //   HPIECE, HBUFFERS         right and left: bytes of a row in a tile, tiles in a warp's ring; HPIECE 0: none
 //   HROWS      right and left: neighbouring rows of a thread
-// Knobs: 0 planes of a cluster; places of a block, its own: 1 of a column, 2 of a row; 3 how many directions this launch
-//   scans, 4 to 7 which; 8 launches before it left sums, 9 it completes them.
+// Knobs: 0 planes of a cluster; places of a block, its own: 1 of a column, 2 of a row; 3 how many directions this
+//   launch scans, 4 to 7 which; 8 launches before it left sums, 9 it completes them.
 // Scratch: 0 float32 sums over directions, in tiles of 8 x 8 places (see Plane); 1 the weights before and after of
 //   each place, [B][D][G][2][H][W], as float16 where tensors have 16 bits.
 #pragma once
@@ -80,9 +80,9 @@ __device__ __forceinline__ void write_words(void* to, const u32* words) {
   }
 }
 
-// One direction of one plane. Sums lie in tiles of 8 x 8 places, 256 bytes, which are what both axes read at about the
-// same time: in right and left scans a thread's 8 columns of a row are 32 bytes beside those of the next thread, in down
-// and up two rows of a thread's 8 places are 64, and the tiles of a line follow each other.
+// One direction of one plane. Sums lie in tiles of 8 x 8 places, 256 bytes, which are what both axes read at about
+// the same time: in right and left scans a thread's 8 columns of a row are 32 bytes beside those of the next thread,
+// in down and up two rows of a thread's 8 places are 64, and the tiles of a line follow each other.
 constexpr int SUMS_TILE = 64;
 struct Plane {
   const storage_t* from[TENSORS];  // row 0, column 0 of each tensor
@@ -152,8 +152,8 @@ __device__ __forceinline__ u32 largest_logits(const u32 (&words)[TENSORS][4], u3
   return largest;
 }
 
-// Do all lanes of the warp have none but ordinary logits? Lanes that are not `inside` hold whatever was in shared memory:
-// it must not decide, as both ways round differently.
+// Do all lanes of the warp have none but ordinary logits? What lanes that are not `inside` hold must not decide, as
+// both ways round differently.
 __device__ __forceinline__ bool ordinary([[maybe_unused]] u32 largest, [[maybe_unused]] bool inside) {
 #if MAKES_WEIGHTS && STORAGE != 0
   return __all_sync(0xffffffffu, !inside || ordinary_logits(largest));
@@ -203,40 +203,43 @@ struct Restarts {
 };
 
 // Hands the states at the two ends of every warp to its neighbours: put, which meets all threads, then get in the next
-// line. Two turns, as a warp may put those of the next line while its neighbour still gets these.
+// line. Two turns, as a warp may put those of the next line while its neighbour still gets these: line n is put in turn
+// n % 2. Nobody gets what was put before all have met, so it may be put again.
 struct Edges {
-  int turn, warp, lane, threads;  // threads: those that hold places
+  float* own;  // this warp's first
+  int lane, threads, renewed;  // threads: those that hold places; renewed: how often, see `renew`
 
-  __device__ __forceinline__ float* at(int channel, int side) const {
-    return edges() + ((channel * 2 + turn) * 2 + side) * (WARPS + 2) + warp + 1;
+  __device__ __forceinline__ float* at(int channel, int turn, int side) const {
+    return own + ((channel * 2 + turn) * 2 + side) * (WARPS + 2);
   }
   // The same of the EDGE states beside the warp's end, for threads of several rows.
   __device__ __forceinline__ float* run_at(int channel, int side) const {
-    return edges() + (((channel * 2 + turn) * 2 + side) * (WARPS + 2) + warp + 1) * EDGE;
+    return edges() + (((channel * 2 + renewed % 2) * 2 + side) * (WARPS + 2) + threadIdx.x / 32 + 1) * EDGE;
   }
 
   __device__ __forceinline__ void start(int of_threads) {
-    turn = 0, warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = of_threads;
+    own = edges() + threadIdx.x / 32 + 1;
+    lane = threadIdx.x % 32, threads = of_threads, renewed = 0;
     for (int i = threadIdx.x; i < EDGES; i += threads) edges()[i] = 0.f;
     barrier();
   }
   // The states beside this thread's own: of other lanes, or other warps.
   template <int N>
-  __device__ __forceinline__ void get(float (&before)[CHANNELS], float (&after)[CHANNELS], const float (&h)[CHANNELS][N]) const {
+  __device__ __forceinline__ void get(float (&before)[CHANNELS], float (&after)[CHANNELS],
+                                      const float (&h)[CHANNELS][N], int turn) const {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       before[c] = __shfl_up_sync(0xffffffffu, h[c][N - 1], 1), after[c] = __shfl_down_sync(0xffffffffu, h[c][0], 1);
-      if (lane == 0) before[c] = at(c, 1)[-1];
-      if (lane == 31) after[c] = at(c, 0)[1];
+      if (lane == 0) before[c] = at(c, turn, 1)[-1];
+      if (lane == 31) after[c] = at(c, turn, 0)[1];
     }
   }
   template <int N>
-  __device__ __forceinline__ void put(const float (&h)[CHANNELS][N]) {
-    turn ^= 1;
+  __device__ __forceinline__ void put(const float (&h)[CHANNELS][N], int turn) const {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      if (lane == 0) *at(c, 0) = h[c][0];
-      if (lane == 31) *at(c, 1) = h[c][N - 1];
+      if (lane == 0) *at(c, turn, 0) = h[c][0];
+      if (lane == 31) *at(c, turn, 1) = h[c][N - 1];
     }
     barrier();
   }
@@ -245,7 +248,7 @@ struct Edges {
   template <int N>
   __device__ __forceinline__ void renew(float (&h)[CHANNELS][N], int first, bool has_before, bool has_after) {
     constexpr int ROWS = 32 * N;
-    turn ^= 1;
+    ++renewed;
     const bool low = first >= EDGE && first < 2 * EDGE, high = first >= ROWS - 2 * EDGE && first < ROWS - EDGE;
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
@@ -271,8 +274,8 @@ struct Edges {
 __device__ __forceinline__ int threads_for(int places, int each) { return ((places + each - 1) / each + 31) / 32 * 32; }
 
 // The part of a line that a block of a cluster holds: its own places, and HALO more on either side. What it computes
-// there goes wrong by one place a line, from the outside; after HALO lines the neighbours send the right states, without
-// a barrier: each value comes with its share of a count that the receiver waits for.
+// there goes wrong by one place a line, from the outside; after HALO lines the neighbours send the right states,
+// without a barrier: each value comes with its share of a count that the receiver waits for.
 struct Strip {
   int places, own_begin, own_end, begin, end, rank;
 
@@ -304,9 +307,11 @@ struct Strip {
       if (has_after) mbarrier_arrive_expect(bar + 1, 4 * CHANNELS * (end - own_end));
     }
     if (sends && has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
-      for_states(h, mine + SIDE + first - own_begin, [&](float* at, float& state) { store_counted<1>(at, bar + 1, rank - 1, &state); });
+      for_states(h, mine + SIDE + first - own_begin,
+                 [&](float* at, float& state) { store_counted<1>(at, bar + 1, rank - 1, &state); });
     if (sends && has_after && first >= own_end - HALO && first < own_end)
-      for_states(h, mine + first - (own_end - HALO), [&](float* at, float& state) { store_counted<1>(at, bar, rank + 1, &state); });
+      for_states(h, mine + first - (own_end - HALO),
+                 [&](float* at, float& state) { store_counted<1>(at, bar, rank + 1, &state); });
     if (has_before && first >= begin && first < own_begin) {
       mbarrier_wait(bar, parity);
       for_states(h, mine + first - begin, [](const float* at, float& state) { state = *at; });

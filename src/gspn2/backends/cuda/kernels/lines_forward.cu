@@ -4,7 +4,8 @@
 
 #if HPIECE
 template <bool REVERSED>
-__device__ __forceinline__ void scan_horizontal(const Params& p, const Scan& scan, const Plane& plane, int rank, int exchanges) {
+__device__ __forceinline__ void scan_horizontal(const Params& p, const Scan& scan, const Plane& plane, int rank,
+                                                int exchanges) {
   HorizontalScan<REVERSED> run{p, plane};
   run.run(scan, rank, exchanges);
 }

@@ -46,6 +46,18 @@ struct HorizontalScan {
 
   __device__ __forceinline__ unsigned char* tile_at(int tile) const { return ring + tile % HBUFFERS * HTILE; }
 
+  // Nothing is copied to rows that are not there. Zeros keep their states finite, so that these, times the weight of a
+  // missing neighbour, are nothing.
+  __device__ __forceinline__ void clear_rows() const {
+#pragma unroll 1
+    for (int i = 0; i < HBUFFERS * TENSORS; ++i)
+#pragma unroll
+      for (int k = 0; k < HROWS; ++k)
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v)
+          *(uint4*)(ring + i * TILE + place_of(threadIdx.x % 32 * HROWS + k, v)) = make_uint4(0, 0, 0, 0);
+  }
+
   // Is there anything of this lane's vectors at column0, and which of its rows has the strip?
   __device__ __forceinline__ bool has_columns(int column0) const { return column0 + lane_vector() * VECTOR < width; }
   // Rows that only this warp holds as its own.
@@ -114,7 +126,7 @@ struct HorizontalScan {
         const float* from = plane.sum_at(c, row, column_of_span(n)) + k * 8;
 #pragma unroll
         for (int i = 0; i < SPAN; i += 4) {
-          const uint4 four = __ldcg((const uint4*)(from + i));
+          const uint4 four = SUMS > 1 ? __ldcs((const uint4*)(from + i)) : __ldcg((const uint4*)(from + i));
           u32* to = sums[c][k] + i;
           to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
@@ -139,23 +151,23 @@ struct HorizontalScan {
     for (int k = 0; k < HROWS; ++k) largest = largest_logits<SPAN * SIZE / 4>(words[k], largest);
 #endif
     const bool plain = ordinary(largest, inside);
-    if (HROWS > 1 && restarts.until >= SPAN) {
+    if (restarts.until >= SPAN) {
       // No line of these restarts, and none has to ask.
       restarts.until -= SPAN;
       if (plain)
-        scan_columns<true, false>(result, words, h, edges, restarts, starts, ends);
+        scan_columns<true, false>(result, words, h, edges, restarts);
       else
-        scan_columns<false, false>(result, words, h, edges, restarts, starts, ends);
+        scan_columns<false, false>(result, words, h, edges, restarts);
     } else if (plain) {
-      scan_columns<true, true>(result, words, h, edges, restarts, starts, ends);
+      scan_columns<true, true>(result, words, h, edges, restarts);
     } else {
-      scan_columns<false, true>(result, words, h, edges, restarts, starts, ends);
+      scan_columns<false, true>(result, words, h, edges, restarts);
     }
   }
 
   template <bool ORDINARY, bool RESTARTS>
   __device__ __forceinline__ void scan_columns(Results& result, const Words& words, float (&h)[CHANNELS][HROWS], Edges& edges,
-                                                 Restarts& restarts, bool starts, bool ends) const {
+                                                 Restarts& restarts) const {
     // Threads of one row meet in every line, and make all weights before: they would be on the way of the states.
     constexpr int AT_ONCE = HROWS == 1 ? SPAN : 1;
     Place places[AT_ONCE][HROWS];
@@ -171,9 +183,9 @@ struct HorizontalScan {
       const Place(&it)[HROWS] = places[i % AT_ONCE];
       const bool restart = RESTARTS && restarts.next();
       if (HROWS == 1)
-        step_meeting(h, it[0], edges, restart, starts, ends);
+        step_meeting(h, it[0], edges, restart, i % 2);
       else
-        step(h, it, restart, starts, ends);
+        step(h, it, restart);
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
@@ -187,25 +199,24 @@ struct HorizontalScan {
 
   // h <- w h + u of one row a thread.
   static __device__ __forceinline__ void step_meeting(float (&h)[CHANNELS][HROWS], const Place& it, Edges& edges, bool restart,
-                                                      bool starts, bool ends) {
+                                                      int turn) {
     float before[CHANNELS], after[CHANNELS];
-    edges.get(before, after, h);
+    edges.get(before, after, h, turn ^ 1);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       if (restart) {
         h[c][0] = it.u[c];
       } else {
         float next = fmaf(it.w.here, h[c][0], it.u[c]);
-        next = fmaf(it.w.before, starts ? 0.f : before[c], next);
-        h[c][0] = fmaf(it.w.after, ends ? 0.f : after[c], next);
+        next = fmaf(it.w.before, before[c], next);
+        h[c][0] = fmaf(it.w.after, after[c], next);
       }
     }
-    edges.put(h);
+    edges.put(h, turn);
   }
 
   // The same of several. What comes from other lanes is added last: it is there last.
-  static __device__ __forceinline__ void step(float (&h)[CHANNELS][HROWS], const Place (&it)[HROWS], bool restart, bool starts,
-                                              bool ends) {
+  static __device__ __forceinline__ void step(float (&h)[CHANNELS][HROWS], const Place (&it)[HROWS], bool restart) {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       const float before = __shfl_up_sync(0xffffffffu, h[c][HROWS - 1], 1);
@@ -217,26 +228,30 @@ struct HorizontalScan {
         if (k > 0) next[k] = fmaf(it[k].w.before, h[c][k > 0 ? k - 1 : 0], next[k]);
         if (k < HROWS - 1) next[k] = fmaf(it[k].w.after, h[c][k < HROWS - 1 ? k + 1 : 0], next[k]);
       }
-      next[0] = fmaf(it[0].w.before, starts ? 0.f : before, next[0]);
-      next[HROWS - 1] = fmaf(it[HROWS - 1].w.after, ends ? 0.f : after, next[HROWS - 1]);
+      next[0] = fmaf(it[0].w.before, before, next[0]);
+      next[HROWS - 1] = fmaf(it[HROWS - 1].w.after, after, next[HROWS - 1]);
 #pragma unroll
       for (int k = 0; k < HROWS; ++k) h[c][k] = restart ? it[k].u[c] : next[k];
     }
   }
 
-  __device__ __forceinline__ void write_span(const Results& result, int row, bool mine, int tile, int s, int n) const {
+  __device__ __forceinline__ void write_span(const Results& result, int row, int tile, int s, int n) const {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
       for (int k = 0; k < HROWS; ++k) {
         const float* sum = result[c][k];
         if (SUMS && !plane.last) {
-          if (!mine) continue;
           float* to = plane.sum_at(c, row, column_of_span(n)) + k * 8;
 #pragma unroll
-          for (int i = 0; i < SPAN; i += 4)
-            *(uint4*)(to + i) = make_uint4(__float_as_uint(sum[i]), __float_as_uint(sum[i + 1]), __float_as_uint(sum[i + 2]),
-                                           __float_as_uint(sum[i + 3]));
+          for (int i = 0; i < SPAN; i += 4) {
+            const u32* four = (const u32*)sum + i;
+            const uint4 all = make_uint4(four[0], four[1], four[2], four[3]);
+            if (SUMS > 1)
+              store_stream(to + i, all);
+            else
+              *(uint4*)(to + i) = all;
+          }
         } else {
           u32 out[4];
 #pragma unroll
@@ -263,6 +278,8 @@ struct HorizontalScan {
     constexpr int COLUMNS = HPIECE / SIZE;
     tiles = (width + COLUMNS - 1) / COLUMNS, all_spans = width / SPAN;
     move_to_lane();
+    if (!inside) clear_rows();
+    __syncwarp();
 #pragma unroll 1
     for (int t = 0; t < HBUFFERS - 1; ++t) {
       if (t < tiles) copy_tile(t);
@@ -297,17 +314,12 @@ struct HorizontalScan {
 #if CLUSTER > 1
         if (until_exchange == 0) {
           strip.exchange(h, row, holds, exchanges);
-          if (HROWS == 1) edges.put(h);
+          if (HROWS == 1) edges.put(h, 1);
           until_exchange = HALO;
         }
         until_exchange -= SPAN;
 #endif
-        if (!inside)
-#pragma unroll
-          for (int c = 0; c < CHANNELS; ++c)
-#pragma unroll
-            for (int k = 0; k < HROWS; ++k) h[c][k] = 0.f;
-        Words words;  // of rows that are not there: whatever is in the tile
+        Words words;
         read_span(words, t, s);
         Results result;
 #pragma unroll
@@ -322,7 +334,7 @@ struct HorizontalScan {
             }
         if (SUMS) read_sums(sums[AHEAD - 1], row, mine, n + AHEAD);
         scan_span(result, words, h, edges, restarts, inside, starts, ends);
-        write_span(result, row, mine, t, s, n);
+        if (mine) write_span(result, row, t, s, n);
       }
       __syncwarp();
       if (!SUMS || plane.last) write_tile(t);

@@ -47,8 +47,8 @@ __device__ __forceinline__ Taps weights_of(const Taps& a) {
 #endif
 }
 
-// Has neither half a logit below -20? `largest`: of some words of logits, as integers, halves apart, of which those are the
-// positive numbers, and negative ones up to -20.
+// Has neither half a logit below -20? `largest`: of some words of logits, as integers, halves apart: as such these are
+// the positive numbers, and negative ones up to -20.
 __device__ __forceinline__ bool ordinary_logits(u32 largest) {
   constexpr u32 LEAST = STORAGE == 1 ? 0xc1a0u : 0xcd00u;
   return (largest & 0xffffu) <= LEAST && largest >> 16 <= LEAST;

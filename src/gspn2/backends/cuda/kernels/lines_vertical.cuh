@@ -11,17 +11,30 @@ constexpr int VSUMS = SUMS ? 32 * VPLACES * 4 * VLINES : 0;   // bytes of a warp
 constexpr int VGROUP = VLINES * VLINE + VTHREADS / 32 * CHANNELS * VSUMS;
 static_assert(VRING > 2, "a line is unpacked while the one before it is computed");
 
+// Few threads have registers for what is the same in all lines, and made anew otherwise.
+#define HOLDS_STEPS (THREADS * BLOCKS <= 256)
+__device__ __forceinline__ int held(int v) { return HOLDS_STEPS ? opaque(v) : v; }
+
 // A warp's sums of a group of lines: units of 4 columns, each strip's lines together, as in memory. Permuted so that
 // the units of one line that 8 threads read meet different banks.
 struct SumUnits {
   static constexpr int EACH = VPLACES * VLINES / 4;             // units that a lane copies
   static constexpr int STRIPS = 32 / (2 * VLINES);              // between two of these
-  unsigned char* at;                                            // of the warp, in the group
-  __device__ __forceinline__ unsigned char* unit(int index) const { return at + (index ^ (index >> 3 & 7)) * 16; }
-  // Where this thread's places from `column` on, counted from its first, are.
-  __device__ __forceinline__ unsigned char* own(int line, int column) const {
-    const int first = threadIdx.x % 32 * VPLACES + column;
-    return unit((first / 8 * VLINES + line) * 2 + first % 8 / 4) + first % 4 * 4;
+  static constexpr int PIECE = VPLACES < 4 ? VPLACES : 4;       // columns that a thread reads together
+  int copied[EACH], read[VLINES][VPLACES / PIECE];              // where they are in a group's sums
+
+  static __device__ __forceinline__ int unit(int index) { return (index ^ (index >> 3 & 7)) * 16; }
+
+  __device__ __forceinline__ void find() {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) copied[k] = held(unit(threadIdx.x % 32 + 32 * k));
+#pragma unroll
+    for (int line = 0; line < VLINES; ++line)
+#pragma unroll
+      for (int e = 0; e < VPLACES / PIECE; ++e) {
+        const int first = threadIdx.x % 32 * VPLACES + e * PIECE;
+        read[line][e] = held(unit((first / 8 * VLINES + line) * 2 + first % 8 / 4) + first % 4 * 4);
+      }
   }
 };
 
@@ -35,13 +48,14 @@ struct VerticalScan {
   const storage_t* next[TENSORS];
   storage_t* y;
   long long y_step;  // elements from line to line
-#if PAIR
-  int steps[TENSORS];  // the same of operands, kept in registers
+#if HOLDS_STEPS
+  int steps[TENSORS];  // the same of operands
 #endif
   Strip strip;
   // This lane's share of a line's sums: where the first is in row 0, and which of them are there.
   float* sums;
   u32 sums_owned;
+  SumUnits units;
   bool inside, writes;
 
   __device__ __forceinline__ unsigned char* group_at(int group) const {
@@ -50,14 +64,15 @@ struct VerticalScan {
   __device__ __forceinline__ unsigned char* line_at(int group, int i) const {
     return group_at(group) + i * VLINE + threadIdx.x * VBYTES;
   }
-  __device__ __forceinline__ SumUnits sums_of(int group, int channel) const {
-    return {group_at(group) + VLINES * VLINE + (threadIdx.x / 32 * CHANNELS + channel) * VSUMS};
+  __device__ __forceinline__ unsigned char* sums_of(int group, int channel) const {
+    return group_at(group) + VLINES * VLINE + (threadIdx.x / 32 * CHANNELS + channel) * VSUMS;
   }
 
   __device__ __forceinline__ void find_sums() {
     const int lane = threadIdx.x % 32;
     const int column = strip.begin + (int)threadIdx.x / 32 * 32 * VPLACES + lane / (2 * VLINES) * 8 + lane % 2 * 4;
     sums = plane.sum_at(0, 0, column), sums_owned = 0;
+    units.find();
 #pragma unroll
     for (int k = 0; k < SumUnits::EACH; ++k)
       if (strip.owns(column + k * SumUnits::STRIPS * 8)) sums_owned |= 1u << k;
@@ -71,17 +86,17 @@ struct VerticalScan {
     const int row = reversed ? lines - 1 - line : line;
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
-      const SumUnits units = sums_of(group, i);
+      unsigned char* in_ring = sums_of(group, i);
       float* at = sums + i * plane.sums_channel + plane.in_band(row);
 #pragma unroll
       for (int k = 0; k < SumUnits::EACH; ++k)
         if (sums_owned >> k & 1)
-          body(units.unit(lane + 32 * k), at + k * SumUnits::STRIPS * SUMS_TILE);
+          body(in_ring + units.copied[k], at + k * SumUnits::STRIPS * SUMS_TILE);
     }
   }
 
   __device__ __forceinline__ long long step(int tensor) const {
-#if PAIR
+#if HOLDS_STEPS
     return steps[tensor];
 #else
     return reversed ? -row_step(p, tensor) : row_step(p, tensor);
@@ -141,15 +156,15 @@ struct VerticalScan {
 #pragma unroll
       for (int e = 0; e < VPLACES; ++e) v[e] = HAS_GATE ? h[c][e] * places[e].gate[c] : h[c][e];
 #if SUMS
-      constexpr int PIECE = VPLACES < 4 ? VPLACES : 4;
-      const SumUnits units = sums_of(group, c);
+      constexpr int PIECE = SumUnits::PIECE;
+      unsigned char* in_ring = sums_of(group, c);
 #pragma unroll
       for (int e = 0; e < VPLACES; e += PIECE) {
         u32 words[4] = {0, 0, 0, 0};
-        if (plane.adds) read_words<PIECE>(words, units.own(i, e));
+        if (plane.adds) read_words<PIECE>(words, in_ring + units.read[i][e / PIECE]);
 #pragma unroll
         for (int k = 0; k < PIECE; ++k) words[k] = __float_as_uint(v[e + k] += __uint_as_float(words[k]));
-        if (!plane.last) write_words<PIECE>(units.own(i, e), words);
+        if (!plane.last) write_words<PIECE>(in_ring + units.read[i][e / PIECE], words);
       }
       if (!plane.last) continue;
 #endif
@@ -160,7 +175,8 @@ struct VerticalScan {
     }
   }
 
-  __device__ __forceinline__ void unpack_line(Place (&places)[VPLACES], u32 (&words)[TENSORS][4], bool starts, bool ends) const {
+  __device__ __forceinline__ void unpack_line(Place (&places)[VPLACES], u32 (&words)[TENSORS][4], bool starts,
+                                              bool ends) const {
     if (!PREPARED) {
       constexpr u32 FIRST = SIZE < 4 ? 0x0000ffffu : ~0u, LAST = SIZE < 4 ? 0xffff0000u : ~0u;
       if (starts) words[0][0] = (words[0][0] & ~FIRST) | (MISSING & FIRST);
@@ -188,10 +204,10 @@ struct VerticalScan {
     const bool starts = first == 0, ends = first + VPLACES >= scan.places;
     lines = scan.lines, reversed = scan.reversed;
     ring = held_shared_memory() + RING;
-    find_sums();
-#if PAIR
+    if (SUMS) find_sums();
+#if HOLDS_STEPS
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i) steps[i] = opaque((int)(reversed ? -row_step(p, i) : row_step(p, i)));
+    for (int i = 0; i < TENSORS; ++i) steps[i] = held((int)(reversed ? -row_step(p, i) : row_step(p, i)));
 #endif
     const long long start = reversed ? lines - 1 : 0;
 #pragma unroll
@@ -222,7 +238,7 @@ struct VerticalScan {
 #if VSPLIT
       if (until_exchange == 0) {
         strip.exchange(h, first, true, exchanges);
-        edges.put(h);
+        edges.put(h, (g * VLINES + 1) % 2);
         until_exchange = HALO;
       }
       until_exchange -= VLINES;
@@ -238,7 +254,8 @@ struct VerticalScan {
         if (g * VLINES + i >= lines) break;
         read_line(words, i + 1 < VLINES ? g : g + 1, i + 1 < VLINES ? i + 1 : 0);
         float before[CHANNELS], after[CHANNELS];
-        edges.get(before, after, h);
+        const int turn = VLINES % 2 ? (g + i) % 2 : i % 2;
+        edges.get(before, after, h, turn ^ 1);
         const bool restart = restarts.next();
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
@@ -250,7 +267,7 @@ struct VerticalScan {
             advance(h[c], places, c, starts ? 0.f : before[c], ends ? 0.f : after[c]);
           }
         }
-        edges.put(h);
+        edges.put(h, turn);
         if (writes) write_line(g, i, places, h);
         y += y_step;
         // The next line's weights wait for nothing: they fill the time in which states do.

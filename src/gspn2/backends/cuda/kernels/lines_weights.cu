@@ -16,8 +16,9 @@ __device__ __forceinline__ u32 rounded(float first, float second, bool first_clo
 #if STORAGE == 0
   return __float_as_uint(first);
 #else
-  const __half2 pair = __floats2half2_rn(first_close ? __uint_as_float(__float_as_uint(first) & 0xffffe000u) : first,
-                                         second_close ? __uint_as_float(__float_as_uint(second) & 0xffffe000u) : second);
+  if (first_close) first = __uint_as_float(__float_as_uint(first) & 0xffffe000u);
+  if (second_close) second = __uint_as_float(__float_as_uint(second) & 0xffffe000u);
+  const __half2 pair = __floats2half2_rn(first, second);
   return *(const u32*)&pair;
 #endif
 }
@@ -31,7 +32,8 @@ __device__ __forceinline__ void weights_of_vector(Vector& before, Vector& after,
 #pragma unroll
     for (int j = 0; j < PAIR; ++j) {
       const int e = i * PAIR + j;
-      w[j] = weights_of<ORDINARY>({element(logits[0].words, e), element(logits[1].words, e), element(logits[2].words, e)});
+      const Taps a = {element(logits[0].words, e), element(logits[1].words, e), element(logits[2].words, e)};
+      w[j] = weights_of<ORDINARY>(a);
     }
     if (PAIR == 1) w[1] = w[0];
     const bool close[2] = {w[0].here < 0x1p-11f, w[1].here < 0x1p-11f};
@@ -43,7 +45,7 @@ __device__ __forceinline__ void weights_of_vector(Vector& before, Vector& after,
 KERNEL(256, 4) lines_weights(CONSTANT_PARAMS p) {
   constexpr u32 FIRST = SIZE < 4 ? 0x0000ffffu : ~0u, LAST = SIZE < 4 ? 0xffff0000u : ~0u;
   const int columns = p.width / VECTOR;
-  const int all = p.batch * p.scans * p.groups * p.height * columns;  // less than 2^30, as the stride is: the plan sees to it
+  const int all = p.batch * p.scans * p.groups * p.height * columns;  // less than 2^30: the plan sees to it
   const long long plane = (long long)p.height * p.width;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
     const int line = i / columns, w = (i - line * columns) * VECTOR;

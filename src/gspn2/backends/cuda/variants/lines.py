@@ -207,6 +207,8 @@ def why_not(case: Case) -> str | None:
     for name, view in case.views.items():
         if view.w != 1 and problem.width > 1:
             return f"columns of {name} are {view.w} elements apart, not adjacent"
+    if any(abs(view.h) >= 2**31 for view in case.views.values()):
+        return "rows are further apart than 32 bits can tell"
     alignment = alignment_of(case)
     vector = _vector_bytes(case)
     if alignment < vector or problem.width * case.itemsize % vector:
@@ -296,7 +298,7 @@ def plan_of(*layouts: Layout) -> Plan:
                 ("VSPLIT", int(layout.split)),
                 ("PAIR", int(layout.pair)),
                 ("PREPARED", int(layout.prepared)),
-                ("SUMS", int(_sums(case))),
+                ("SUMS", int(_sums(case)) * (2 if len(layouts) > 1 else 1)),
                 ("VTHREADS", layout.row_threads),
                 ("VPLACES", rows.places),
                 ("VLINES", rows.lines),
@@ -382,13 +384,11 @@ def axis_by_axis(case: Case) -> tuple[Layout, ...]:
     """
     problem, device = case.problem, case.device
     planes = problem.batch * problem.channels
-    large = min(problem.height, problem.width) >= 1024 and 2 * planes >= device.multiprocessors
+    large = min(problem.height, problem.width) >= 512 and 3 * planes >= device.multiprocessors
     if device.capability < (9, 0) or len(problem.directions) != 4 or not large:
         return ()
     if problem.height % 8 or problem.width * case.itemsize % VECTOR_BYTES:
         return ()
-    if any(abs(view.h) >= 2**31 for view in case.views.values()):
-        return ()  # the kernel keeps these steps in registers of 32 bits
     shared = problem.channels // problem.groups >= FEW_CHANNELS
     prepared = problem.normalize and shared and _bytes_of_weights(case) < 2**34
     return next(
@@ -413,13 +413,11 @@ def _pairs(case: Case, prepared: bool) -> Iterator[Layout]:
 
 
 def _tall(case: Case, prepared: bool) -> Iterator[Layout]:
-    """Right and left of large planes, best first."""
-    problem = case.problem
-    busy = 4 * problem.batch * problem.channels >= 3 * case.device.multiprocessors
-    many = ((2, Columns(64, 1)), (4, Columns(64, 1)), (8, Columns(64, 1)), (8, Columns(32, 1)))
-    few = ((8, Columns(64, 1, 2)), (8, Columns(32, 1, 2)))
-    for cluster, columns in (*many, *few) if busy else (*few, *many):
-        yield Layout(case, cluster, False, 1, 1, None, columns, prepared=prepared)
+    """Right and left of large planes, best first: small blocks, as many as fill a multiprocessor."""
+    short = case.problem.height < 1024
+    for cluster in (2, 4, 8) if short else (8, 4, 2):
+        for columns in (Columns(64, 1), Columns(32, 1)):
+            yield Layout(case, cluster, False, 1, 1, None, columns, prepared=prepared)
 
 
 def _rank(layout: Layout) -> tuple[float, ...]:
