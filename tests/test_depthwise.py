@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import gspn2.models  # noqa: F401  (registers them with timm)
 from cuda_emulator import KernelError, compiler, run_launch
@@ -200,3 +201,15 @@ def test_stem_as_a_matrix_product(
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     torch.testing.assert_close(stem._first(x), right)
+
+
+def test_counted_like_a_convolution() -> None:
+    x, weight = _images(2, 4, 5, 6, dtype=torch.float32), torch.randn(4, 1, 3, 3, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = depthwise_op(x.detach().requires_grad_(), weight)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    with FlopCounterMode(display=False) as convolution:
+        F.conv2d(x, weight, padding=1, groups=4)
+    assert forward == convolution.get_total_flops()
+    assert counter.get_total_flops() == 3 * forward

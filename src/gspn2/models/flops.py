@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from ..ops import depthwise  # noqa: F401  (registers it)
 
 # One state element takes three taps and lam * x, and its contribution to the output one gate.
 _PROPAGATE_MACS = 5
@@ -29,6 +32,18 @@ def _propagate_backward_flops(dy_shape: Any, *args: Any, **kwargs: Any) -> int:
     """
     x_shape, taps_shape, lam, gate, directions = args[:5]
     return 3 * _propagate_flops(x_shape, taps_shape, lam, gate, directions)
+
+
+@register_flop_formula([torch.ops.gspn2.depthwise, torch.ops.gspn2.depthwise_input])
+def _depthwise_flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[-1] ** 2
+
+
+@register_flop_formula(torch.ops.gspn2.depthwise_weights)
+def _depthwise_weights_flops(
+    dy_shape: Any, x_shape: Any, other: Any, side: int, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * math.prod(x_shape) * side**2
 
 
 def count_parameters(model: nn.Module) -> int:
