@@ -98,8 +98,8 @@ def graphed(unet: UNet2DConditionModel) -> Iterator[None]:
     """Within the context the UNet runs as a CUDA graph, one for each set of shapes.
 
     A small UNet has two thousand launches that take the host longer than the GPU. The first call with a set
-    of shapes runs as it is, the second is captured. Weights must not change in place, and a result is to be
-    used before the next call. Inside of `frugal` it is the call for a single image.
+    of shapes runs as it is, the second is captured. Weights of mixers must not change meanwhile. Inside of
+    `frugal` it is the call for a single image.
     """
     mixers = [module for module in unet.modules() if isinstance(module, AttentionMixer)]
     with replacing() as replace:
@@ -124,7 +124,7 @@ class _Graphs:
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf.to(self._device) for leaf in leaves if isinstance(leaf, Tensor)]
         others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        key = (structure, others, tuple((t.shape, t.stride(), t.dtype) for t in tensors))
+        key = (str(structure), others, tuple((t.shape, t.stride(), t.dtype) for t in tensors))
         if key not in self._known:
             self._known[key] = None
             return self._forward(*args, return_dict=return_dict, **kwargs)
