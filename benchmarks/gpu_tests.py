@@ -37,7 +37,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LIMITS = {"tests": 330.0, **dict.fromkeys(TOOLS, 75.0)}
 # A sanitizer begins no new case this long before its limit.
 SPARE_SECONDS = 25
-WORKERS = max(1, min(28, (os.cpu_count() or 1) - 2))  # most of their time goes into compiling kernels
+WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))  # mostly they compile; with more, memory runs out
 Summary = dict[str, Any]
 
 
