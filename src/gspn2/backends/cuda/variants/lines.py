@@ -384,7 +384,7 @@ def axis_by_axis(case: Case) -> tuple[Layout, ...]:
     """
     problem, device = case.problem, case.device
     planes = problem.batch * problem.channels
-    large = min(problem.height, problem.width) >= 512 and 3 * planes >= device.multiprocessors
+    large = min(problem.height, problem.width) >= 256 and 5 * planes >= device.multiprocessors
     if device.capability < (9, 0) or len(problem.directions) != 4 or not large:
         return ()
     if problem.height % 8 or problem.width * case.itemsize % VECTOR_BYTES:
@@ -414,8 +414,8 @@ def _pairs(case: Case, prepared: bool) -> Iterator[Layout]:
 
 def _tall(case: Case, prepared: bool) -> Iterator[Layout]:
     """Right and left of large planes, best first: small blocks, as many as fill a multiprocessor."""
-    short = case.problem.height < 1024
-    for cluster in (2, 4, 8) if short else (8, 4, 2):
+    height = case.problem.height
+    for cluster in (8, 4, 2) if height >= 1024 else (2, 4, 8) if height > 256 else (1, 2, 4, 8):
         for columns in (Columns(64, 1), Columns(32, 1)):
             yield Layout(case, cluster, False, 1, 1, None, columns, prepared=prepared)
 
