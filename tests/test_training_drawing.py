@@ -380,6 +380,10 @@ def _made_up(model: str, distance: float, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def _made_up_unets() -> list[dict[str, Any]]:
+    return [_made_up(name, 6.0) for name in DRAWERS if name.startswith("unet")]
+
+
 def test_the_section_has_means_ranges_pictures_and_curves(tmp_path: Path):
     results = [_made_up(name, value, seed) for seed, value in ((0, 6.0), (1, 8.0)) for name in DRAWERS]
     for result in results:
@@ -391,10 +395,12 @@ def test_the_section_has_means_ranges_pictures_and_curves(tmp_path: Path):
     (docs / document.PAGE).write_text(f"{document.BEGIN}\n{document.END}\n")
     files = document.files(docs, tmp_path)
     text = files[docs / document.PAGE].decode()
-    assert "| UNet, GSPN-2 | 1,000 | 7.0 (6.0 to 8.0) |" in text
-    assert "| UNet, GSPN-2 | 1,000 | 90.0% (90.0% to 90.0%) |" in text
+    assert "| UNet, GSPN-2 | 1,000 | 2 | 8 | 7.0 (6.0 to 8.0) |" in text
+    assert "| UNet, GSPN-2 | 1,000 | 2 | 8 | 90.0% (90.0% to 90.0%) |" in text
     assert "![UNet, GSPN-2, 2x direct](images/generation/unet-gspn2-s0-2x.png)" in text
     assert "draws at a distance of 7.0" in text
+    assert "No run has come to its end" not in text
+    assert "No run has come to its end yet of: DiT" in document.section(_made_up_unets(), set())
     assert files[docs / document.FOLDER / "unet-gspn2-s0-2x.png"] == b"a grid"
     import xml.etree.ElementTree as tree
 

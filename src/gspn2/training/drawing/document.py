@@ -114,9 +114,10 @@ def section(results: Sequence[Result], grids: set[str]) -> str:
     if not _ended(results):
         return "\n\n".join([HEAD, NOTHING, *_lost(results)])
     seeds = sorted({it["run"]["seed"] for it in _ended(results)})
-    told = f"Means over seeds {_values(seeds)}, in brackets the lowest and the highest."
+    told = f"Means over the seeds ({_values(seeds)}), in brackets the lowest and the highest."
     parts = [HEAD, "### Results", _table_of(results, "distance"), _table_of(results, "accuracy")]
     parts += [told if len(seeds) > 1 else f"One seed, {seeds[0]}.", _reference(results), *_lost(results)]
+    parts += [_missing(results)]
     parts += [_pictures(results, grids), *_distillation(results)]
     name = "Distance against steps, training loss against steps, losses of the distillation against steps"
     parts += [f"![{name}]({FOLDER}/{CURVES})", _how(results)]
@@ -124,13 +125,15 @@ def section(results: Sequence[Result], grids: set[str]) -> str:
 
 
 def _table_of(results: Sequence[Result], what: str) -> str:
-    heads = [f"{'distance' if what == 'distance' else 'class'} at", "parameters", *COLUMNS.values()]
+    heads = [f"{'distance' if what == 'distance' else 'class'} at", "parameters", "seeds", "steps"]
+    heads += COLUMNS.values()
     rows = []
     for name, drawer in DRAWERS.items():
         mine = [it for it in _ended(results) if it["run"]["model"] == name]
         if mine:
             cells = [_spread([it["samples"][use][what] for it in mine], what) for use in COLUMNS]
-            rows.append([drawer.label, f"{mine[0]['parameters']:,}", *cells])
+            counts = [f"{mine[0]['parameters']:,}", str(len(mine)), _values(it["step"] for it in mine)]
+            rows.append([drawer.label, *counts, *cells])
     return _table(heads, rows)
 
 
@@ -148,6 +151,15 @@ def _reference(results: Sequence[Result]) -> str:
         f"For comparison: the training digits themselves are at a distance of {judge['floor']:.1f}, noise at "
         f"{judge['noise']:.0f}; the classifier tells {100 * judge['accuracy']:.1f}% of the held-out digits."
     )
+
+
+def _missing(results: Sequence[Result]) -> str:
+    """Models without a result, and what is therefore not compared."""
+    ended = {it["run"]["model"] for it in _ended(results)}
+    names = [drawer.label for name, drawer in DRAWERS.items() if name not in ended]
+    if not names:
+        return ""
+    return _wrapped(f"No run has come to its end yet of: {'; '.join(names)}. Nothing is claimed about them.")
 
 
 def _lost(results: Sequence[Result]) -> list[str]:
