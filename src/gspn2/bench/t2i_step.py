@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .case import Absent, Pass
 from .check import Wrong, refuse_if_far
-from .measure import Work, milliseconds
+from .measure import Work, in_turn
 from .results import Row
 from .t2i_sdxl import SCALE, Shape, conditions, latents, make_unet
 
@@ -142,16 +142,21 @@ class Step:
         tokens = min(grid[0] * grid[1], PROBED_TOKENS)
         layer = self.nets.attention.get_submodule(name)
         x = torch.randn(1, tokens, dim, device=self.device, dtype=self.nets.weights.dtype)
-        times: dict[str, float] = {}
+        works: dict[str, Work] = {}
         for backend, kind in BACKENDS.items():
-            with torch.no_grad(), sdpa_kernel([kind]):
-                try:
-                    layer(x)
-                except RuntimeError as error:
-                    if "No available kernel" not in str(error):
-                        raise
-                    continue
-                times[backend] = min(milliseconds(lambda: layer(x)) for _ in range(5))
+
+            def call(_: int, kind: SDPBackend = kind) -> Tensor:
+                with torch.no_grad(), sdpa_kernel([kind]):
+                    return layer(x)
+
+            try:
+                call(0)
+            except RuntimeError as error:
+                if "No available kernel" not in str(error):
+                    raise
+                continue
+            works[backend] = Work(call)
+        times = {backend: it["ms"] for backend, it in in_turn(works, self.device, 5).items()}
         return min(times, key=times.__getitem__) if times else "default"
 
     @contextmanager

@@ -90,7 +90,8 @@ def _generate(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         # Kept, not hoped for: an allocation beyond it fails.
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, how.peak / total), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, how.peak / total), index)
     show = _Lines()
     generator = Generator(job, how, show)
     generator.encode([prompt for prompt, _ in tasks])
