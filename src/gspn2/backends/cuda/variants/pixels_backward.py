@@ -251,7 +251,7 @@ def _segments(case: Case, vector: int, vectors: int) -> list[int]:
     packed = {"lam", "gate"} & set(case.views)
     if packed and problem.channels * case.itemsize < SECTOR and image > case.device.cache:
         # A part of each sector is other operands; with less on its way more of it is in the cache later.
-        most = 2
+        most = 4 if has_states(case, vector) else 2
     order = (6, 4, 8, 2) if has_states(case, vector) else (4, 8, 6, 2)
     return [lines for lines in order if lines <= most]
 

@@ -333,13 +333,21 @@ def _cuts(case: Case, sizes: Sizes) -> Iterator[Cut]:
         if strips > 1 and (own < 64 or -(-sizes.places // own) != strips):
             continue
         for places in (1, 2) if sizes.horizontal else (each // 4, each // 2, each):
-            for segment in (
-                (32 // size * 2, 32 // size, 16 // size) if sizes.horizontal else (16, 12, 8, 6, 4)
-            ):
+            for segment in _segments(case, sizes.horizontal):
                 for together in {most // strips, 1} if _sums_channels(case) else (1,):
                     cut = _fit(case, sizes, strips, together, own, places, segment)
                     if cut is not None:
                         yield cut
+
+
+def _segments(case: Case, horizontal: bool) -> tuple[int, ...]:
+    """Lines that a segment may have."""
+    if horizontal:
+        return (64 // case.itemsize, 32 // case.itemsize, 16 // case.itemsize)
+    single = len(case.problem.directions) == 1 and "gate" not in case.views
+    if _has_hidden(case, horizontal) and not (single and not _sums_channels(case)):
+        return (4,)  # with so many operands, more blocks on a multiprocessor are worth more than longer ones
+    return (16, 12, 8, 6, 4)
 
 
 def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int, segment: int) -> Cut | None:

@@ -213,8 +213,8 @@ def _rank(case: Case, cut: Pieces) -> tuple[float, ...]:
     own, buffers = OWN, 2
     if cut.walk.forward and planes * -(-case.problem.height // OWN) > 2 * processors:
         buffers = 1  # blocks fill each other's time
-    elif cut.walk.own_states and case.problem.height > OWN:
-        buffers = 1
+    elif not cut.walk.forward and not _is_plain(case, cut.walk) and case.problem.height > OWN:
+        buffers = 1  # two blocks on a multiprocessor gain more than tiles ahead
         if 2 * (_shared(case, cut.walk, 2, OWN + 2 * HALO, 64, 1) + RESERVED) > _room(case):
             own = 205  # one block has the multiprocessor for itself: 8 warps
     return abs(cut.own / own - 1), abs(cut.piece / 64 - 1), abs(cut.buffers - buffers)
