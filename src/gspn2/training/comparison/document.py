@@ -39,6 +39,10 @@ and mirrored at random, digits are not. Ablations change one thing about GSPN-2;
 goes to the FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more
 pixels, and *larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
 
+Contours and mazes come in mixed lengths, from a few dashes or 5 x 5 cells on. Runs are short, a matter of
+minutes on a GPU for all of them: at larger sizes, and for ablations, one seed, unless `--extra-seeds` says
+otherwise; one learning rate for everybody.
+
 ```
 gspn2 learn --jobs 16 --out runs/learn
 gspn2 learn pace --out runs/learn
