@@ -26,6 +26,8 @@ PROBED_TOKENS = 128 * 128
 """The backends of attention are compared on so many tokens at most; the faster one is used at every level."""
 MOST_GRAPHED = 2048
 """Pixels of a side up to which the step is measured as a CUDA graph, too: beyond, the host is far ahead."""
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""How PyTorch says that a backend does not take a problem."""
 WARM_TOKENS = 4096
 CHECKED = 256
 """Rows that a mixer is checked on at most, and one column more: the reference goes line by line."""
@@ -152,7 +154,7 @@ class Step:
             try:
                 call(0)
             except RuntimeError as error:
-                if "No available kernel" not in str(error):
+                if not any(told in str(error) for told in NO_KERNEL):
                     raise
                 continue
             works[backend] = Work(call)
