@@ -145,7 +145,7 @@ class GSPN2Stage(nn.Module):
         x = self.downsample(x)
         if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if not torch.compiler.is_dynamo_compiling():
             return self.blocks(x)
         # Compiled, a sum between blocks would be a pass over memory of its own.
         branch: Tensor | None = None

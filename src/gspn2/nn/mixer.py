@@ -208,8 +208,9 @@ class Mixer(nn.Module):
     def _compiled_packed(self) -> bool:
         """Is this being compiled, and all in one tensor? Then the operator takes it as one argument."""
         return (
-            torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
+            # Of torch.compile alone: exported programs keep to the operator that their readers know.
+            # (is_exporting is True in everything that PyTorch 2.11 compiles.)
+            torch.compiler.is_dynamo_compiling()
             and self.operands_from == "input"
             and self.sizes[1] > 0
             and not self.padding

@@ -114,7 +114,7 @@ def plan(shape: tuple[int, int, int, int], options: Options, device: Device) -> 
     """
     batch, channels, height, width = shape
     storage, weights, side, (residual, silu, flip, second, gradient) = options
-    tall, wide = _tile(height, width, side, gradient)
+    tall, wide = _tile(height, width, side, most=not (gradient and side > 3 and storage == torch.float32))
     pairs = _pairs(channels // 2)
     bound = _THREADS
     slots = max(1, bound // pairs)
@@ -165,10 +165,12 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     ]
 
 
-def _tile(height: int, width: int, side: int, gradient: bool) -> tuple[int, int]:
-    """Rows and columns of a tile: the more pixels the better, unless many lie outside of the image."""
-    # More do not fit in the registers.
-    choices = [(2, 7), (2, 8)] if gradient and side > 3 else [(2, 7), (4, 7), (2, 8)]
+def _tile(height: int, width: int, side: int, most: bool) -> tuple[int, int]:
+    """Rows and columns of a tile: the more pixels the better, unless many lie outside of the image.
+
+    most: let it have as many as fit in the registers beside pairs of 16 bits.
+    """
+    choices = [(2, 7), (2, 8), *([(4, 7)] if most else [])]
 
     def work(choice: tuple[int, int]) -> float:
         tall, wide = choice
