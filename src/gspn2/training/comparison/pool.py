@@ -113,6 +113,8 @@ class Pool:
         each = LANES if device.type == "cuda" else 1
         self.count = max(len(self.devices), -(-jobs // each)) if jobs >= len(self.devices) else jobs
         self.workers: list[_Worker] = []
+        self._asked = False
+        """To stop."""
 
     def run(self, runs: Sequence[Run]) -> None:
         """Do them all; their results are files.
@@ -153,11 +155,9 @@ class Pool:
 
     def _loop(self, waiting: list[Run], images: _Making, stop: StopRequest) -> None:
         where = ""
-        asked = False
         while waiting or any(worker.runs for worker in self.workers):
             images.look()
-            if stop.signum is not None and not asked:
-                asked = True
+            if stop.signum is not None and not self._asked:
                 waiting.clear()
                 self._ask_to_stop()
             self._hand_out(waiting, images)
@@ -165,8 +165,6 @@ class Pool:
             for pipe in wait(pipes, LOOK_SECONDS):
                 worker = next(it for it in self.workers if it.pipe is pipe)
                 where = self._hear(worker) or where
-            if asked and not any(worker.runs for worker in self.workers):
-                break
         if stop.signum is not None:
             raise Interrupted(stop.signum, self.out, where or "the start of a run")
 
@@ -187,7 +185,10 @@ class Pool:
             what, run, text, step = worker.pipe.recv()
         except EOFError:
             worker.pipe.close()
-            if worker.runs:
+            if self._asked:
+                # It had not begun, or was still importing.
+                worker.runs.clear()
+            elif worker.runs:
                 worker.process.join()
                 code, names = worker.process.exitcode, ", ".join(run.name for run in worker.runs)
                 raise RuntimeError(f"the process of {names} died, exit code {code}") from None
@@ -205,6 +206,10 @@ class Pool:
         return ""
 
     def _ask_to_stop(self) -> None:
+        if self._asked:
+            # A second signal would end a process before it has saved.
+            return
+        self._asked = True
         for worker in self.workers:
             if worker.process.is_alive():
                 worker.process.terminate()
