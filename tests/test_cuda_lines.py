@@ -157,28 +157,28 @@ def test_what_shared_memory_held_before_changes_no_bit(index: int) -> None:
     assert torch.equal(*results)
 
 
-# Down and up meet in the middle; then right and left, which hold several rows a thread in all but the first.
+# Down and up meet in the middle; then right and left.
 BY_AXIS = (
     (Small(152, 40, channels=4, dtype=BF16, chunk=11), Rows(8, 2, 4), 2, Columns(64, 1), True),
     (
         Small(152, 40, channels=1, dtype=FP16, chunk=11, gate=False),
         Rows(8, 1, 5),
         1,
-        Columns(64, 1, 4),
+        Columns(64, 1),
         False,
     ),
     (
         Small(136, 24, channels=2, directions=("left", "up", "right", "down")),
         Rows(4, 2, 3),
         4,
-        Columns(32, 2, 2),
+        Columns(32, 2),
         True,
     ),
     (
         Small(72, 24, directions=("up", "down", "left"), normalize=False, lam=False),
         Rows(2, 4, 4),
         2,
-        Columns(32, 1, 2),
+        Columns(32, 1),
         False,
     ),
 )

@@ -12,7 +12,6 @@
 //   VTHREADS, VPLACES, VLINES, VRING   down and up: threads that hold places, places of each, lines copied together,
 //              groups of these in a ring; VPLACES 0: no such direction
 //   HPIECE, HBUFFERS         right and left: bytes of a row in a tile, tiles in a warp's ring; HPIECE 0: none
-//   HROWS      right and left: neighbouring rows of a thread
 // Knobs: 0 planes of a cluster; places of a block, its own: 1 of a column, 2 of a row; 3 how many directions this
 //   launch scans, 4 to 7 which; 8 launches before it left sums, 9 it completes them.
 // Scratch: 0 float32 sums over directions, in tiles of 8 x 8 places (see Plane); 1 the weights before and after of
@@ -28,8 +27,7 @@ constexpr int TENSORS = TAPS + CHANNELS * OWN;    // taps, then those of each ch
 constexpr int HALO = CLUSTER > 1 && !PAIR ? 16 : 0;       // places beyond a block's own, and lines between exchanges
 
 // Shared memory: the warps' edges, then what blocks of a cluster send each other, then rings.
-constexpr int EDGE = HROWS > 1 ? 8 : 0;                // rows of a warp beyond its own, right and left
-constexpr int EDGES = CHANNELS * 2 * 2 * (WARPS + 2) * (EDGE > 0 ? EDGE : 1);  // floats: [channel][turn][side][warp][row]
+constexpr int EDGES = CHANNELS * 2 * 2 * (WARPS + 2);   // floats: [channel][turn][side][warp]
 constexpr int SIDE = CHANNELS * HALO;                  // floats that come from one side: [channel][row]
 constexpr int HALOS = 2 * 2 * (HALO > 0 ? SIDE : 1);   // [turn][side]
 constexpr int RING = (4 * (EDGES + HALOS) + 32 + 127) / 128 * 128;
@@ -207,19 +205,15 @@ struct Restarts {
 // n % 2. Nobody gets what was put before all have met, so it may be put again.
 struct Edges {
   float* own;  // this warp's first
-  int lane, threads, renewed;  // threads: those that hold places; renewed: how often, see `renew`
+  int lane, threads;  // threads: those that hold places
 
   __device__ __forceinline__ float* at(int channel, int turn, int side) const {
     return own + ((channel * 2 + turn) * 2 + side) * (WARPS + 2);
   }
-  // The same of the EDGE states beside the warp's end, for threads of several rows.
-  __device__ __forceinline__ float* run_at(int channel, int side) const {
-    return edges() + (((channel * 2 + renewed % 2) * 2 + side) * (WARPS + 2) + threadIdx.x / 32 + 1) * EDGE;
-  }
 
   __device__ __forceinline__ void start(int of_threads) {
     own = edges() + threadIdx.x / 32 + 1;
-    lane = threadIdx.x % 32, threads = of_threads, renewed = 0;
+    lane = threadIdx.x % 32, threads = of_threads;
     for (int i = threadIdx.x; i < EDGES; i += threads) edges()[i] = 0.f;
     barrier();
   }
@@ -242,25 +236,6 @@ struct Edges {
       if (lane == 31) *at(c, turn, 1) = h[c][N - 1];
     }
     barrier();
-  }
-  // The same for warps that hold EDGE rows of their neighbours, every EDGE lines: what they computed there went wrong, by
-  // one row a line. `first`: row of this thread's first state in the warp.
-  template <int N>
-  __device__ __forceinline__ void renew(float (&h)[CHANNELS][N], int first, bool has_before, bool has_after) {
-    constexpr int ROWS = 32 * N;
-    ++renewed;
-    const bool low = first >= EDGE && first < 2 * EDGE, high = first >= ROWS - 2 * EDGE && first < ROWS - EDGE;
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      if (low) write_words<N>(run_at(c, 0) + first - EDGE, (const u32*)h[c]);
-      if (high) write_words<N>(run_at(c, 1) + first - (ROWS - 2 * EDGE), (const u32*)h[c]);
-    }
-    barrier();
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      if (has_before && first < EDGE) read_words<N>((u32*)h[c], run_at(c, 1) - EDGE + first);
-      if (has_after && first >= ROWS - EDGE) read_words<N>((u32*)h[c], run_at(c, 0) + EDGE + first - (ROWS - EDGE));
-    }
   }
   __device__ __forceinline__ void barrier() const {
     if (WARPS > 1)
@@ -291,10 +266,9 @@ struct Strip {
       for (int e = 0; e < N; ++e) body(at + i * HALO + e, h[i][e]);
   }
 
-  // h: the states from `first` on. Places of a thread are all on one side of every border. Two warps may hold them: one
-  // sends.
+  // h: the states from `first` on. Places of a thread are all on one side of every border.
   template <int N>
-  __device__ __forceinline__ void exchange(float (&h)[CHANNELS][N], int first, bool sends, int& count) const {
+  __device__ __forceinline__ void exchange(float (&h)[CHANNELS][N], int first, int& count) const {
     const int turn = count & 1;
     const u32 parity = count >> 1 & 1;
     ++count;
@@ -306,10 +280,10 @@ struct Strip {
       if (has_before) mbarrier_arrive_expect(bar, 4 * SIDE);
       if (has_after) mbarrier_arrive_expect(bar + 1, 4 * CHANNELS * (end - own_end));
     }
-    if (sends && has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
+    if (has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
       for_states(h, mine + SIDE + first - own_begin,
                  [&](float* at, float& state) { store_counted<1>(at, bar + 1, rank - 1, &state); });
-    if (sends && has_after && first >= own_end - HALO && first < own_end)
+    if (has_after && first >= own_end - HALO && first < own_end)
       for_states(h, mine + first - (own_end - HALO),
                  [&](float* at, float& state) { store_counted<1>(at, bar, rank + 1, &state); });
     if (has_before && first >= begin && first < own_begin) {

@@ -237,7 +237,7 @@ struct VerticalScan {
       copy_group(g + VRING - 1);
 #if VSPLIT
       if (until_exchange == 0) {
-        strip.exchange(h, first, true, exchanges);
+        strip.exchange(h, first, exchanges);
         edges.put(h, (g * VLINES + 1) % 2);
         until_exchange = HALO;
       }

@@ -26,12 +26,6 @@ REGISTERS_NEEDED = {(False, False): 88, (False, True): 112, (True, False): 112, 
 STRIP = 8
 """Columns, and rows, of a tile of sums in scratch memory."""
 
-REGISTERS_OF_ROWS = {2: 128, 4: 200}
-"""The same by rows of a thread in right and left scans."""
-
-EDGE = 8
-"""Rows that a warp holds beyond its own on either side, where threads hold several."""
-
 FEW_CHANNELS = 4
 """Of a group: with fewer, each makes weights from logits anew."""
 
@@ -54,13 +48,6 @@ class Columns:
 
     piece: int
     buffers: int
-    rows: int = 1
-    """Of a thread: `HROWS`."""
-
-    @property
-    def edge(self) -> int:
-        """Rows that a warp holds beyond its own on either side."""
-        return EDGE if self.rows > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -98,8 +85,7 @@ class Layout:
     @property
     def own_rows(self) -> int:
         """Rows of a block in horizontal scans."""
-        unit = self.columns.rows if self.columns is not None else 1
-        return -(-self.case.problem.height // (self.cluster * unit)) * unit
+        return -(-self.case.problem.height // self.cluster)
 
     @property
     def own_columns(self) -> int:
@@ -124,8 +110,7 @@ class Layout:
         if self.columns is None:
             return 0
         halo = 2 * HALO if self.cluster > 1 else 0
-        columns = self.columns
-        return -(-(self.own_rows + halo) // (LANES * columns.rows - 2 * columns.edge)) * LANES
+        return -(-(self.own_rows + halo) // LANES) * LANES
 
     @property
     def threads(self) -> int:
@@ -140,9 +125,8 @@ class Layout:
     def shared(self) -> int:
         """Bytes of shared memory, as `kernels/lines.cuh` cuts it."""
         warps = self.threads // LANES
-        edge = max(1, self.columns.edge if self.columns is not None else 0)
         halos = 4 * (self.channels * HALO if self.cluster > 1 and not self.pair else 1)
-        head = 4 * (self.channels * 4 * (warps + 2) * edge + halos) + 32
+        head = 4 * (self.channels * 4 * (warps + 2) + halos) + 32
         return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
 
     @property
@@ -155,8 +139,6 @@ class Layout:
         """At once on a multiprocessor: what the compiler is told, so that registers are left for them."""
         device = self.case.device
         needed = REGISTERS_NEEDED[self.rows is not None, self.case.problem.normalize]
-        if self.columns is not None and self.columns.rows > 1:
-            needed = REGISTERS_OF_ROWS[self.columns.rows]
         registers = REGISTERS // (-(-needed // 8) * 8 * self.threads)
         wanted = -(-self.grid // device.multiprocessors)
         return max(1, min(self.room, registers, wanted))
@@ -179,7 +161,7 @@ class Layout:
         columns = self.columns
         if columns is None:
             return 0
-        return columns.buffers * self.column_threads * columns.rows * columns.piece * self.tensors
+        return columns.buffers * self.column_threads * columns.piece * self.tensors
 
     def fits(self) -> bool:
         problem = self.case.problem
@@ -187,8 +169,6 @@ class Layout:
         if self.threads > LANES * most or self.shared > self.case.device.shared_memory:
             return False
         if self.channels > 1 and self.threads > MOST_THREADS_OF_PAIRS:
-            return False
-        if self.columns is not None and problem.height % self.columns.rows:
             return False
         if self.pair:
             return True
@@ -249,8 +229,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     def rows(threads: int, places: int, lines: int, ring: int) -> Macros:
         return (("VTHREADS", threads), ("VPLACES", places), ("VLINES", lines), ("VRING", ring))
 
-    def columns(piece: int, buffers: int, rows: int = 1) -> Macros:
-        return (("HPIECE", piece), ("HBUFFERS", buffers), ("HROWS", rows))
+    def columns(piece: int, buffers: int) -> Macros:
+        return (("HPIECE", piece), ("HBUFFERS", buffers))
 
     no_rows, no_columns = rows(0, 0, 1, 3), columns(0, 1)
     kernels = []
@@ -268,8 +248,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
             (*four, *cut(160, 8, 1, channels=2, blocks=2), *rows(64, 4, 4, 3), *columns(32, 2)),
             (*four, *cut(160, 8, 1), *rows(160, least, 8, 6), *columns(64, 2)),
             (*four, *cut(128, 2, 0, blocks=2, pair=1, prepared=1), *rows(128, most, 2, 4), *no_columns),
-            (*four, *cut(128, 8, 0, blocks=2, prepared=1), *no_rows, *columns(64, 1, 2)),
-            (*four, *cut(96, 4, 0, blocks=2), *no_rows, *columns(32, 1, 4)),
+            (*four, *cut(160, 8, 0, blocks=3, prepared=1), *no_rows, *columns(64, 1)),
+            (*four, *cut(160, 8, 0, blocks=2), *no_rows, *columns(64, 1)),
         ]
     # Columns of 1024 rows over two blocks leave 96 registers: a few addresses are spilled, once in a tile.
     tall = [
@@ -305,7 +285,6 @@ def plan_of(*layouts: Layout) -> Plan:
                 ("VRING", rows.ring),
                 ("HPIECE", columns.piece),
                 ("HBUFFERS", columns.buffers),
-                ("HROWS", columns.rows),
             )
         )
         scans = (*layout.scans, 0, 0, 0, 0)[:4]
