@@ -147,8 +147,8 @@ struct HorizontalScan {
   }
 
   template <bool ORDINARY, bool RESTARTS>
-  __device__ __forceinline__ void scan_columns(Results& result, const Words& words, float (&h)[CHANNELS][1], Edges& edges,
-                                                 Restarts& restarts) const {
+  __device__ __forceinline__ void scan_columns(Results& result, const Words& words, float (&h)[CHANNELS][1],
+                                               Edges& edges, Restarts& restarts) const {
     // Weights first: what is between two lines is on the way of the states.
     Place places[SPAN];
 #pragma unroll
