@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ import diffusion_helpers as tiny
 from cuda_emulator import KernelError, compiler, run_launch
 from cuda_emulator.memory import Memory
 from gspn2.backends.cuda.geometry import Device
+from gspn2.cli.main import main
 from gspn2.integrations.diffusers import execution, fused, mount
 from gspn2.integrations.diffusers.mixers import GRID, AttentionMixer
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = Device(multiprocessors=2)
 NAMES = ("x", "y", "moments", "affine", "weight", "bias")
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++ 12 on Linux")
@@ -137,3 +140,38 @@ def test_graphs_are_told_apart_by_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
             assert len(graphs) == 2
     assert "forward" not in unet.__dict__
     assert not any(mixer.fixed for _, mixer in mixers.layers())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_network_on_a_gpu_is_the_same_fused_and_as_a_graph() -> None:
+    unet = tiny.sdxl_unet().cuda().bfloat16()
+    mount(unet, zero_output=False)
+    given = {
+        name: {key: it.cuda().bfloat16() for key, it in value.items()}
+        if isinstance(value, dict)
+        else value.cuda().to(value.dtype if value.ndim == 0 else torch.bfloat16)
+        for name, value in tiny.inputs(unet, 16, 24, batch=1).items()
+    }
+    with torch.no_grad():
+        before = unet(**given).sample
+        with execution.fused(unet):
+            fused_once = unet(**given).sample
+            with execution.graphed(unet):
+                calls = [unet(**given).sample for _ in range(3)]
+    assert (fused_once.float() - before.float()).norm() < 0.05 * before.float().norm()
+    assert all(torch.equal(it, fused_once) for it in calls)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_generate_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+    pipe = tiny.sdxl_pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path / "sdxl")
+    mount(pipe.unet, zero_output=False).save_pretrained(tmp_path / "mixers")
+    folders = ["--pipeline", str(tmp_path / "sdxl"), "--mixers", str(tmp_path / "mixers")]
+    out = tmp_path / "a.png"
+    words = ["generate", "a cat", *folders, "--device", "cuda", "--dtype", dtype, "--steps", "4"]
+    assert main([*words, "--size", "256", "--out", str(out)]) == 0
+    assert out.stat().st_size > 1000
