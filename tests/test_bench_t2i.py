@@ -14,8 +14,9 @@ from gspn2.bench import ahead, document, figures, report, runner, t2i
 from gspn2.bench.measure import Work
 from gspn2.bench.results import Row, find, timed
 from gspn2.bench.t2i_image import DIRECT, IMAGE, PROGRESSIVE, SHORTENED, Setting
-from gspn2.bench.t2i_sdxl import SDXL, TINY, make_unet
+from gspn2.bench.t2i_sdxl import SDXL, TINY
 from gspn2.bench.t2i_step import ATTENTION, CUT, MIXERS, STEP, composed, layer_pass, self_attentions
+from gspn2.integrations.diffusers.untrained import make_unet
 
 HOST = torch.device("cpu")
 
@@ -103,7 +104,7 @@ def test_the_step_of_large_pictures_is_composed_of_layers() -> None:
 
 @pytest.mark.parametrize("shape", [SDXL, TINY])
 def test_self_attentions_are_counted_from_the_configuration(shape: Any) -> None:
-    unet = make_unet(shape, torch.device("meta"))
+    unet = make_unet(shape.unet, torch.device("meta"), torch.float32)
     dims = [module.query_dim for _, module in self_attentions(unet)]
     assert {dim: dims.count(dim) for dim in dims} == shape.self_attentions
 

@@ -20,7 +20,7 @@ from .case import Contender, Pass
 from .check import Wrong
 from .measure import Work
 from .results import Row
-from .t2i_sdxl import SCHEDULER, dtype_on, embeddings, make_vae
+from .t2i_sdxl import SCHEDULER, dtype_on, embeddings
 from .t2i_step import ATTENTION, STEP, Step, composed, measured_peak
 
 if TYPE_CHECKING:
@@ -129,19 +129,16 @@ class Run:
 
     def passes(self) -> dict[str, Pass]:
         """The run, checked after it: it is too long to be made twice."""
-        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-
         from ..integrations.diffusers.generate import Generator, plan
+        from ..integrations.diffusers.untrained import make_pipeline, make_vae
 
         step = self.step
         if step.device.type == "meta":
             return self._without_memory()
         # `gspn2 generate` changes the layout of its weights, which the steps beside it must not notice.
         unet = step.nets.with_mixers(shared=False)
-        vae = make_vae(step.shape, step.device)
-        parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        scheduler = EulerDiscreteScheduler(**SCHEDULER)
-        pipe = StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **parts)
+        vae = make_vae(step.shape.vae, step.device, dtype_on(step.device))
+        pipe = make_pipeline(unet, vae, SCHEDULER)
         planned = plan(self.whole)
         facts: dict[str, Any] = {"images": 1, "planned_bytes": planned.peak}
         own = sum(it.nbytes for module in (unet, vae) for it in module.parameters())

@@ -6,8 +6,6 @@ Weights are not needed to measure: a step takes the same time whatever they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,22 +125,6 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def make_unet(shape: Shape, device: torch.device) -> Any:
-    """A UNet with random weights, made where it will run."""
-    from diffusers import UNet2DConditionModel
-
-    with _made_on(device):
-        return UNet2DConditionModel.from_config(shape.unet).eval().requires_grad_(False)
-
-
-def make_vae(shape: Shape, device: torch.device) -> Any:
-    """An autoencoder with random weights, made where it will run."""
-    from diffusers import AutoencoderKL
-
-    with _made_on(device):
-        return AutoencoderKL.from_config(shape.vae).eval().requires_grad_(False)
-
-
 def conditions(unet: Any, base: int) -> dict[str, Any]:
     """What a step of a UNet is given beside the latents, for a picture told to have `base` pixels a side."""
     config, device, dtype = unet.config, unet.device, unet.dtype
@@ -175,14 +157,3 @@ def embeddings(unet: Any) -> dict[str, Tensor]:
 
 def _normal(unet: Any, *size: int) -> Tensor:
     return torch.randn(*size, device=unet.device, dtype=unet.dtype)
-
-
-@contextmanager
-def _made_on(device: torch.device) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype_on(device))
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)

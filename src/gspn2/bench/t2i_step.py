@@ -17,7 +17,7 @@ from .case import Absent, Pass
 from .check import Wrong, refuse_if_far
 from .measure import Work, in_turn
 from .results import Row
-from .t2i_sdxl import SCALE, Shape, conditions, latents, make_unet
+from .t2i_sdxl import SCALE, Shape, conditions, dtype_on, latents
 
 ATTENTION, MIXERS, CUT = "attention", "GSPN-2", "no self-attention"
 STEP, GRAPH = "step", "step, CUDA graph"
@@ -58,7 +58,9 @@ class Networks:
     @cached_property
     def weights(self) -> Any:
         """The UNet that the others share their weights with; itself it is not run."""
-        return make_unet(self._shape, self._device)
+        from ..integrations.diffusers.untrained import make_unet
+
+        return make_unet(self._shape.unet, self._device, dtype_on(self._device))
 
     @cached_property
     def attention(self) -> Any:

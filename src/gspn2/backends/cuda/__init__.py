@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels that NVRTC compiles at first use, all directions in one launch.
+"""The CUDA backend: kernels that NVRTC compiles at first use, all directions in as few launches as pay.
 
 Planner, variants and kernels: `docs/backends.md`.
 """
