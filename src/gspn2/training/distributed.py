@@ -83,7 +83,10 @@ def joined() -> Iterator[World]:
         dist.init_process_group(backend)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+    world = World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+        yield world
+        with contextlib.suppress(RuntimeError):  # another process failed, and says so itself
+            world.wait()  # nobody leaves while another is still talking to it
     finally:
         dist.destroy_process_group()
