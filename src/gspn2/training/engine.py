@@ -42,6 +42,9 @@ from .tensorboard import TensorBoard
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 RUN_FILES = (LAST, BEST, EPOCHS, STEPS, CONFIG, SUMMARY, FAULTS, FAILED_BATCH)
+LOST_WORKERS = (RuntimeError, OSError, EOFError)
+"""What loading raises when a worker has ended, by PyTorch or by the connection a tensor came through."""
+
 REPORT_SECONDS = 0.25
 
 
@@ -281,13 +284,13 @@ class Run:
         """
         loaded = iter(self.loader)
         while True:
-            broken: RuntimeError | None = None
+            broken: Exception | None = None
             parts: list[Batch] = []
             try:
                 for inputs, labels, faults in islice(loaded, self.config.accumulate):
                     parts.append((inputs, labels))
                     self.faults.update(dict.fromkeys(faults))
-            except RuntimeError as error:
+            except LOST_WORKERS as error:
                 broken = error
             ends = not parts and broken is None
             due = time.perf_counter() - self._reported > REPORT_SECONDS and self.world.is_main
@@ -372,7 +375,7 @@ class Run:
                 on_batch=progress,
                 world=self.world,
             )
-        except RuntimeError:
+        except LOST_WORKERS:
             # Workers may have got the signal, too.
             if self.stop.signum is not None and self.world.size == 1:
                 self._stop(self.stop.signum, training=False)
