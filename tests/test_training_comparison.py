@@ -229,7 +229,7 @@ def test_a_result_holds_its_curve_and_what_it_was_measured_on(finished):
 def test_what_is_there_is_not_run_again(finished, monkeypatch: pytest.MonkeyPatch):
     out, results = finished
     monkeypatch.setattr(single, "build", None)
-    events: list[Progress] = []
+    events: list[Progress[Run]] = []
     assert compare(_runs(), TINY, out, on_event=events.append) == results
     assert [event.what for event in events] == ["skipped"] * 4
 
@@ -245,7 +245,7 @@ def test_a_stopped_run_resumes_to_the_same_curve(finished, tmp_path: Path, conte
     run = Run("maze", 32, contender, 0)
     whole = next(result for result in finished[1] if result["run"]["contender"] == contender)
 
-    def stop(event: Progress) -> None:
+    def stop(event: Progress[Run]) -> None:
         if event.what == "point" and event.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
@@ -253,7 +253,7 @@ def test_a_stopped_run_resumes_to_the_same_curve(finished, tmp_path: Path, conte
         compare([run], TINY, tmp_path, on_event=stop)
     assert stopped.value.signum == signal.SIGTERM
     assert stopped.value.where == f"step 2 of 6 of {run.name}"
-    events: list[Progress] = []
+    events: list[Progress[Run]] = []
     (result,) = compare([run], TINY, tmp_path, on_event=events.append)
     assert [event.text for event in events if event.what == "resumes"] == ["from step 2"]
 
@@ -265,7 +265,7 @@ def test_a_stopped_run_resumes_to_the_same_curve(finished, tmp_path: Path, conte
 
 
 def test_a_checkpoint_of_other_settings_or_none_at_all_is_refused(tmp_path: Path):
-    def stop(event: Progress) -> None:
+    def stop(event: Progress[Run]) -> None:
         if event.what == "point":
             signal.raise_signal(signal.SIGINT)
 
@@ -281,9 +281,9 @@ def test_a_checkpoint_of_other_settings_or_none_at_all_is_refused(tmp_path: Path
 def test_runs_side_by_side_stop_and_go_on(finished, tmp_path: Path):
     """In processes of their own; what they come to does not depend on that."""
     runs = [run for run in _runs() if run.contender in ("vit", "convnet")]
-    points: list[Progress] = []
+    points: list[Progress[Run]] = []
 
-    def stop(event: Progress) -> None:
+    def stop(event: Progress[Run]) -> None:
         points.extend([event] * (event.what == "point"))
         # A second signal would end this process as it stands.
         if points == [event]:
@@ -300,7 +300,7 @@ def test_runs_side_by_side_stop_and_go_on(finished, tmp_path: Path):
     assert {path.name: path.read_bytes() for path in again.iterdir()} == {
         path.name: path.read_bytes() for path in made.iterdir()
     }
-    events: list[Progress] = []
+    events: list[Progress[Run]] = []
     results = compare(runs, TINY, tmp_path, on_event=events.append)
     assert {event.what for event in events} <= {"begins", "resumes", "point", "skipped", "ends"}
     whole = {result["run"]["contender"]: result for result in finished[1]}

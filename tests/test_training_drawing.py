@@ -244,7 +244,7 @@ def test_runs_learn_resume_to_the_same_numbers_and_are_not_run_again(small: None
         assert _learnt(one) == _learnt(other)
         assert one["samples"] == other["samples"]
 
-    events: list[Progress] = []
+    events: list[Progress[Run]] = []
     assert draw(runs, TINY, tmp_path / "whole", on_event=events.append) == results
     assert [event.what for event in events] == ["skipped"] * 3
     with pytest.raises(UserError, match=r"had other settings \(lr was 0.003, is 0.1\): take another folder"):
@@ -255,7 +255,7 @@ def test_runs_learn_resume_to_the_same_numbers_and_are_not_run_again(small: None
 def _stopped_and_resumed(runs: list[Run], out: Path) -> list[dict[str, Any]]:
     """The results of runs, each of which was stopped in the middle."""
 
-    def stop(event: Progress) -> None:
+    def stop(event: Progress[Run]) -> None:
         if event.what == "point" and event.step == 3:
             signal.raise_signal(signal.SIGTERM)
 
@@ -263,7 +263,7 @@ def _stopped_and_resumed(runs: list[Run], out: Path) -> list[dict[str, Any]]:
         with pytest.raises(Interrupted) as stopped:
             draw([run], TINY, out, on_event=stop)
         assert stopped.value.where == f"step 3 of 8 of {run.name}"
-        events: list[Progress] = []
+        events: list[Progress[Run]] = []
         draw([run], TINY, out, on_event=events.append)
         assert [event.text for event in events if event.what == "resumes"] == ["from step 3"]
     return draw(runs, TINY, out)

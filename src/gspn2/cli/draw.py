@@ -140,7 +140,7 @@ def _judge(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(event: Progress) -> None:
+def _show(event: Progress[Run]) -> None:
     head = f"[{event.number}/{event.total}] {event.run.name}"
     if event.what == "point":
         print(f"{head}: step {event.step}: {event.text}", flush=True)

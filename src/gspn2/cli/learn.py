@@ -130,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(event: Progress) -> None:
+def _show(event: Progress[Run]) -> None:
     head = f"[{event.number}/{event.total}] {event.run.name}"
     if event.what == "point":
         print(f"{head}: step {event.step}: {event.text}", flush=True)

@@ -9,9 +9,10 @@ All contenders see the same images in the same order, with the same optimizer an
 JSON file; one that is there is not run again, one that was stopped goes on from its checkpoint.
 """
 
+from ..series import Progress
 from .contenders import CONTENDERS, MAIN, Contender, build
 from .plan import Run, Settings, plan
-from .runner import Progress, compare
+from .runner import compare
 
 __all__ = [
     "CONTENDERS",

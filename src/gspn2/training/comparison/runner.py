@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..series import Progress
 from ..stopping import StopRequest
 from .images import make
 from .lanes import SCHEMA, Lanes
@@ -18,28 +18,7 @@ from .plan import Run, Settings
 from .pool import Pool
 from .single import check_settings
 
-
-@dataclass(frozen=True)
-class Progress:
-    """What a comparison reports: every point of a curve, and every run that begins, ends or is skipped.
-
-    Args:
-        run: which.
-        number, total: its place among the runs, from 1.
-        what: "begins", "resumes", "skipped", "point", "ends" or "note".
-        text: a line for people.
-        step: of the run so far.
-    """
-
-    run: Run
-    number: int
-    total: int
-    what: str
-    text: str = ""
-    step: int = 0
-
-
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[Progress[Run]], None]
 
 
 def compare(

@@ -14,10 +14,11 @@ import torch
 
 from ..checkpoint import write_safetensors
 from ..config import TrainConfig
-from ..errors import CheckpointError, Interrupted, UserError
+from ..errors import Interrupted, UserError
 from ..model import amp_dtype
 from ..rng import derive_seed
 from ..schedule import learning_rate
+from ..series import read_checkpoint
 from ..state import count_parameters, learner_tensors, restore_learner
 from .contenders import CONTENDERS, build
 from .images import Images, poses
@@ -99,14 +100,7 @@ class SingleRun:
         if not self.checkpoint.exists():
             self.say("begins", f"{self.parameters:,} parameters")
             return
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.checkpoint, "pt") as file:
-                told = json.loads(file.metadata()["comparison"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{self.checkpoint}: damaged, remove it: {error!r}") from error
+        told, tensors = read_checkpoint(self.checkpoint, "comparison")
         check_settings(self.checkpoint, told["settings"], self.settings)
         restore_learner(self.trainer, tensors, self.checkpoint)  # type: ignore[arg-type]
         self.step, self.points = told["step"], told["points"]

@@ -8,8 +8,9 @@ Models of a kind have as many parameters and see the same pictures and noise. Ea
 grids of samples; one that is there is not run again, one that was stopped goes on from its checkpoint.
 """
 
+from ..series import Progress
 from .judge import Judge, frechet
 from .plan import DRAWERS, Run, Settings, plan
-from .runner import Progress, draw, prepare
+from .runner import draw, prepare
 
 __all__ = ["DRAWERS", "Judge", "Progress", "Run", "Settings", "draw", "frechet", "plan", "prepare"]

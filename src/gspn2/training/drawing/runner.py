@@ -20,6 +20,7 @@ from ..learner import make_ema
 from ..model import amp_dtype
 from ..rng import derive_seed
 from ..schedule import learning_rate
+from ..series import Progress, read_checkpoint
 from ..state import count_parameters, load_optimizer, load_weights, prefixed
 from ..stopping import StopRequest
 from . import digits, flow, samples
@@ -37,27 +38,7 @@ LOOKS = 10
 EMA = 0.999
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What is reported: every point of a curve, and every run that begins, ends or is skipped.
-
-    Args:
-        run: which.
-        number, total: its place among the runs, from 1.
-        what: "begins", "resumes", "skipped", "point", "ends" or "note".
-        text: a line for people.
-        step: of the run so far.
-    """
-
-    run: Run
-    number: int
-    total: int
-    what: str
-    text: str = ""
-    step: int = 0
-
-
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[Progress[Run]], None]
 
 
 def draw(
@@ -218,14 +199,7 @@ class _Training:
         if not self.checkpoint.exists():
             self.say("begins", f"{self.parameters:,} parameters, {self.learnt:,} of them learn")
             return
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.checkpoint, "pt") as file:
-                told = json.loads(file.metadata()["drawing"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{self.checkpoint}: damaged, remove it: {error!r}") from error
+        told, tensors = read_checkpoint(self.checkpoint, "drawing")
         _check_settings(self.checkpoint, told["settings"], self.settings)
         load_weights(self.model, part(tensors, "model"), self.checkpoint)
         load_weights(self.ema.module, part(tensors, "ema"), self.checkpoint)
