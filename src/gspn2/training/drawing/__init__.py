@@ -2,7 +2,7 @@
 
     from gspn2.training.drawing import Settings, draw, plan
 
-    draw(plan(models=("unet-attention", "unet-gspn2"), seeds=(0,)), Settings(steps=3000), Path("draw"))
+    draw(plan(models=("unet-attention", "unet-gspn2"), seeds=(0,)), Settings(steps=2000), Path("draw"))
 
 Models of a kind have as many parameters and see the same pictures and noise. Each run leaves a JSON file and
 grids of samples; one that is there is not run again, one that was stopped goes on from its checkpoint.

@@ -67,7 +67,7 @@ class Settings:
         UserError: a number is not positive, or there are too few samples for a distance.
     """
 
-    steps: int = 3000
+    steps: int = 2000
     batch_size: int = 128
     lr: float = 1e-3
     samples: int = 500

@@ -162,6 +162,9 @@ class _Training:
         self.parameters = count_parameters(self.model)
         self.stepper = Stepper(self.objective, self.amp, settings.graph and self.device.type == "cuda")
         self.learnt = sum(it.numel() for it in self.stepper.learnt)
+        # What learns, averaged; the rest of a student never changes.
+        pairs = zip(self.ema.module.parameters(), self.model.parameters(), strict=True)
+        self.averaged = tuple(mine for mine, learns in pairs if learns.requires_grad)
         self.step = 0
         self.seconds = 0.0
         """Of training alone."""
@@ -281,10 +284,19 @@ class _Training:
             )
             kept.append(self.stepper(self._batch(self.step), lr))
             self.step += 1
-            self.ema.update(self.model, step=self.step)
+            self._average()
         means = {name: torch.stack([it[name] for it in kept]).mean().item() for name in kept[0]}
         self._count(began, training=True)
         return means
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """As `ema.update`, which collects the state of both models anew each time.
+
+        That takes the host as long as a fast GPU needs for a step.
+        """
+        weight = 1.0 - self.ema.get_decay(self.step)
+        torch._foreach_lerp_(self.averaged, tuple(self.stepper.learnt), weight)
 
     def _point(self, losses: dict[str, float], tested: bool) -> None:
         """A point of the curve, with samples judged or without."""
