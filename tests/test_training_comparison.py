@@ -29,6 +29,7 @@ from gspn2.training.comparison import (
     images,
     pace,
     plan,
+    rates,
     runner,
     single,
     trainer,
@@ -166,6 +167,7 @@ def test_digits_are_moved_for_training_and_never_mirrored(tmp_path: Path):
     sources = run.sources(dataclasses.replace(TINY, test_images=1000))
     assert {use: (it.task.size, it.images) for use, it in sources.items()} == {
         "train": (32, 16),
+        "validation": (32, images.DIGITS_TESTS),
         "test": (32, images.DIGITS_TESTS),
         "scaled": (64, images.DIGITS_TESTS),
     }
@@ -236,8 +238,8 @@ def test_what_is_there_is_not_run_again(finished, monkeypatch: pytest.MonkeyPatc
 
 def test_results_of_other_settings_are_not_mixed(finished):
     out, _ = finished
-    with pytest.raises(UserError, match=r"had other settings \(lr was 0.001, is 0.01\): take another folder"):
-        compare(_runs(), dataclasses.replace(TINY, lr=0.01), out)
+    with pytest.raises(UserError, match=r"had other settings \(weight_decay was 0.05, is 0.01\)"):
+        compare(_runs(), dataclasses.replace(TINY, weight_decay=0.01), out)
 
 
 @pytest.mark.parametrize("contender", ["gspn2", "vit"])
@@ -318,8 +320,8 @@ def test_a_run_whose_time_is_up_ends_and_says_so(tmp_path: Path):
 
 
 def test_a_run_that_diverges_is_recorded_and_the_next_one_goes_on(tmp_path: Path):
-    settings = dataclasses.replace(TINY, lr=1e30)
-    results = compare([VIT, dataclasses.replace(VIT, seed=1)], settings, tmp_path)
+    wild = dataclasses.replace(VIT, lr=1e30)
+    results = compare([wild, dataclasses.replace(wild, seed=1)], TINY, tmp_path)
     assert [result["ended"] for result in results] == ["diverged", "diverged"]
     assert "accuracy" not in results[0]
     assert "no longer finite" in document.text(results)
@@ -422,6 +424,48 @@ def test_what_was_written_about_the_results_is_in_the_page(tmp_path: Path):
     assert "\nNobody knows why.\n" in document.text([_made_up("vit", 0.5, 1.0)], document.notes(tmp_path))
 
 
+def _tried(contender: str, rate: float, accuracy: float | None, seed: int = 0) -> dict[str, Any]:
+    result = _made_up(contender, 0.9, 10.0, seed)
+    result["run"]["lr"] = rate
+    if accuracy is None:
+        del result["accuracy"]
+        return result | {"ended": "diverged"}
+    return result | {"validation": {"accuracy": accuracy, "loss": 1 - accuracy}}
+
+
+def test_each_family_takes_the_rate_that_is_best_on_validation_images():
+    wanted = plan(["maze", "digits"], [64, 128], [3, 4], ["gspn2-local", "vit"])
+    tried = rates.trials(wanted, (1e-3, 2e-3))
+    assert [(it.task, it.size, it.contender, it.seed, it.lr) for it in tried] == [
+        (task, size, contender, 3, rate)
+        for task, size, contender in (("maze", 64, "gspn2"), ("maze", 64, "vit"), ("digits", 32, "vit"))
+        for rate in (1e-3, 2e-3)
+    ]
+    assert rates.trials(wanted, (1e-3,)) == []
+    results = [
+        _tried("gspn2", 1e-3, 0.8),
+        _tried("gspn2", 2e-3, None),
+        _tried("vit", 1e-3, 0.7),
+        _tried("vit", 2e-3, 0.75),
+        _tried("vit", 1e-3, 0.99, seed=1),
+    ]
+    choice = rates.choose(results)
+    assert choice == {("maze", "gspn2"): 1e-3, ("maze", "vit"): 2e-3}
+    runs = rates.settle(plan(["maze"], [64, 128], [3], ["gspn2-local", "vit"]), choice)
+    assert {(run.contender, run.lr) for run in runs} == {("gspn2-local", 1e-3), ("vit", 2e-3)}
+    text = document.text(results)
+    assert "| maze | GSPN-2 | **80.0%** | diverged |" in text
+    assert "| maze | ViT | 70.0% | **75.0%** |" in text
+    # What was only tried is in no other table.
+    assert "| ViT | 1,243,000 | 1 | 100 | 90.0% |" in text
+
+
+@pytest.mark.parametrize("chosen", [(), (1e-3, 1e-3), (0.0,), (float("nan"),)])
+def test_rates_that_cannot_be(chosen: tuple[float, ...]):
+    with pytest.raises(UserError, match="lr: expected at least one, above 0 and none twice, got"):
+        rates.check(chosen)
+
+
 def test_two_that_guess_are_not_compared():
     text = document.text([_made_up("gspn2", 0.52, 10.0), _made_up("vit", 0.5, 20.0)])
     assert "| maze, 64 | neither, 52.0%, 50.0% |" in text
@@ -450,13 +494,20 @@ def test_the_picture_has_a_curve_for_every_seed_and_panel():
 def test_the_command_runs_lists_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     chosen = ["--tasks", "maze", "--sizes", "32", "--seeds", "0", "--contenders", "vit", "--out", "learn"]
+    chosen += ["--lr", "0.001", "0.002"]
     scale = ["--steps", "2", "--batch-size", "4", "--train-images", "8", "--test-images", "4", "--tests", "1"]
     assert main(["learn", "list", *chosen]) == 0
-    assert capsys.readouterr().out == "to do    maze-32-vit-s0\n"
+    assert capsys.readouterr().out == (
+        "to do    maze-32-vit-lr0.001-s0\nto do    maze-32-vit-lr0.002-s0\n"
+        "then     the others, at the learning rates that are best\n"
+    )
     assert main(["learn", *chosen, *scale, "--device", "cpu"]) == 0
-    assert "[1/1] maze-32-vit-s0: done:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[2/2] maze-32-vit-lr0.002-s0: done:" in said
+    assert "maze, vit: learning rate 0.00" in said
+    assert "[1/1] maze-32-vit-lr0.00" in said
     assert main(["learn", "list", *chosen]) == 0
-    assert capsys.readouterr().out == "done     maze-32-vit-s0\n"
+    assert capsys.readouterr().out == ("done     maze-32-vit-lr0.001-s0\ndone     maze-32-vit-lr0.002-s0\n")
     assert main(["learn", "docs", "--out", "learn", "--check"]) == 1
     assert main(["learn", "docs", "--out", "learn"]) == 0
     assert main(["learn", "docs", "--out", "learn", "--check"]) == 0

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import complain, guarded, positive
+from .common import guarded, positive
+from .series import add_series_arguments, check_out, finish, show, show_states, write_docs
 
 if TYPE_CHECKING:
-    from gspn2.training.drawing import Progress, Run, Settings
+    from gspn2.training.drawing import Run, Settings
 
 VERBS = ("run", "judge", "list", "docs")
 
@@ -41,16 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     default = Settings()
     parser.epilog = EPILOG
-    parser.add_argument("verb", nargs="?", choices=VERBS, default="run", help="what to do (default: run)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/draw"), metavar="DIR", help="(default: runs/draw)"
-    )
+    add_series_arguments(parser, VERBS, "runs/draw", SEEDS, default)
     parser.add_argument(
         "--models", nargs="+", default=tuple(DRAWERS), metavar="NAME", help="(default: all five)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
-    parser.add_argument("--steps", type=positive, default=default.steps, metavar="N")
-    parser.add_argument("--batch-size", type=positive, default=default.batch_size, metavar="N")
     parser.add_argument("--lr", type=float, default=default.lr, metavar="X", help="peak learning rate")
     parser.add_argument(
         "--samples", type=positive, default=default.samples, metavar="N", help="pictures in a judged set"
@@ -59,16 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler-steps", type=positive, default=default.sampler_steps, metavar="N", help="of a sample"
     )
     parser.add_argument("--judge-steps", type=positive, default=default.judge_steps, metavar="N")
-    parser.add_argument(
-        "--tests", type=positive, default=default.tests, metavar="N", help="times that samples are judged"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=default.minutes, metavar="X", help="of a run (default: 20)"
-    )
-    parser.add_argument("--amp", choices=("auto", "bf16", "off"), default=default.amp)
     parser.add_argument("--no-graph", action="store_true", help="launch kernels one by one on CUDA")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--check", action="store_true", help="docs: write nothing, fail if out of step")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,38 +86,24 @@ def _plan(args: argparse.Namespace) -> list[Run]:
     return plan(args.models, args.seeds)
 
 
-def _check_out(args: argparse.Namespace) -> None:
-    from gspn2.training import UserError
-
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"out: {args.out} is a file, expected a folder")
-
-
 def _run(args: argparse.Namespace) -> int:
-    from gspn2.training import Interrupted
     from gspn2.training.drawing import draw
     from gspn2.training.model import pick_device
 
-    _check_out(args)
+    check_out(args.out)
     runs, settings, device = _plan(args), _settings(args), pick_device(args.device)
     print(f"{len(runs)} runs of {settings.steps} steps, at most {settings.minutes:g} min each, on {device}")
     command = shlex.join(["gspn2", *sys.argv[1:]])
-    try:
-        results = draw(runs, settings, args.out, device=device, command=command, on_event=_show)
-    except Interrupted as stop:
-        print(f"stopped at {stop.where}; the same command goes on from there")
-        return 128 + stop.signum
-    lost = [result for result in results if result["ended"] == "diverged"]
-    if lost:
-        return complain("draw", f"{len(lost)} of {len(results)} runs diverged", 1)
-    return 0
+    return finish(
+        "draw", lambda: draw(runs, settings, args.out, device=device, command=command, on_event=show)
+    )
 
 
 def _judge(args: argparse.Namespace) -> int:
     from gspn2.training.drawing import prepare
     from gspn2.training.model import pick_device
 
-    _check_out(args)
+    check_out(args.out)
     judge = prepare(_settings(args), args.out, device=pick_device(args.device)).judge
     print(
         f"{100 * judge.accuracy:.1f}% of held-out digits; distance of training digits {judge.floor:.2f}, "
@@ -140,38 +112,12 @@ def _judge(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(event: Progress[Run]) -> None:
-    head = f"[{event.number}/{event.total}] {event.run.name}"
-    if event.what == "point":
-        print(f"{head}: step {event.step}: {event.text}", flush=True)
-    elif event.what in ("skipped", "ends"):
-        done = "there already" if event.what == "skipped" else "done"
-        print(f"{head}: {done}: {event.text}", flush=True)
-    else:
-        print(f"{head}: {event.text}", flush=True)
-
-
 def _list(args: argparse.Namespace) -> int:
-    for one in _plan(args):
-        if (args.out / f"{one.name}.json").exists():
-            state = "done"
-        else:
-            state = "stopped" if (args.out / f"{one.name}.safetensors").exists() else "to do"
-        print(f"{state:<8} {one.name}")
+    show_states(_plan(args), args.out)
     return 0
 
 
 def _docs(args: argparse.Namespace) -> int:
     from gspn2.training.drawing import document
 
-    files = document.files(Path("docs"), args.out)
-    stale = [path for path, content in files.items() if not path.exists() or path.read_bytes() != content]
-    if args.check:
-        if stale:
-            return complain("draw", f"{stale[0]} is out of step with {args.out}: run this without --check", 1)
-        return 0
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        print(f"wrote {path}")
-    return 0
+    return write_docs("draw", document.files(Path("docs"), args.out), args.out, args.check)

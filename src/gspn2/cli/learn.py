@@ -6,12 +6,13 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .common import complain, guarded, positive
+from .common import guarded, positive
+from .series import add_series_arguments, check_out, finish, show, show_states, write_docs
 
 if TYPE_CHECKING:
-    from gspn2.training.comparison import Progress, Run, Settings
+    from gspn2.training.comparison import Run, Settings
 
 VERBS = ("run", "list", "pace", "docs")
 
@@ -37,18 +38,16 @@ training. --jobs shares all visible GPUs among so many runs at a time."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gspn2 learn`."""
     from gspn2.training.comparison.plan import SEEDS, SIZES, TASKS, Settings
+    from gspn2.training.comparison.rates import RATES
 
     default = Settings()
     parser.epilog = EPILOG
-    parser.add_argument("verb", nargs="?", choices=VERBS, default="run", help="what to do (default: run)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/learn"), metavar="DIR", help="(default: runs/learn)"
-    )
+    add_series_arguments(parser, VERBS, "runs/learn", SEEDS, default)
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help="pathfinder, maze, digits")
     parser.add_argument(
         "--sizes", nargs="+", type=positive, default=SIZES, metavar="N", help="pixels (default: 64 128)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="models and ablations (default: all)")
     parser.add_argument(
         "--extra-seeds",
         type=int,
@@ -57,24 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many of the seeds ablations and larger sizes take (default: 1)",
     )
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="models and ablations (default: all)")
-    parser.add_argument("--steps", type=positive, default=default.steps, metavar="N")
-    parser.add_argument("--batch-size", type=positive, default=default.batch_size, metavar="N")
-    parser.add_argument("--lr", type=float, default=default.lr, metavar="X", help="peak learning rate")
+    rates = " ".join(f"{rate:g}" for rate in RATES)
+    parser.add_argument(
+        "--lr",
+        nargs="+",
+        type=float,
+        default=RATES,
+        metavar="X",
+        help=f"peak learning rates, of which each family takes the best for a task (default: {rates})",
+    )
     parser.add_argument(
         "--weight-decay", type=float, default=default.weight_decay, metavar="X", help="of AdamW"
     )
     parser.add_argument("--train-images", type=positive, default=default.train_images, metavar="N")
     parser.add_argument("--test-images", type=positive, default=default.test_images, metavar="N")
-    parser.add_argument(
-        "--tests", type=positive, default=default.tests, metavar="N", help="points of a curve (default: 10)"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=default.minutes, metavar="X", help="of a run (default: 10)"
-    )
-    parser.add_argument("--amp", choices=("auto", "bf16", "off"), default=default.amp)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--check", action="store_true", help="docs: write nothing, fail if out of step")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +84,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         steps=args.steps,
         batch_size=args.batch_size,
-        lr=args.lr,
         weight_decay=args.weight_decay,
         train_images=args.train_images,
         test_images=args.test_images,
@@ -106,48 +100,54 @@ def _plan(args: argparse.Namespace) -> list[Run]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from gspn2.training import Interrupted, UserError
-    from gspn2.training.comparison import compare
+    from gspn2.training.comparison import compare, rates
     from gspn2.training.model import pick_device
 
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"out: {args.out} is a file, expected a folder")
+    check_out(args.out)
     runs, settings, device = _plan(args), _settings(args), pick_device(args.device)
-    shared = f", {args.jobs} at a time" if args.jobs > 1 else ""
+    tried = rates.trials(runs, args.lr)
     told = f"{len(runs)} runs of {settings.steps} steps, at most {settings.minutes:g} min each"
-    print(f"{told}, on {device}{shared}", flush=True)
+    first = f", after {len(tried)} to choose learning rates" if tried else ""
+    shared = f", {args.jobs} at a time" if args.jobs > 1 else ""
+    print(f"{told}{first}, on {device}{shared}", flush=True)
     command = shlex.join(["gspn2", *sys.argv[1:]])
-    try:
-        results = compare(
-            runs, settings, args.out, device=device, command=command, jobs=args.jobs, on_event=_show
+
+    def train(runs: list[Run]) -> list[dict[str, Any]]:
+        return compare(
+            runs, settings, args.out, device=device, command=command, jobs=args.jobs, on_event=show
         )
-    except Interrupted as stop:
-        print(f"stopped at {stop.where}; the same command goes on from there")
-        return 128 + stop.signum
-    lost = [result for result in results if result["ended"] == "diverged"]
-    if lost:
-        return complain("learn", f"{len(lost)} of {len(results)} runs diverged", 1)
-    return 0
+
+    def both() -> list[dict[str, Any]]:
+        found = train(tried)
+        choice = rates.choose(found)
+        for (task, family), rate in choice.items():
+            print(f"{task}, {family}: learning rate {rate:g}", flush=True)
+        return [*found, *train(_settled(args, runs, choice))]
+
+    return finish("learn", both)
 
 
-def _show(event: Progress[Run]) -> None:
-    head = f"[{event.number}/{event.total}] {event.run.name}"
-    if event.what == "point":
-        print(f"{head}: step {event.step}: {event.text}", flush=True)
-    elif event.what in ("skipped", "ends"):
-        done = "there already" if event.what == "skipped" else "done"
-        print(f"{head}: {done}: {event.text}", flush=True)
-    else:
-        print(f"{head}: {event.text}", flush=True)
+def _settled(args: argparse.Namespace, runs: list[Run], choice: dict[tuple[str, str], float]) -> list[Run]:
+    """The runs at the rates of the choice, or at the only one that there is."""
+    from gspn2.training.comparison import rates
+
+    only = {(run.task, run.family): args.lr[0] for run in runs}
+    return rates.settle(runs, choice or only)
 
 
 def _list(args: argparse.Namespace) -> int:
-    for one in _plan(args):
-        if (args.out / f"{one.name}.json").exists():
-            state = "done"
-        else:
-            state = "stopped" if (args.out / f"{one.name}.safetensors").exists() else "to do"
-        print(f"{state:<8} {one.name}")
+    from gspn2.training.comparison import rates
+    from gspn2.training.comparison.runner import read
+
+    runs = _plan(args)
+    tried = rates.trials(runs, args.lr)
+    show_states(tried, args.out)
+    paths = [args.out / f"{run.name}.json" for run in tried]
+    if not all(path.exists() for path in paths):
+        print("then     the others, at the learning rates that are best")
+        return 0
+    choice = rates.choose([read(path) for path in paths])
+    show_states([run for run in _settled(args, runs, choice) if run not in tried], args.out)
     return 0
 
 
@@ -166,23 +166,10 @@ def _pace(args: argparse.Namespace) -> int:
 def _docs(args: argparse.Namespace) -> int:
     from gspn2.training.comparison import document, examples
 
-    files = document.files(document.load(args.out), document.notes(args.out))
-    stale = [
-        Path("docs") / name
-        for name, text in files.items()
-        if not (Path("docs") / name).exists() or (Path("docs") / name).read_text(encoding="utf-8") != text
-    ]
-    if args.check:
-        if stale:
-            return complain(
-                "learn", f"{stale[0]} is out of step with {args.out}: run this without --check", 1
-            )
-        return 0
-    for name, text in files.items():
-        path = Path("docs") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        print(f"wrote {path}")
-    examples.draw(Path("docs") / document.EXAMPLES)
-    print(f"wrote docs/{document.EXAMPLES}")
-    return 0
+    texts = document.files(document.load(args.out), document.notes(args.out))
+    files = {Path("docs") / name: text.encode() for name, text in texts.items()}
+    code = write_docs("learn", files, args.out, args.check)
+    if not args.check:
+        examples.draw(Path("docs") / document.EXAMPLES)
+        print(f"wrote docs/{document.EXAMPLES}")
+    return code

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...demo.charts import HEIGHT, WIDTH, Axis, Series, line_chart, linear_axis
-from . import pace
+from . import pace, rates
 from .contenders import CONTENDERS, MAIN, PARAMETERS
 from .plan import DIGITS, TASKS, Run
 from .runner import read
@@ -34,14 +34,16 @@ handwritten *digits*, enlarged, are an ordinary task beside them.
 128 pixels; and digits]({EXAMPLES})
 
 GSPN-2 runs beside a ViT and a ConvNet (ConvNeXt), all of {PARAMETERS / 1e6:.2f} M parameters within 2.5%, on
-the same images in the same order, with the same optimizer, schedule and number of steps. Each image is turned
-and mirrored at random, digits are not. Ablations change one thing about GSPN-2; what that saves in parameters
-goes to the FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more
-pixels, and *larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
+the same images in the same order, with the same optimizer, schedule and number of steps. Each takes that
+learning rate, out of the same few, at which its first seed is best on validation images; ablations take
+GSPN-2's. Each image is turned and mirrored at random, digits are not. Ablations change one thing about
+GSPN-2; what that saves in parameters goes to the FFN. After training every model is tested at twice its size:
+*scaled*, the same scenes on more pixels, and *larger*, scenes of twice the extent. The ViT's position
+embedding is interpolated for that.
 
 Contours and mazes come in mixed lengths, from a few dashes or 5 x 5 cells on. Runs are short, a matter of
 minutes on a GPU for all of them: at larger sizes, and for ablations, one seed, unless `--extra-seeds` says
-otherwise; one learning rate for everybody.
+otherwise.
 
 ```
 gspn2 learn --jobs 16 --out runs/learn
@@ -99,10 +101,11 @@ def notes(folder: Path) -> str:
 
 def files(results: Sequence[Result], told: str = "") -> dict[str, str]:
     """The document and its pictures: text by path inside docs/."""
+    settled = _settled(results)
     pictures = {
-        f"images/{_picture(case)}": curves(case, _of(results, case))
-        for case in _cases(results)
-        if any(_tested(result) for result in _of(results, case) if result["run"]["contender"] in MAIN)
+        f"images/{_picture(case)}": curves(case, _of(settled, case))
+        for case in _cases(settled)
+        if any(_tested(result) for result in _of(settled, case) if result["run"]["contender"] in MAIN)
     }
     return {"learning.md": text(results, told), **pictures}
 
@@ -111,6 +114,7 @@ def text(results: Sequence[Result], told: str = "") -> str:
     """The document; `told` is prose to put between the goal and the tables."""
     if not results:
         return f"{HEAD}\n{NOTHING}"
+    tried, results = results, _settled(results)
     sections = [HEAD.rstrip(), "## The goal", _goal(results), *([told] if told else [])]
     for case in _cases(results):
         mine = _of(results, case)
@@ -122,7 +126,38 @@ def text(results: Sequence[Result], told: str = "") -> str:
         if ablations:
             sections += ["Ablations, beside GSPN-2 as above:", ablations]
         sections += _losses(mine)
-    return "\n\n".join([*sections, "## How", _how(results)]) + "\n"
+    if len(tried) > len(results):
+        sections += ["## Learning rates", _rates(tried)]
+    return "\n\n".join([*sections, "## How", _how(tried)]) + "\n"
+
+
+def _settled(results: Sequence[Result]) -> list[Result]:
+    """Those at the learning rate of their family, without what was run to choose it."""
+    choice, settled = rates.choose(results), []
+    for result in results:
+        run = Run(**result["run"])
+        if choice.get((run.task, run.family), run.lr) == run.lr:
+            settled.append(result)
+    return settled
+
+
+def _rates(results: Sequence[Result]) -> str:
+    """Validation accuracy of each family at the rates that were tried, the chosen ones marked."""
+    choice = rates.choose(results)
+    columns = sorted({result["run"]["lr"] for result in results})
+    rows = []
+    for (task, family), chosen in sorted(choice.items(), key=lambda it: TASKS.index(it[0][0])):
+        row = [task, CONTENDERS[family].label]
+        for rate in columns:
+            found = rates.trial(results, task, family, rate)
+            told = "-" if found is None else "diverged"
+            if found is not None and "validation" in found:
+                told = _percent(found["validation"]["accuracy"])
+            row.append(f"**{told}**" if rate == chosen else told)
+        rows.append(row)
+    told = "Accuracy on validation images, first seed, at each peak learning rate; in bold what was taken."
+    table = _table(["task", "", *(f"{rate:g}" for rate in columns)], rows, left=2)
+    return f"{_wrapped(told)}\n\n{table}"
 
 
 def _goal(results: Sequence[Result]) -> str:
@@ -217,6 +252,7 @@ def _how(results: Sequence[Result]) -> str:
     told = "; ".join(
         f"{name.replace('_', ' ')} {_values(it[name] for it in settings)}" for name in settings[0]
     )
+    told = f"peak learning rate {_values(sorted({it['run']['lr'] for it in results}))}; {told}"
     machines = [result["machine"] for result in results]
     where = _values(it.get("device") or it["processor"] for it in machines)
     versions = ", ".join(

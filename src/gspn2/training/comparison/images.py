@@ -23,7 +23,7 @@ from ..transforms import DIGITS_MEAN, DIGITS_STD, TASK_MEAN, TASK_STD
 SHARD = 2048
 """Images that a process makes at a time, from a seed of their own."""
 DIGITS_TESTS = 360
-"""Of scikit-learn's 1797 digits; the others are for training."""
+"""Of scikit-learn's 1797 digits, and as many for validation; the others are for training."""
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
     Args:
         task: kind and size.
-        split: "train" or "test": different images. The seed of a run changes neither.
+        split: "train", "validation" or "test": different images. The seed of a run changes neither.
         images: how many.
     """
 
@@ -134,10 +134,11 @@ def digits(source: Source, count: int, seed: int) -> Arrays:
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     rng = np.random.default_rng(seed)
-    if source.split == "test":
-        chosen = order[:DIGITS_TESTS][:count]
+    tests, validation, training = np.split(order, (DIGITS_TESTS, 2 * DIGITS_TESTS))
+    if source.split == "train":
+        chosen = training[rng.integers(0, len(training), count)]
     else:
-        chosen = order[DIGITS_TESTS:][rng.integers(0, len(order) - DIGITS_TESTS, count)]
+        chosen = (tests if source.split == "test" else validation)[:count]
     small = torch.from_numpy(found.images[chosen][:, None]).float() * (255 / 16)
     side = source.task.size
     large = nn.functional.interpolate(small, (side, side), mode="bilinear", align_corners=False)

@@ -25,9 +25,9 @@ class Settings:
     Args:
         steps: of the optimizer; a quarter of them for the digits, which need no more.
         batch_size: images a step.
-        lr: peak learning rate of AdamW, after a warm-up of a twentieth of the steps, before half a cosine.
         weight_decay: of AdamW.
-        train_images, test_images: how many are generated; the same for all models and seeds.
+        train_images, test_images: how many are generated; the same for all models and seeds. As many as for
+            tests are for validation.
         tests: points of the curve of test accuracy, evenly over the steps.
         minutes: time of a run, testing included; it then ends where it is, and says so.
         amp: "auto" (bfloat16 on CUDA), "bf16" or "off".
@@ -38,7 +38,6 @@ class Settings:
 
     steps: int = 2000
     batch_size: int = 64
-    lr: float = 1e-3
     weight_decay: float = 0.05
     train_images: int = 50_000
     test_images: int = 2_048
@@ -47,7 +46,7 @@ class Settings:
     amp: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "train_images", "test_images", "tests", "minutes"):
+        for name in ("steps", "batch_size", "train_images", "test_images", "tests", "minutes"):
             value = getattr(self, name)
             # `not` also refuses NaN.
             if not value > 0:
@@ -73,17 +72,24 @@ class Run:
         size: pixels, and units of the scene.
         contender: a name out of `CONTENDERS`.
         seed: of weights and order.
+        lr: peak learning rate of AdamW, after a warm-up of a twentieth of the steps, before half a cosine.
     """
 
     task: str
     size: int
     contender: str
     seed: int
+    lr: float = 1e-3
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.task}-{self.size}-{self.contender}-s{self.seed}"
+        return f"{self.task}-{self.size}-{self.contender}-lr{self.lr:g}-s{self.seed}"
+
+    @property
+    def family(self) -> str:
+        """The one of the three that its contender is, or is an ablation of."""
+        return CONTENDERS[self.contender].kind
 
     @property
     def classes(self) -> int:
@@ -115,9 +121,12 @@ class Run:
         return {name: parse_task(text) for name, text in names.items()}
 
     def sources(self, settings: Settings) -> dict[str, Source]:
-        """Its images by use: "train", "test" and the transfers."""
+        """Its images by use: "train", "validation", "test" and the transfers."""
         tests = min(settings.test_images, DIGITS_TESTS) if self.task == DIGITS else settings.test_images
-        found = {"train": Source(self.data, "train", settings.train_images)}
+        found = {
+            "train": Source(self.data, "train", settings.train_images),
+            "validation": Source(self.data, "validation", tests),
+        }
         tested = {"test": self.data, **self.transfers}
         return found | {use: Source(task, "test", tests) for use, task in tested.items()}
 

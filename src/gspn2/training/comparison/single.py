@@ -46,7 +46,7 @@ def make_trainer(
     """The trainer of a run at its start, and how many parameters its model has."""
     config = TrainConfig(
         batch_size=settings.batch_size,
-        lr=settings.lr,
+        lr=run.lr,
         weight_decay=settings.weight_decay,
         label_smoothing=0.0,
         ema_decay=None,
@@ -157,13 +157,14 @@ class SingleRun:
     def _block(self, until: int) -> Block:
         """What the steps up to `until` take: a function of the run's seed, the same for every contender."""
         settings, seed, size = self.settings, self.run.seed, self.settings.batch_size
+        lr = self.run.lr
         per_epoch = settings.train_images // size
         chosen, turns, rates = [], [], []
         for step in range(self.step, until):
             draws = torch.Generator().manual_seed(derive_seed(seed, "images", step))
             chosen.append(self._order(step // per_epoch)[step % per_epoch])
             turns.append(poses(size, draws))
-            rates.append(learning_rate(step, self.total, self.total // 20, settings.lr, 0.01 * settings.lr))
+            rates.append(learning_rate(step, self.total, self.total // 20, lr, 0.01 * lr))
         return Block(torch.stack(chosen), torch.stack(turns), torch.tensor(rates))
 
     def _order(self, epoch: int) -> torch.Tensor:
@@ -217,6 +218,6 @@ class SingleRun:
         }
         if ended == "diverged":
             return result
-        found = self._test("test")
+        found, validation = self._test("test"), self._test("validation")
         transfer = {name: self._test(name) for name in self.run.transfers}
-        return {**result, "loss": found["loss"], "accuracy": found["accuracy"], "transfer": transfer}
+        return {**result, **found, "validation": validation, "transfer": transfer}
