@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -17,9 +20,11 @@ pytest.importorskip("transformers")
 import diffusion_helpers as tiny
 from cuda_emulator import KernelError, compiler, run_launch
 from cuda_emulator.memory import Memory
+from gspn2.backends import Problem, cuda
+from gspn2.backends.cuda import driver, launch
 from gspn2.backends.cuda.geometry import Device
 from gspn2.cli.main import main
-from gspn2.integrations.diffusers import execution, fused, mount
+from gspn2.integrations.diffusers import execution, fused, mixers, mount, scan
 from gspn2.integrations.diffusers.mixers import GRID, AttentionMixer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -123,15 +128,69 @@ def test_a_mixer_in_few_launches_is_the_mixer(options: dict[str, Any]) -> None:
     assert not mixer._quick(x), "on a CPU, and with gradients, the mixer runs as it is"
 
 
+def test_what_is_launched_at_once_is_what_propagate_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernels, arguments and addresses, from a plan that was made without the tensors."""
+    made: list[tuple[Any, bytes, Any]] = []
+    ran: list[dict[int, int]] = []
+
+    def load(launch: Any, arguments: bytes, places: Any, index: int) -> SimpleNamespace:
+        told = bytearray(arguments)
+        for place in places:
+            told[8 * place : 8 * place + 8] = bytes(8)
+        made.append((launch, bytes(told), tuple(places)))
+        run = lambda addresses, stream: ran.append(dict(zip(places, addresses, strict=True)))  # noqa: E731
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(driver, "Loaded", load)
+    monkeypatch.setattr(driver, "device", lambda index: Device())
+    monkeypatch.setattr(driver, "current_device", lambda: -1)
+    monkeypatch.setattr(driver, "stream", lambda index: 0)
+    monkeypatch.setattr(cuda, "why_not", lambda problem: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    scan._ready.cache_clear()
+    geometry, size = scan.Geometry(16, 2, ("up", "left"), 4, 80), scan.Size(2, 6, 9)
+    proxy, packed = aligned(2, 54, 16), aligned(2, 54, 80)
+    y = aligned(2, 54, 16)
+    monkeypatch.setattr(torch, "empty_like", lambda like: y.as_strided(like.shape, like.stride()))
+    assert scan.launched(proxy, packed, geometry, size) is not None
+    x, logits, lam, gate = scan.views(proxy, packed, geometry, size)
+    problem = Problem(geometry.directions, 4, True, 2, 16, 2, 6, 9, torch.float32, "cuda")
+    launch.propagate(x, logits, lam, gate, problem)
+    half = len(made) // 2
+    assert made[:half] == made[half:] != []
+    assert ran[:half] == ran[half:]
+    other = aligned(2 * 54 * 16 + 16)[16:].view(2, 54, 16)
+    assert scan.launched(other, packed, geometry, size) is None, "not aligned"
+    scan._ready.cache_clear()
+
+
+def test_an_adapter_on_a_mixer_is_seen() -> None:
+    mixer = AttentionMixer(16, 8)
+    parts = mixer.tokens.mixer
+    assert mixers._bare(parts.to_proxy)
+    handle = parts.to_proxy.register_forward_hook(lambda *_: None)
+    assert not mixers._bare(parts.to_proxy)
+    handle.remove()
+    torch.nn.utils.parametrize.register_parametrization(parts.to_proxy, "weight", torch.nn.Identity())
+    assert not mixers._bare(parts.to_proxy)
+
+
+def aligned(*shape: int) -> Tensor:
+    """Memory as the allocator of CUDA hands it out."""
+    memory = torch.zeros(torch.Size(shape).numel() + 32)
+    start = -memory.data_ptr() % 128 // 4
+    return memory[start : start + torch.Size(shape).numel()].view(shape)
+
+
 def test_graphs_are_told_apart_by_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And by what is no tensor; a result is that of the call, whichever graph was replayed."""
     monkeypatch.setattr(execution, "_Graph", lambda call, tensors: call)
     unet = tiny.sdxl_unet()
-    mixers = mount(unet, zero_output=False)
+    mounted = mount(unet, zero_output=False)
     with torch.no_grad():
         plain = {size: unet(**tiny.inputs(unet, *size, batch=1)).sample for size in ((16, 16), (16, 24))}
         with execution.graphed(unet):
-            assert all(mixer.fixed for _, mixer in mixers.layers())
+            assert all(mixer.fixed for _, mixer in mounted.layers())
             graphs = unet.__dict__["forward"]._known
             for size in [*plain, *plain, *plain]:
                 given = tiny.inputs(unet, *size, batch=1)
@@ -139,7 +198,21 @@ def test_graphs_are_told_apart_by_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
                 assert torch.equal(unet(**given, return_dict=False)[0], plain[size])
             assert len(graphs) == 2
     assert "forward" not in unet.__dict__
-    assert not any(mixer.fixed for _, mixer in mixers.layers())
+    assert not any(mixer.fixed for _, mixer in mounted.layers())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"chunk": 4, "groups": 2}, {"directions": ("up", "left")}])
+@pytest.mark.parametrize("grid", [(8, 8), (13, 9), (64, 48)])
+def test_a_mixer_on_a_gpu_in_few_launches_is_the_mixer(
+    grid: tuple[int, int], options: dict[str, Any]
+) -> None:
+    mixer = AttentionMixer(128, 16, **options).cuda().bfloat16()
+    x = torch.randn(2, grid[0] * grid[1], 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert mixer._quick(x)
+        assert torch.equal(mixer(x, **{GRID: grid}), mixer.tokens(x, grid))
 
 
 @pytest.mark.gpu

@@ -11,10 +11,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from gspn2 import ops
 from gspn2.functional import DIRECTIONS
-from gspn2.nn import TokenMixer
+from gspn2.nn import Pointwise, TokenMixer
 from gspn2.ops.eager import plain
+
+from .scan import Geometry, Size, propagate
 
 GRID = "gspn2_grid"
 """The key in `cross_attention_kwargs` under which rows and columns of the token grid travel."""
@@ -69,18 +70,15 @@ class AttentionMixer(nn.Module):
         mixer = self.tokens.mixer
         return (
             not torch.is_grad_enabled()
-            and plain(x, mixer.merge, *self._projections())
             and x.is_cuda
             and x.is_contiguous()
-            and not torch.is_autocast_enabled("cuda")
             and x.dtype == mixer.merge.dtype
             and mixer.operands_from == "proxy"
             and all(mixer.sizes)
+            and all(map(_bare, (mixer.to_proxy, mixer.to_operands, mixer.from_proxy)))
+            and not torch.is_autocast_enabled("cuda")
+            and plain(x, mixer.merge, *mixer.to_operands._parameters.values())
         )
-
-    def _projections(self) -> tuple[Tensor, Tensor]:
-        mixer = self.tokens.mixer
-        return mixer.to_operands.weight, mixer.to_operands.bias
 
     def _inference(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The mixer in four launches: at small sizes a step waits for the host, which is to be no slower with
@@ -89,41 +87,23 @@ class AttentionMixer(nn.Module):
         The operands' rows, scaled by `merge` and the size, are kept for as long as the weights are the same.
         """
         mixer = self.tokens.mixer
-        (height, width), (batch, tokens, _) = grid, x.shape
-        if tokens != height * width:
+        height, width = grid
+        if x.shape[1] != height * width:
             return self.tokens(x, grid)  # which says what is wrong
         weight, bias = self._rows(height, width)
-        scans, groups, channels = len(mixer.directions), mixer.groups, mixer.proxy_dim
-        proxy = F.linear(x, mixer.to_proxy.weight, mixer.to_proxy.bias)
+        proxy = _linear(x, mixer.to_proxy)
         packed = F.linear(proxy, weight, bias)
-        pixel = packed.shape[-1]
-        image, row = tokens * pixel, width * pixel
-        per_channel = (batch, scans, channels, height, width), (image, channels, 1, row, pixel)
-        # Past the checks of `gspn2.propagate`, which take a fifth of the host's time here.
-        y = ops.propagate(
-            proxy.as_strided(
-                (batch, channels, height, width), (tokens * channels, 1, width * channels, channels)
-            ),
-            packed.as_strided(
-                (batch, scans, groups, 3, height, width),
-                (image, 3 * groups, 3, 1, row, pixel),
-                mixer.sizes[0] + mixer.sizes[1],
-            ),
-            packed.as_strided(*per_channel, 0),
-            packed.as_strided(*per_channel, mixer.sizes[0]),
-            mixer.directions,
-            mixer.chunk,
-            True,
-            mixer.backend,
+        geometry = Geometry(
+            mixer.proxy_dim, mixer.groups, mixer.directions, mixer.chunk, sum(mixer.sizes) + mixer.padding
         )
-        mixed = y.as_strided(proxy.shape, proxy.stride())
-        return F.linear(mixed, mixer.from_proxy.weight, mixer.from_proxy.bias)
+        mixed = propagate(proxy, packed, geometry, Size(x.shape[0], height, width), mixer.backend)
+        return _linear(mixed, mixer.from_proxy)
 
     def _rows(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of the operands' projection at a size."""
         mixer = self.tokens.mixer
-        sources = (mixer.merge, *self._projections())
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        sources = (mixer.merge, mixer.to_operands.weight, mixer.to_operands.bias)
+        capturing = sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
         # A graph has to own what it reads and to see weights that were changed, and in inference mode tensors
         # do not tell of changes.
         if (capturing and not self.fixed) or any(it.is_inference() for it in sources):
@@ -145,6 +125,16 @@ class AttentionMixer(nn.Module):
         nn.init.zeros_(projection.weight)
         if projection.bias is not None:
             nn.init.zeros_(projection.bias)
+
+
+def _bare(projection: nn.Module) -> bool:
+    """Is its product all there is to it: no adapter in its place, no parametrization, no hooks?"""
+    return type(projection) is Pointwise and not (projection._forward_pre_hooks or projection._forward_hooks)
+
+
+def _linear(x: Tensor, projection: nn.Module) -> Tensor:
+    # Past `nn.Module.__getattr__`, which takes a tenth of the host's time here.
+    return F.linear(x, projection._parameters["weight"], projection._parameters["bias"])  # type: ignore[arg-type]
 
 
 class UNetMixers(ModelMixin, ConfigMixin):
