@@ -22,7 +22,7 @@
 // Knobs: 0 direction (its index among the scans), 1 threads of a block's part of a line (a power of two, or whole
 //   warps), 2 elements of a row in scratch planes, 3 blocks of a line, 4 places that each of them owns, 5 channels of
 //   a cluster.
-// Scratch: 0 partial sums of dx (`Sums`), 1 kept states, 2 float32 gradients of shared weights, one part for each
+// Scratch: 0 lower halves of partial sums of dx, with 16-bit storage, 1 kept states, 2 float32 gradients of shared weights, one part for each
 //   cluster of a group: [parts][B][G][3][H][row], if there is more than one; planes_backward_taps.cu adds them;
 //   3 states (`states_of`), where OWN_STATES.
 #pragma once

@@ -60,13 +60,13 @@ __device__ __forceinline__ float joined(u32 upper, u32 lower, int i) {
   return __uint_as_float(__byte_perm(lower, upper, i & 1 ? 0x7632 : 0x5410));
 }
 
-// Operand `op` of a plane: its first element. Partial sums of dx are dx itself for float32.
+// Operand `op` of a plane: its first element. Partial sums of dx are in dx itself; with 16-bit storage their upper halves
+// are, and the lower ones in scratch memory.
 __device__ __forceinline__ unsigned char* plane_of(const View& v, int b, int d, int c, int k) {
   return (unsigned char*)(v.data + (b * v.b + d * v.d + c * v.c + k * v.k));
 }
-__device__ __forceinline__ unsigned char* sums_of(const Params& p, int b, int c, int half) {
-  const long long plane = (long long)p.height * p.knobs[2];
-  return (unsigned char*)p.scratch[0] + ((long long)half * p.batch * p.channels + (long long)b * p.channels + c) * plane * 2;
+__device__ __forceinline__ unsigned char* lower_sums_of(const Params& p, int b, int c) {
+  return (unsigned char*)p.scratch[0] + ((long long)b * p.channels + c) * p.height * p.knobs[2] * SIZE;
 }
 // The same of the states in scratch memory.
 __device__ __forceinline__ unsigned char* states_of(const Params& p, int b, int c, int half) {
@@ -81,8 +81,7 @@ __device__ __forceinline__ const unsigned char* source_of(const Params& p, int o
   if (op == DY) return plane_of(p.dy, b, 0, c, 0);
   if (HAS_GATE && op == GATE) return plane_of(p.gate, b, d, c, 0);
   if (HAS_HIDDEN && op < SUM) return OWN_STATES ? states_of(p, b, c, op - HIDDEN) : plane_of(p.y, b, d, c, 0);
-  if (STORAGE == 0) return plane_of(p.dx, b, 0, c, 0);
-  return sums_of(p, b, c, op - SUM);
+  return op == SUM ? plane_of(p.dx, b, 0, c, 0) : lower_sums_of(p, b, c);
 }
 // Elements from one row to the next. They fit 32 bits: the plan sees to it.
 __device__ __forceinline__ int source_pitch(const Params& p, int op) {
@@ -92,7 +91,7 @@ __device__ __forceinline__ int source_pitch(const Params& p, int op) {
   if (op == DY) return (int)p.dy.h;
   if (HAS_GATE && op == GATE) return (int)p.gate.h;
   if (HAS_HIDDEN && op < SUM) return OWN_STATES ? p.knobs[2] : (int)p.y.h;
-  return STORAGE == 0 ? (int)p.dx.h : p.knobs[2];
+  return op == SUM ? (int)p.dx.h : p.knobs[2];
 }
 
 // What is written in the place of operand `op`: null if nobody asks for it. dx belongs to x where it is complete
@@ -119,14 +118,14 @@ __device__ __forceinline__ bool is_wanted(const Params& p, int op) {
 }
 __device__ __forceinline__ unsigned char* sink_of(const Params& p, int op, int b, int group, int c) {
   const int d = p.knobs[0];
-  if (op == X) return plane_of(p.dx, b, 0, c, 0);
+  if (op == X || op == SUM) return plane_of(p.dx, b, 0, c, 0);
   if (HAS_LAM && op == LAM) return plane_of(p.dlam, b, d, c, 0);
   if (op < DY) return plane_of(p.dtaps, b, d, group, op - TAPS);
   if (HAS_GATE && op == GATE) return plane_of(p.dgate, b, d, c, 0);
-  return sums_of(p, b, c, op - SUM);
+  return lower_sums_of(p, b, c);
 }
 __device__ __forceinline__ int sink_pitch(const Params& p, int op) {
-  if (op == X) return (int)p.dx.h;
+  if (op == X || op == SUM) return (int)p.dx.h;
   if (HAS_LAM && op == LAM) return (int)p.dlam.h;
   if (op < DY) return (int)p.dtaps.h;
   if (HAS_GATE && op == GATE) return (int)p.dgate.h;

@@ -103,7 +103,7 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             f"{cut.threads} threads with {cut.places} places each, segments of {cut.segment} lines"
         )
     plane = 4 * problem.batch * problem.height * _row(case)
-    sums = plane * problem.channels if _has_partial_sums(case) else 0
+    sums = plane // 2 * problem.channels if _has_partial_sums(case) else 0  # the other half is in dx
     scratch = (sums, kept, parts * 3 * plane * problem.groups, states)
     return Plan(NAME, tuple(launches), scratch, tuple(reasons))
 
