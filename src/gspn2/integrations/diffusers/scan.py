@@ -95,7 +95,7 @@ def views(
     (batch, height, width), (channels, groups, directions, _, record) = size, geometry
     pixels, scans = height * width, len(directions)
     x = proxy.as_strided((batch, channels, height, width), (pixels * channels, 1, width * channels, channels))
-    logits, lam, gate = _offsets(geometry)
+    logits, lam, gate = (packed.storage_offset() + it for it in _offsets(geometry))
     image, row = pixels * record, width * record
     per_channel = (batch, scans, channels, height, width), (image, channels, 1, row, record)
     taps = (batch, scans, groups, 3, height, width), (image, 3 * groups, 3, 1, row, record)

@@ -6,15 +6,7 @@
 //   HAS_LAM, HAS_GATE  is the tensor there (otherwise it is 1)
 // Sizes, strides, directions and chunk are values at run time: nothing is recompiled when they change.
 #pragma once
-#include "ptx.cuh"
-
-#if STORAGE == 0
-typedef float storage_t;
-#elif STORAGE == 1
-typedef __nv_bfloat16 storage_t;
-#else
-typedef __half storage_t;
-#endif
+#include "storage.cuh"
 
 // One tensor: address and strides in elements. Images (B, C, H, W) have d = k = 0; taps (B, D, G, 3, H, W) keep
 // the stride of G in c. data is null for a tensor that is absent, or a gradient nobody asked for.
@@ -56,26 +48,6 @@ __device__ __forceinline__ long long line_step(const View& v, const Scan& s) {
 __device__ __forceinline__ long long place_step(const View& v, const Scan& s) { return s.vertical ? v.w : v.h; }
 __device__ __forceinline__ long long first_line(const View& v, const Scan& s) {
   return s.reversed ? (s.lines - 1) * (s.vertical ? v.h : v.w) : 0;
-}
-
-__device__ __forceinline__ float widen(storage_t v) {
-#if STORAGE == 0
-  return v;
-#elif STORAGE == 1
-  return __bfloat162float(v);
-#else
-  return __half2float(v);
-#endif
-}
-
-__device__ __forceinline__ storage_t narrow(float v) {
-#if STORAGE == 0
-  return v;
-#elif STORAGE == 1
-  return __float2bfloat16_rn(v);
-#else
-  return __float2half_rn(v);
-#endif
 }
 
 struct Taps {
