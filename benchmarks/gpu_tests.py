@@ -157,8 +157,7 @@ def sanitizer(tool: str) -> Callable[[Path, float, list[str]], Summary]:
         if tool == "memcheck":
             command += ["--report-api-errors", "no"]  # PyTorch asks older drivers for what they do not know
         if tool == "racecheck":
-            # Lanes of a warp meet, then one of them arrives at an mbarrier for all.
-            command.append("--racecheck-indirect-barrier-dependency")
+            script.append("--every-lane-arrives")
         command += [sys.executable, *script]
         summary = run(command, log, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         return summary | read_sanitizer(log.read_text(errors="replace"))
@@ -168,8 +167,10 @@ def sanitizer(tool: str) -> Callable[[Path, float, list[str]], Summary]:
 
 def compile_ahead(log: Path) -> None:
     """What the sanitizers will run, compiled once and on all cores; what fails shows where it is run."""
-    run([sys.executable, str(ROOT / "tests" / "cuda_sanitizer.py"), "--compile"], log, 120)
-    print(f"sanitizers: {log.read_text(errors='replace').strip()[-2000:]}", flush=True)
+    command = [sys.executable, str(ROOT / "tests" / "cuda_sanitizer.py"), "--compile"]
+    for extra in ([], ["--every-lane-arrives"]):
+        run([*command, *extra], log, 120)
+        print(f"sanitizers: {log.read_text(errors='replace').strip()[-2000:]}", flush=True)
 
 
 def read_sanitizer(output: str) -> Summary:

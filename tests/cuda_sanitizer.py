@@ -8,7 +8,9 @@
 
 PyTorch's allocator cuts tensors out of large blocks, which hides accesses beyond a tensor: without the
 variable the script refuses to run. `--compile`, without a sanitizer, only compiles everything on all cores:
-most of the time of a first run. Only the project's kernels run on the GPU: tensors are made on the CPU and
+most of the time of a first run. racecheck does not know that `__syncwarp` orders what the lanes of a warp
+have done before one of them arrives at a barrier for all: `--every-lane-arrives` is a build for it in which
+each arrives for itself. Only the project's kernels run on the GPU: tensors are made on the CPU and
 copied whole, storage and all, and results are compared there. So initcheck sees who wrote what, and no report
 is about anyone else's kernel. `--seconds` bounds the time, after which no further case is begun; first come
 cases that differ in everything. The last line is a summary in JSON; the exit code is 1 if a result was wrong.
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -36,7 +38,7 @@ from torch import Tensor
 from cuda_helpers import ALL_LAYOUTS, VARIANTS, Declined, forced
 from gspn2.backends import DIRECTIONS, Problem, reference
 from gspn2.backends.cuda.geometry import Case as PlannerCase
-from gspn2.backends.cuda.geometry import Kernel, Plan
+from gspn2.backends.cuda.geometry import Kernel, Launch, Plan
 from gspn2.backends.keeping import states_of
 from helpers import Case, make_case, relative_l2, truth
 
@@ -121,7 +123,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="only these")
     parser.add_argument("--compile", action="store_true", help="compile only")
+    parser.add_argument("--every-lane-arrives", action="store_true", help="a build for racecheck")
     args = parser.parse_args()
+    if args.every_lane_arrives:
+        from gspn2.backends.cuda import launch
+
+        launch.choose = every_lane_arrives(launch.choose)
     if args.compile:
         return compile_all(args.variants.split(","))
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
@@ -194,6 +201,22 @@ def calls(
         hidden = upload(states_of(reference.propagate, laid.x, laid.logits, laid.lam, problem))
     for variant, operator in product(variants, (keeping if kept else forward, backward)):
         yield variant, operator.__name__, partial(operator, uploaded, problem, hidden)
+
+
+def every_lane_arrives(choose: Callable[[PlannerCase], Plan]) -> Callable[[PlannerCase], Plan]:
+    """Plans whose kernels meet at an mbarrier lane by lane."""
+
+    def built(launch: Launch) -> Launch:
+        if launch.kernel.source != "pixels_forward.cu":
+            return launch
+        defines = (*launch.kernel.defines, ("EVERY_LANE_ARRIVES", 1))
+        return replace(launch, kernel=replace(launch.kernel, defines=defines))
+
+    def plan(case: PlannerCase) -> Plan:
+        found = choose(case)
+        return replace(found, launches=tuple(map(built, found.launches)))
+
+    return plan
 
 
 class Planned(Exception):

@@ -45,7 +45,12 @@ __device__ __forceinline__ Floats* ring_sum(int slot, int q) {
   return (Floats*)(shared_memory() + slot + SUMS_AT) + q * PARTS * THREADS + threadIdx.x;
 }
 
-// Where neighbouring places meet, once a line: who has arrived does something else before it waits.
+// Where neighbouring places meet, once a line: who has arrived does something else before it waits. One lane arrives
+// for its warp: 32 arrivals would be done one after the other. NVIDIA's racecheck does not follow that, and has a build
+// where every lane arrives for itself.
+#ifndef EVERY_LANE_ARRIVES
+#define EVERY_LANE_ARRIVES 0
+#endif
 struct Meeting {
 #if CLUSTER
   u32 parity;
@@ -55,13 +60,13 @@ struct Meeting {
   __device__ __forceinline__ void start() {
     parity = 0;
     if (threadIdx.x == 0) {
-      mbarrier_init(barrier(), THREADS / 32);
+      mbarrier_init(barrier(), EVERY_LANE_ARRIVES ? THREADS : THREADS / 32);
       mbarrier_init_fence();
     }
   }
   __device__ __forceinline__ void arrive() const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier());
+    if (EVERY_LANE_ARRIVES || threadIdx.x % 32 == 0) mbarrier_arrive(barrier());
   }
   __device__ __forceinline__ void wait() {
     mbarrier_wait(barrier(), parity);
