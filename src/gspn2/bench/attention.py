@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -42,6 +42,8 @@ LONG_FLOPS = 1e15
 FASTEST = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 QUERIES = 32
 """Attention is checked on so many of them."""
+REFUSALS = ("Please upgrade Triton",)
+"""What flash-linear-attention says of versions of Triton with which it would be wrong."""
 PROXY = 8
 """Channels for each proxy channel, as in the SDXL models of the paper."""
 
@@ -108,25 +110,42 @@ SMALL = [
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Every layer."""
-    for layer in SMALL if device.type == "cpu" else LAYERS:
-        facts = {
-            "batch": layer.batch,
-            "tokens": layer.tokens,
-            "grid": list(layer.grid),
-            "dim": layer.dim,
-            "heads": layer.heads,
-            "proxy": layer.dim // PROXY,
-        }
+    """Every layer; and once more beside linear attention, whose kernels take minutes to choose from."""
+    layers = SMALL if device.type == "cpu" else LAYERS
+    for layer in layers:
+        long = layer.flops > LONG_FLOPS
         yield Case(
             "attention",
             layer.name,
-            facts,
+            _facts(layer),
             lambda device, layer=layer: contenders(layer, device),  # type: ignore[misc]
             extra=layer.extra,
-            rounds=1 if layer.flops > LONG_FLOPS else 5,
-            seconds=60 if layer.flops > LONG_FLOPS else 10,
+            rounds=1 if long else 5,
+            seconds=60 if long else 10,
         )
+    if device.type == "cpu":
+        return
+    for layer in layers:
+        yield Case(
+            "attention",
+            f"{layer.name}, linear",
+            _facts(layer),
+            lambda device, layer=layer: linear_contenders(layer, device),  # type: ignore[misc]
+            extra=True,
+            rounds=5,
+            seconds=100 if layer == layers[0] else 5,
+        )
+
+
+def _facts(layer: Layer) -> dict[str, Any]:
+    return {
+        "batch": layer.batch,
+        "tokens": layer.tokens,
+        "grid": list(layer.grid),
+        "dim": layer.dim,
+        "heads": layer.heads,
+        "proxy": layer.dim // PROXY,
+    }
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
@@ -134,16 +153,12 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 
 def contenders(layer: Layer, device: torch.device) -> list[Contender]:
-    """Scans, mixers, attention by every backend, linear attention; blocks where the layer asks for them."""
+    """Scans, mixers, attention by every backend; blocks where the layer asks for them."""
     found = [
         Contender(name, lambda backend=backend: _sdpa(layer, device, backend))  # type: ignore[misc]
         for name, backend in SDPA.items()
     ]
     found.append(Contender("GSPN-2, scan", lambda: _scan(layer, device)))
-    found += [
-        Contender(name, lambda which=which: _linear(layer, device, *which))  # type: ignore[misc]
-        for name, which in LINEAR.items()
-    ]
     found += [
         Contender("attention, sub-layer", lambda: _module(Sublayer(layer, True), layer, device, layer.flops)),
         Contender("GSPN-2, sub-layer", lambda: _module(Sublayer(layer, False), layer, device)),
@@ -153,6 +168,16 @@ def contenders(layer: Layer, device: torch.device) -> list[Contender]:
             Contender("attention, block", lambda: _module(Block(layer, True), layer, device, layer.flops)),
             Contender("GSPN-2, block", lambda: _module(Block(layer, False), layer, device)),
         ]
+    return found
+
+
+def linear_contenders(layer: Layer, device: torch.device) -> list[Contender]:
+    """The scan, and what else takes time proportional to the number of tokens."""
+    found = [Contender("GSPN-2, scan", lambda: _scan(layer, device))]
+    found += [
+        Contender(name, lambda which=which: _linear(layer, device, *which))  # type: ignore[misc]
+        for name, which in LINEAR.items()
+    ]
     return found
 
 
@@ -292,9 +317,22 @@ def _linear(layer: Layer, device: torch.device, module: str, function: str, deca
         options = {"g": decay} if decays else {"normalize": False}
         return operator(*inputs, **options)[0]
 
+    def unless_refused(check: Callable[[], dict[str, float]]) -> dict[str, float]:
+        try:
+            return check()
+        except RuntimeError as error:
+            if any(words in str(error) for words in REFUSALS):
+                raise Absent(str(error).splitlines()[0]) from error
+            raise
+
     flops = 4 * layer.batch * layer.tokens * layer.dim * (layer.dim // layer.heads)
     moved = layer.bytes(q.element_size())
-    return _passes(layer, device, forward, inputs, dy, moved, flops, lambda: _causal(forward, inputs, decay))
+    check = lambda: _causal(forward, inputs, decay)  # noqa: E731
+    passes = _passes(layer, device, forward, inputs, dy, moved, flops, check)
+    return {
+        name: replace(it, check=lambda it=it: unless_refused(it.check))  # type: ignore[misc]
+        for name, it in passes.items()
+    }
 
 
 def _causal(forward: Callable[[], Tensor], inputs: list[Tensor], decay: Tensor | None) -> dict[str, float]:

@@ -293,9 +293,12 @@ def _lines(
     """A line a contender through all rows that have it; log-log."""
     names = list(dict.fromkeys(it["name"] for row in rows for it in timed(row)))
     for i, name in enumerate(names):
-        points = [(x(row), y(it)) for row in rows if (it := find(row, name, which))]
+        points: dict[float, float] = {}
+        for row in rows:
+            if it := find(row, name, which):
+                points.setdefault(x(row), y(it))  # who is in two cases of one size
         if points:
-            xs, ys = zip(*sorted(points), strict=True)
+            xs, ys = zip(*sorted(points.items()), strict=True)
             width = 2.0 if name.startswith(("GSPN-2", "gspn2")) else 1.3
             style: Any = {"marker": MARKS[i % len(MARKS)], "ms": 4.5, "lw": width, "color": _colour(i, name)}
             axes.plot(xs, ys, label=name, **style)

@@ -221,7 +221,7 @@ def _paper_throughput(rows: Sequence[Row]) -> str:
 def _paper_attention(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        if not row["case"].startswith("SigLIP2-B, 1024"):
+        if not row["case"].startswith("SigLIP2-B, 1024") or row["case"].endswith(", linear"):
             continue
         attention = [
             it["ms"] for it in timed(row) if it["name"].startswith("SDPA") and it["pass"] == "forward"

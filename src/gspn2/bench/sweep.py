@@ -50,6 +50,7 @@ def cases(device: torch.device) -> Iterator[Case]:
                 lambda device, scan=scan: contenders(scan, device),  # type: ignore[misc]
                 extra=on_cpu and series != "resolution",
                 rounds=5,
+                seconds=10 if on_cpu else 4,
             )
 
 

@@ -53,6 +53,7 @@ def cases(device: torch.device) -> Iterator[Case]:
                 facts,
                 lambda device, scan=scan: contenders(scan, device),  # type: ignore[misc]
                 extra=size not in SMALL if on_cpu else dtype == torch.float32,
+                seconds=10 if on_cpu else 3,
             )
 
 
