@@ -1,4 +1,5 @@
-"""Images made up on the spot, whose class is a matter of global context: Pathfinder and a maze.
+"""Images made up on the spot, whose class is a matter of global context: Pathfinder and a maze; and mazes of
+which every pixel has a class, the flood.
 
 Both come in blocks, each from a seed of its own, so that the first images of a set do not depend on how many
 follow. Classes are equally frequent, and the distance of the two marks, which a classifier could otherwise
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -58,14 +60,28 @@ def parse_task(data: str) -> Task:
     return Task(match[1], canvas, size)
 
 
-def generate(task: Task, count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images (count, size, size) and labels (count,): 1 where the two marks are joined."""
+def generate(
+    task: Task, count: int, seed: int, levels: tuple[float, float] | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (count, size, size) and labels (count,): 1 where the two marks are joined.
+
+    Args:
+        task, count, seed: which, how many.
+        levels: difficulty of the first and behind the last image of a pathfinder, from 0 (contours of two
+            dashes and nothing else) to 1 (the longest ones and all distractors); None for a mixture of the
+            upper half.
+    """
     make: Callable[[Generator, int, int, int], tuple[NDArray[np.uint8], NDArray[np.int64]]]
-    make = _pathfinder if task.kind == "pathfinder" else _maze
     images = np.empty((count, task.size, task.size), np.uint8)
     labels = np.empty(count, np.int64)
     for number, start in enumerate(range(0, count, BLOCK)):
         rng = np.random.default_rng(derive_seed(seed, task.kind, task.canvas, number))
+        if task.kind == "pathfinder":
+            share = (start + BLOCK / 2) / max(count, BLOCK)
+            level = None if levels is None else levels[0] + share * (levels[1] - levels[0])
+            make = partial(_pathfinder, level=level)
+        else:
+            make = _maze
         made, truth = make(rng, BLOCK, task.canvas, task.size // task.canvas)
         end = min(start + BLOCK, count)
         images[start:end], labels[start:end] = made[: end - start], truth[: end - start]
@@ -81,18 +97,23 @@ _THICK, _DOT = 0.8, 2.6
 
 
 def _pathfinder(
-    rng: Generator, count: int, canvas: int, scale: int
+    rng: Generator, count: int, canvas: int, scale: int, level: float | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     longest, short = round(canvas / 7.0), max(3, round(canvas / 21.0))
+    distractors = round(canvas / 10)
     # A length for each block: short contours are what a model learns first, long ones build on them.
-    long = int(rng.integers(short + 1, longest + 1))
+    if level is None:
+        long = int(rng.integers(short + 1, longest + 1))
+    else:
+        long = min(2 + int(level * (longest - 1)), longest)
+        distractors = round(level * distractors)
     occupied = np.zeros((count, canvas, canvas), bool)
     first, _, _ = _contours(rng, occupied, long, None)
     span = np.linalg.norm(_ends(first)[:, 0] - _ends(first)[:, 1], axis=-1)
     second, crossed, _ = _contours(rng, occupied, long, (_ends(first), span))
     drawn = [first, second]
     fits = [np.ones(count, bool)] * 2
-    for _ in range(round(canvas / 10)):
+    for _ in range(distractors):
         more, _, fit = _contours(rng, occupied, short, None, must=False)
         drawn.append(more)
         fits.append(fit)
@@ -269,14 +290,67 @@ def _maze(rng: Generator, count: int, canvas: int, scale: int) -> tuple[NDArray[
         for dx in range(cell - 1):
             _cells(images, margin + 1 + dy, margin + 1 + dx, side, cell)[:] = 128
     _open(images, kept, margin, side, cell)
-    n = np.arange(count)
     for mark in np.moveaxis(marks, 1, 0):
-        # As large in all mazes, in the middle of its cell.
-        top, left = (margin + 1 + (cell - 4) // 2 + place * cell for place in (mark // side, mark % side))
-        for dy in range(_MARK):
-            for dx in range(_MARK):
-                images[n, top + dy, left + dx] = 255
+        _place(images, mark, side, cell, margin)
     return images.repeat(scale, axis=1).repeat(scale, axis=2), labels.astype(np.int64)
+
+
+def _place(images: NDArray[np.uint8], mark: NDArray[np.int64], side: int, cell: int, margin: int) -> None:
+    """Draw a mark into a cell of each image: as large in all mazes, in the middle of its cell."""
+    n = np.arange(len(images))
+    top, left = (margin + 1 + (cell - 4) // 2 + place * cell for place in (mark // side, mark % side))
+    for dy in range(_MARK):
+        for dx in range(_MARK):
+            images[n, top + dy, left + dx] = 255
+
+
+def flood(task: Task, count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Mazes (count, size, size) of two parts, with a mark in one of them, and a class for every pixel.
+
+    Classes (count, size, size): 0 for a wall, 1 for floor that cannot be reached from the mark, 2 for floor
+    that can.
+    """
+    images = np.empty((count, task.canvas, task.canvas), np.uint8)
+    classes = np.empty_like(images)
+    for number, start in enumerate(range(0, count, BLOCK)):
+        rng = np.random.default_rng(derive_seed(seed, "flood", task.canvas, number))
+        end = min(start + BLOCK, count)
+        made, truth = _flood(rng, BLOCK, task.canvas)
+        images[start:end], classes[start:end] = made[: end - start], truth[: end - start]
+    scale = task.size // task.canvas
+    return images.repeat(scale, 1).repeat(scale, 2), classes.repeat(scale, 1).repeat(scale, 2)
+
+
+def _flood(rng: Generator, count: int, canvas: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    cell = int(rng.choice([cell for cell in _CELLS if (canvas - 1) // cell >= 5]))
+    side = (canvas - 1) // cell
+    kept, region = _cut(rng, _spanning_trees(rng, count, side), side)
+    mark = rng.integers(0, side * side, (count, 1))
+    reached = (1 + (region == np.take_along_axis(region, mark, 1))).astype(np.uint8)
+    images, classes = _floor(kept, reached, canvas, cell)
+    _place(images, mark[:, 0], side, cell, (canvas - (cell * side + 1)) // 2)
+    return images, classes
+
+
+def _floor(
+    passages: NDArray[np.bool_], values: NDArray[np.uint8], canvas: int, cell: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images of mazes, 128 where there is floor, and the values (count, cells) of cells on their floor."""
+    count, side = len(passages), (canvas - 1) // cell
+    margin = (canvas - (cell * side + 1)) // 2
+    n, edge = np.nonzero(passages)
+    first = _edges(side)[0][edge]
+    classes = np.zeros((count, canvas, canvas), np.uint8)
+    top, left = (margin + 1 + cell * place for place in np.divmod(np.arange(side * side), side))
+    right = edge < side * (side - 1)
+    for i in range(cell - 1):
+        for j in range(cell - 1):
+            classes[:, top + i, left + j] = values
+        # The wall between two cells that are joined.
+        y = top[first] + np.where(right, i, cell - 1)
+        x = left[first] + np.where(right, cell - 1, i)
+        classes[n, y, x] = values[n, first]
+    return (classes > 0).astype(np.uint8) * np.uint8(128), classes
 
 
 def _edges(side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

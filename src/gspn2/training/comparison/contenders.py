@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..rng import seeded
 from ..state import count_parameters
 
-PARAMETERS = 1_243_000
+PARAMETERS = 1_250_000
 """As many as the ConvNet has, whose expansion is fixed; the others' is chosen."""
+DIM, PLACE = 128, 4
+"""Channels, and pixels from a place to the next, of all."""
 TOLERANCE = 0.025
 """Of each contender around `PARAMETERS`: no two of them are further apart than 5%."""
 
@@ -40,24 +42,23 @@ class Contender:
 # A place every 4 x 4 pixels, as the ViT has a token; every scan runs over the whole map.
 GSPN2: dict[str, Any] = {
     "depths": (6,),
-    "dims": (128,),
-    "stem_stride": 4,
+    "dims": (DIM,),
+    "stem_stride": PLACE,
     "proxy_dim": 8,
     "chunk": 0,
     "operands_from": "input",
 }
 # Pooled as the others are.
 VIT: dict[str, Any] = {
-    "patch_size": 4,
-    "embed_dim": 128,
+    "patch_size": PLACE,
+    "embed_dim": DIM,
     "depth": 6,
     "num_heads": 4,
     "class_token": False,
     "global_pool": "avg",
 }
-# ConvNeXt's own pyramid, from half the resolution on: at 64 pixels its last stage has 4 x 4 places, and
-# kernels of 7 x 7 that see all of them.
-CONVNET: dict[str, Any] = {"depths": (2, 2, 6, 2), "dims": (24, 48, 96, 192), "patch_size": 2}
+# ConvNeXt's blocks on the same grid (its paper calls that isotropic): the last one sees 27 places around.
+CONVNET: dict[str, Any] = {"dim": DIM, "depth": 9}
 
 MAIN = ("gspn2", "vit", "convnet")
 CONTENDERS = {
@@ -65,7 +66,7 @@ CONTENDERS = {
     for it in (
         Contender("gspn2", "GSPN-2", "gspn2"),
         Contender("vit", "ViT", "vit"),
-        Contender("convnet", "ConvNet (ConvNeXt)", "convnet"),
+        Contender("convnet", "ConvNet (ConvNeXt, isotropic)", "convnet"),
         Contender(
             "gspn2-one-axis", "down and up only", "gspn2", {"directions": ("down", "up")}, "directions"
         ),
@@ -81,7 +82,50 @@ CONTENDERS = {
 }
 
 
-def build(contender: Contender, size: int, seed: int, classes: int = 2) -> nn.Module:
+class ConvNet(nn.Module):
+    """ConvNeXt blocks at one resolution: (B, 1, H, W) -> (B, classes)."""
+
+    def __init__(self, dim: int, depth: int, classes: int) -> None:
+        from timm.layers import NormMlpClassifierHead
+        from timm.models.convnext import ConvNeXtBlock
+
+        super().__init__()
+        self.stem = nn.Conv2d(1, dim, PLACE, stride=PLACE)
+        self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, ls_init_value=None) for _ in range(depth)])
+        self.head = NormMlpClassifierHead(dim, classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x))
+
+
+class Dense(nn.Module):
+    """A logit for every pixel, out of a model's last features: (B, 1, H, W) -> (B, 1, H, W).
+
+    Args:
+        model: has places of 4 x 4 pixels, as (B, C, H / 4, W / 4) or as tokens.
+        dim: C.
+    """
+
+    def __init__(self, model: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.model = model
+        self.norm = nn.LayerNorm(dim)
+        self.to_pixels = nn.Linear(dim, PLACE * PLACE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.model.forward_features(x)  # type: ignore[operator]
+        if features.ndim == 4:
+            features = features.permute(0, 2, 3, 1)
+        else:
+            features = features.unflatten(1, (x.shape[2] // PLACE, x.shape[3] // PLACE))
+        logits: Tensor = self.to_pixels(self.norm(features))
+        return nn.functional.pixel_shuffle(logits.permute(0, 3, 1, 2), PLACE)
+
+
+def build(contender: Contender, size: int, seed: int, classes: int = 2, dense: bool = False) -> nn.Module:
     """A fresh model for grey images of `size` x `size` pixels.
 
     Args:
@@ -90,6 +134,7 @@ def build(contender: Contender, size: int, seed: int, classes: int = 2) -> nn.Mo
             interpolated at any other.
         seed: of its weights.
         classes: of the task.
+        dense: an answer for every pixel instead (see `Dense`).
 
     Raises:
         ValueError: it cannot be given about `PARAMETERS` parameters at this size.
@@ -97,7 +142,9 @@ def build(contender: Contender, size: int, seed: int, classes: int = 2) -> nn.Mo
     import gspn2.models  # noqa: F401 - registers ours with timm
 
     with seeded(seed):
-        model = _MAKERS[contender.kind](contender, size, classes)
+        model = _MAKERS[contender.kind](contender, size, 0 if dense else classes)
+        if dense:
+            model = Dense(model, DIM)
     count = count_parameters(model)
     if abs(count / PARAMETERS - 1) > TOLERANCE:
         raise ValueError(
@@ -118,7 +165,7 @@ def _vit(contender: Contender, size: int, classes: int) -> nn.Module:
 
 
 def _convnet(contender: Contender, size: int, classes: int) -> nn.Module:
-    return _create("convnext_atto", num_classes=classes, **CONVNET)
+    return ConvNet(classes=classes, **CONVNET)
 
 
 _MAKERS: dict[str, Callable[[Contender, int, int], nn.Module]] = {

@@ -5,24 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..tasks import Task, generate
+from ..tasks import BLOCK, Task, flood, generate
 from .images import Source, digits
 
 COLUMNS, SIDE, GAP = 8, 128, 6
 
 
 def draw(path: Path) -> None:
-    """A PNG: a row of examples of each task; on the left marks are apart, on the right joined."""
+    """A PNG: a row of examples of each task and size.
+
+    Of pathfinder, marks that are apart on the left and joined on the right; mazes beside their classes.
+    """
     from PIL import Image
 
-    rows = []
-    for kind, size in (("pathfinder", 64), ("maze", 64), ("pathfinder", 128), ("maze", 128)):
-        pixels, labels = generate(Task(kind, size, size), 32, seed=1)
-        half = COLUMNS // 2
+    rows: list[list[NDArray[np.uint8]]] = []
+    half = COLUMNS // 2
+    for size in (64, 128):
+        pixels, labels = generate(Task("pathfinder", size, size), 32, seed=1)
         rows.append([*pixels[labels == 0][:half], *pixels[labels == 1][:half]])
-    pixels, labels = digits(Source(Task("digits", 32, 32), "train", 64), 64, 3)
-    rows.append([pixels[np.flatnonzero(labels == digit)[0]] for digit in range(COLUMNS)])
+        # A block has cells of one size.
+        pixels, classes = flood(Task("flood", size, size), half * BLOCK, seed=1)
+        rows.append(
+            [it[n] for n in range(0, half * BLOCK, BLOCK) for it in (pixels, classes * np.uint8(127))]
+        )
+    pixels, numbers = digits(Source(Task("digits", 32, 32), "train", 64), 64, 3)
+    rows.append([pixels[np.flatnonzero(numbers == digit)[0]] for digit in range(COLUMNS)])
     page = np.full((len(rows) * (SIDE + GAP) - GAP, COLUMNS * (SIDE + GAP) - GAP), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):

@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 from ..checkpoint import replacing
 from ..rng import derive_seed
-from ..tasks import Task, generate
+from ..tasks import Task, flood, generate
 from ..transforms import DIGITS_MEAN, DIGITS_STD, TASK_MEAN, TASK_STD
 
 SHARD = 2048
 """Images that a process makes at a time, from a seed of their own."""
 DIGITS_TESTS = 360
 """Of scikit-learn's 1797 digits, and as many for validation; the others are for training."""
-Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8] | NDArray[np.int64]]
 
 
 class Images(NamedTuple):
-    """Images (N, 1, H, W), uint8, labels (N,), int64, on a device; does mirroring keep the labels true?"""
+    """Images (N, 1, H, W), uint8, on a device; does mirroring keep the labels true?
+
+    Labels are classes (N,), int64, or of every pixel (N, 1, H, W), uint8: 0 does not count, 1 no, 2 yes.
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -60,6 +63,14 @@ class Source(NamedTuple):
     def there(self, folder: Path) -> bool:
         """Has it been made?"""
         return self.files(folder)[0].exists()
+
+    @property
+    def labels(self) -> tuple[type[np.generic], tuple[int, ...]]:
+        """Type and shape of the labels."""
+        side = self.task.size
+        return (
+            (np.uint8, (self.images, side, side)) if self.task.kind == "flood" else (np.int64, (self.images,))
+        )
 
     @property
     def shards(self) -> range:
@@ -97,7 +108,7 @@ def making(
     with replacing(pixels) as first, replacing(labels) as second:
         for path, dtype, shape in (
             (first, np.uint8, (source.images, side, side)),
-            (second, np.int64, (source.images,)),
+            (second, *source.labels),
         ):
             np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
         if pool is None:
@@ -116,15 +127,20 @@ def _make_shard(source: Source, number: int, pixels: Path, labels: Path) -> None
     start = source.shards[number]
     end = min(start + SHARD, source.images)
     seed = derive_seed("comparison", source.split, number)
-    made, truth = (digits if source.task.kind == "digits" else _generated)(source, end - start, seed)
+    made, truth = _made(source, start, end, seed)
     for path, values in ((pixels, made), (labels, truth)):
         table = np.lib.format.open_memmap(path, "r+")
         table[start:end] = values
         table.flush()
 
 
-def _generated(source: Source, count: int, seed: int) -> Arrays:
-    return generate(source.task, count, seed)
+def _made(source: Source, start: int, end: int, seed: int) -> Arrays:
+    if source.task.kind == "digits":
+        return digits(source, end - start, seed)
+    if source.task.kind == "flood":
+        return flood(source.task, end - start, seed)
+    levels = (start / source.images, end / source.images) if source.split == "train" else None
+    return generate(source.task, end - start, seed, levels)
 
 
 def digits(source: Source, count: int, seed: int) -> Arrays:
@@ -163,7 +179,8 @@ def load(source: Source, folder: Path, device: torch.device) -> Images:
     """A source that has been made."""
     pixels, labels = (np.load(path, mmap_mode="c") for path in source.files(folder))
     mirrored = source.task.kind != "digits"
-    return Images(torch.from_numpy(pixels)[:, None].to(device), torch.from_numpy(labels).to(device), mirrored)
+    truth = torch.from_numpy(labels if labels.ndim == 1 else labels[:, None]).to(device)
+    return Images(torch.from_numpy(pixels)[:, None].to(device), truth, mirrored)
 
 
 def inputs(images: Images, pixels: Tensor) -> Tensor:

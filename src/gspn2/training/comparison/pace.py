@@ -57,14 +57,17 @@ def measure(
 
 
 def name_of(run: Run) -> str:
-    """What runs that differ in seed or task alone have in common."""
-    return f"{run.contender}-{run.size}"
+    """What runs that differ in seed or learning rate alone have in common."""
+    return f"{run.task}-{run.size}-{run.contender}"
 
 
 def _seconds(run: Run, settings: Settings, device: torch.device, block: int) -> float:
     draws = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (IMAGES, 1, run.size, run.size), generator=draws, dtype=torch.uint8)
-    labels = torch.randint(run.classes, (IMAGES,), generator=draws)
+    if run.dense:
+        labels = torch.randint(3, pixels.shape, generator=draws, dtype=torch.uint8)
+    else:
+        labels = torch.randint(run.classes, (IMAGES,), generator=draws)
     images = Images(pixels.to(device), labels.to(device), run.task != DIGITS)
     trainer, _ = make_trainer(run, settings, images, device, block)
     trainer.prepare()

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..tasks import CLASSES, Task, parse_task
+from ..tasks import Task, parse_task
 from .contenders import CONTENDERS, MAIN
 from .images import DIGITS_TESTS, Source
 
 DIGITS, DIGITS_SIZE = "digits", 32
-TASKS = (*CLASSES, DIGITS)
+PATHFINDER, FLOOD = "pathfinder", "flood"
+TASKS = (PATHFINDER, FLOOD, DIGITS)
 SIZES = (64, 128)
 SEEDS = (0, 1, 2)
 
@@ -51,10 +52,6 @@ class Settings:
             # `not` also refuses NaN.
             if not value > 0:
                 raise UserError(f"{name}: expected more than 0, got {value}")
-        if self.batch_size > self.train_images:
-            raise UserError(
-                f"batch_size: expected at most train_images = {self.train_images}, got {self.batch_size}"
-            )
         if self.amp not in ("auto", "off", "bf16"):
             raise UserError(f"amp: expected auto, off or bf16, got {self.amp!r}")
 
@@ -68,7 +65,7 @@ class Run:
     """One training.
 
     Args:
-        task: "pathfinder", "maze" or "digits".
+        task: "pathfinder", "flood" or "digits".
         size: pixels, and units of the scene.
         contender: a name out of `CONTENDERS`.
         seed: of weights and order.
@@ -103,9 +100,18 @@ class Run:
     @property
     def data(self) -> Task:
         """What it learns from and is tested on."""
-        if self.task == DIGITS:
-            return Task(DIGITS, self.size, self.size)
-        return parse_task(f"{self.task}:{self.size}")
+        return self._scene(self.size, self.size)
+
+    def _scene(self, canvas: int, size: int) -> Task:
+        if self.task != DIGITS:
+            # The same sizes as for `gspn2 train`.
+            parse_task(f"{PATHFINDER}:{canvas}@{size}")
+        return Task(self.task, canvas, size)
+
+    @property
+    def dense(self) -> bool:
+        """Is there an answer for every pixel?"""
+        return self.task == FLOOD
 
     @property
     def transfers(self) -> dict[str, Task]:
@@ -115,10 +121,8 @@ class Run:
         to follow a way further than it ever had to. There are no larger scenes of digits.
         """
         double = 2 * self.size
-        if self.task == DIGITS:
-            return {"scaled": Task(DIGITS, self.size, double)}
-        names = {"scaled": f"{self.task}:{self.size}@{double}", "larger": f"{self.task}:{double}"}
-        return {name: parse_task(text) for name, text in names.items()}
+        found = {"scaled": self._scene(self.size, double)}
+        return found if self.task == DIGITS else found | {"larger": self._scene(double, double)}
 
     def sources(self, settings: Settings) -> dict[str, Source]:
         """Its images by use: "train", "validation", "test" and the transfers."""

@@ -22,12 +22,14 @@ from ..series import read_checkpoint
 from ..state import count_parameters, learner_tensors, restore_learner
 from .contenders import CONTENDERS, build
 from .images import Images, poses
-from .plan import Run, Settings
+from .plan import PATHFINDER, Run, Settings
 from .trainer import Block, Trainer
 
 SAVE_SECONDS = 60.0
 LOOKS = 5
 """Points of the training loss for each test, and as often a look at the clock of the whole run."""
+EASIEST, HARDEST = 0.1, 0.75
+"""Pathfinder: the share of the images that training begins with, and that of the steps until it has all."""
 Say = Callable[..., None]
 
 
@@ -53,7 +55,9 @@ def make_trainer(
         seed=run.seed,
         amp=settings.amp,
     )
-    model = build(CONTENDERS[run.contender], run.size, derive_seed(run.seed, "weights"), run.classes)
+    model = build(
+        CONTENDERS[run.contender], run.size, derive_seed(run.seed, "weights"), run.classes, run.dense
+    )
     amp = amp_dtype(settings.amp, device)
     trainer = Trainer(config, model, images, device, amp, block, settings.batch_size)
     return trainer, count_parameters(model)
@@ -156,26 +160,27 @@ class SingleRun:
 
     def _block(self, until: int) -> Block:
         """What the steps up to `until` take: a function of the run's seed, the same for every contender."""
-        settings, seed, size = self.settings, self.run.seed, self.settings.batch_size
-        lr = self.run.lr
-        per_epoch = settings.train_images // size
+        size, lr = self.settings.batch_size, self.run.lr
         chosen, turns, rates = [], [], []
         for step in range(self.step, until):
-            draws = torch.Generator().manual_seed(derive_seed(seed, "images", step))
-            chosen.append(self._order(step // per_epoch)[step % per_epoch])
+            draws = torch.Generator().manual_seed(derive_seed(self.run.seed, "images", step))
+            chosen.append(self._chosen(step, torch.rand(size, generator=draws, dtype=torch.float64)))
             turns.append(poses(size, draws))
             rates.append(learning_rate(step, self.total, self.total // 20, lr, 0.01 * lr))
         return Block(torch.stack(chosen), torch.stack(turns), torch.tensor(rates))
 
-    def _order(self, epoch: int) -> torch.Tensor:
-        """Batches (steps of the epoch, batch_size) of numbers of images."""
-        if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.run.seed, "order", epoch))
-            order = torch.randperm(self.settings.train_images, generator=generator)
-            size = self.settings.batch_size
-            self._batches = order[: len(order) // size * size].view(-1, size)
-            self._epoch = epoch
-        return self._batches
+    def _chosen(self, step: int, draws: torch.Tensor) -> torch.Tensor:
+        """Numbers of images, out of all, or of those that are not too hard yet and more often of the hardest.
+
+        Pathfinder's images come from easy to hard. Without easy ones first, no model learns anything in a
+        few thousand steps.
+        """
+        share = 1.0
+        if self.run.task == PATHFINDER:
+            progress = min(1.0, step / (HARDEST * self.total))
+            share = EASIEST + (1 - EASIEST) * progress**2
+            draws = draws.sqrt()
+        return (draws * share * self.settings.train_images).long()
 
     def _point(self, loss: float, tested: bool) -> bool:
         """A point of the curve, with a test or without; is everything finite?"""

@@ -29,6 +29,17 @@ class Block(NamedTuple):
     rates: Tensor
 
 
+def judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, is it right, and does it count: for each of the `labels` (see `Images`), float32."""
+    logits = logits.float()
+    if labels.ndim == 1:
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses, (logits.argmax(1) == labels).float(), torch.ones_like(losses)
+    counts, truth = (labels > 0).float(), labels == 2
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none")
+    return losses * counts, ((logits > 0) == truth) * counts, counts
+
+
 class Trainer:
     """A model and its AdamW, stepped a block at a time.
 
@@ -138,12 +149,14 @@ class Trainer:
         )
         if self.images.mirrored:
             pixels = posed(pixels, poses)
+            labels = posed(labels, poses) if labels.ndim > 1 else labels
         batch = inputs(self.images, pixels).to(memory_format=torch.channels_last)
         self.rate.copy_(rate)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             logits = self.model(batch)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+        losses, _, counts = judged(logits, labels)
+        loss = losses.sum() / counts.sum()
         loss.backward()
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -154,8 +167,7 @@ class Trainer:
     def test(self, images: Images, size: int) -> tuple[float, float]:
         """Mean loss and accuracy on images of any resolution, `size` at a time."""
         model = self.model.eval()
-        right = torch.zeros((), dtype=torch.long, device=self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with torch.inference_mode():
             for start in range(0, len(images.labels), size):
                 labels = images.labels[start : start + size]
@@ -163,7 +175,6 @@ class Trainer:
                 batch = pixels.to(memory_format=torch.channels_last)
                 with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                     logits = model(batch)
-                loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-                right += (logits.argmax(1) == labels).sum()
-        count = len(images.labels)
-        return loss.item() / count, right.item() / count
+                sums += torch.stack([it.sum().double() for it in judged(logits, labels)])
+        loss, right, count = sums.tolist()
+        return loss / count, right / count
