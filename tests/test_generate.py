@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -114,6 +115,8 @@ BAD = {
     "pipeline": (["--pipeline", "nowhere"], "no model_index.json in nowhere"),
     "mixers": (["--mixers", "nowhere"], "no config.json in nowhere"),
     "dtype": (["--dtype", "int8"], "expected one of float32"),
+    "guidance": (["--guidance", "nan"], "at least 1, got nan"),
+    "no memory": (["--memory", "-1"], "more than 0, got -1 GB"),
     "suffix": (["--out", "image.jpg"], "ends in .png"),
     "folder": (["--out", "nowhere/image.png"], "no such folder"),
     "prompts": (["--prompts", "nowhere.txt"], "either PROMPT or --prompts"),
@@ -128,6 +131,46 @@ def test_bad_input_is_refused_before_anything_is_loaded(folders, tmp_path, monke
     assert main(command(folders, tmp_path / "image.png", "a cat", *more)) == 2
     assert message in capsys.readouterr().err
     assert not os.listdir(tmp_path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+NOT_WHOLE = {
+    "weights": ("sdxl", lambda root: (root / WEIGHTS["unet"]).unlink(), "no weights"),
+    "cut": ("sdxl", lambda root: cut(root / WEIGHTS["vae"]), "damaged"),
+    "tokenizer": ("sdxl", lambda root: shutil.rmtree(root / "tokenizer"), "no tokenizer in"),
+    "config": ("sdxl", lambda root: (root / "vae/config.json").write_text("{}"), "no block_out_channels"),
+    "json": ("sdxl", lambda root: (root / "unet/config.json").write_text("{"), "cannot read"),
+    "mixers": ("sdxl-mixers", lambda root: cut(root / WEIGHTS["mixers"]), "damaged"),
+    "fit": ("sdxl-mixers", lambda root: edit(root / "config.json"), "expected 64 channels at"),
+}
+WEIGHTS = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "mixers": "diffusion_pytorch_model.safetensors",
+}
+
+
+def edit(path):
+    """Mixers of another UNet."""
+    config = json.loads(path.read_text())
+    config["layers"] = {name: {"dim": 32, "proxy_dim": 4} for name in config["layers"]}
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("case", NOT_WHOLE)
+def test_what_is_not_whole_is_refused_before_anything_is_loaded(folders, tmp_path, monkeypatch, capsys, case):
+    which, spoil, message = NOT_WHOLE[case]
+    shutil.copytree(folders / which, tmp_path / which)
+    spoil(tmp_path / which)
+    monkeypatch.setattr(module, "Generator", None)
+    option = "--mixers" if which.endswith("mixers") else "--pipeline"
+    words = command(folders, tmp_path / "image.png", "a cat", option, str(tmp_path / which), size="128")
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [which]
 
 
 def test_a_pipeline_of_another_kind_is_refused(folders, tmp_path, capsys):

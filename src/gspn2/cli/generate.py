@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -79,10 +80,11 @@ def _generate(args: argparse.Namespace) -> int:
         strengths=args.strengths,
         device=str(device),
         dtype=args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
-        memory=None if args.memory is None else int(args.memory * 1e9),
+        memory=None if args.memory is None else _bytes(args.memory),
     )
     for _, out in tasks:
         check_output(out)
+    job.check_files()
     how = plan(job)
     print(f"peak memory: about {how.peak / 1e9:.1f} GB", flush=True)
     for i, stage in enumerate(job.stages()):
@@ -104,6 +106,12 @@ def _generate(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB allocated")
     return 0
+
+
+def _bytes(gigabytes: float) -> int:
+    if not math.isfinite(gigabytes):
+        raise UserError(f"memory: expected a number of GB, got {gigabytes}")
+    return int(gigabytes * 1e9)
 
 
 def _tasks(args: argparse.Namespace) -> Sequence[tuple[str, Path]]:

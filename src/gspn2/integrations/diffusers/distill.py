@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from gspn2.training.checkpoint import part, write_safetensors
@@ -30,7 +30,7 @@ from gspn2.training.state import load_optimizer, load_weights, prefixed
 from gspn2.training.stopping import StopRequest
 
 from .distillation import LOSSES, Average, Batch, Distiller
-from .generate import KINDS
+from .folder import PipelineFolder
 from .mounting import mount
 from .pairs import Cache, Pair, buckets, fitted
 from .sampling import Sampler
@@ -121,34 +121,24 @@ class DistillConfig:
                 raise UserError(f"{name}: expected at least 0 and less than 1, got {getattr(self, name)}")
         if not self.noise + self.teacher + self.features > 0:
             raise UserError("noise, teacher, features: expected one loss with a weight of more than 0")
-        if self.guidance < 1:
+        if not self.guidance >= 1:
             raise UserError(f"guidance: expected at least 1, got {self.guidance}")
 
     def sizes(self) -> list[tuple[int, int]]:
         """Heights and widths in pixels; also finds out whether the pipeline can be distilled at all."""
-        name = self._read("model_index.json").get("_class_name")
-        if name not in KINDS:
-            raise UserError(f"pipeline: expected one of {', '.join(KINDS)} in {self.pipeline}, got {name}")
-        self._read("scheduler/scheduler_config.json")
+        folder = PipelineFolder(self.pipeline)
+        folder.kind()
+        folder.read("scheduler/scheduler_config.json")
+        folder.check()
+        unet, vae = folder.without_data()
         try:
             with torch.device("meta"):
-                unet = UNet2DConditionModel.from_config(self._read("unet/config.json"))
-                vae = AutoencoderKL.from_config(self._read("vae/config.json"))
                 mount(unet, proxy_ratio=self.proxy_ratio)
             factor = 2 ** (len(vae.config.block_out_channels) - 1)
             halvings = len(unet.config.block_out_channels) - 1
             return buckets(self.resolution or factor * unet.config.sample_size, factor * 2**halvings)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self.pipeline / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"pipeline: no {name} in {self.pipeline}") from None
-        except ValueError as error:
-            raise UserError(f"pipeline: cannot read {path}: {error}") from error
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share."""

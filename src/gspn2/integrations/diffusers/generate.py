@@ -20,15 +20,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -37,16 +29,13 @@ from gspn2.training.errors import UserError
 
 from ..images import SUFFIXES, ImageFile
 from .execution import frugal, fused, graphed
+from .folder import PipelineFolder, check_weights
 from .memory import available, bytes_of, peak_of
 from .mixers import UNetMixers
 from .mounting import mount
 from .stages import Stage, direct, progressive
 from .vae import TiledVae
 
-KINDS = {
-    "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline),
-    "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline),
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What counting tensors does not see: work space of convolutions, fragmentation, and the CUDA context.
 _ALLOWANCE, _CONTEXT = 1.15, 1 << 30
@@ -102,24 +91,37 @@ class Job:
             raise UserError(f"steps: expected at least 1, got {self.steps}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.guidance < 1:
+        if not self.guidance >= 1:  # NaN, too
             raise UserError(f"guidance: expected at least 1, got {self.guidance}")
+        if self.memory is not None and self.memory < 1:
+            raise UserError(f"memory: expected more than 0, got {self.memory / 1e9:g} GB")
         self.scheduler_class()
         if self.mixers not in (None, "untrained") and not Path(self.mixers, "config.json").is_file():
             raise UserError(f"mixers: no config.json in {self.mixers}")
         self.stages()
 
+    @property
+    def folder(self) -> PipelineFolder:
+        """Where the pipeline is."""
+        return PipelineFolder(self.pipeline)
+
     def kind(self) -> tuple[Any, Any]:
         """The pipeline's class, and that of its image-to-image passes."""
-        index = self._read("model_index.json")
-        name = index.get("_class_name")
-        if name not in KINDS:
-            raise UserError(f"pipeline: expected one of {', '.join(KINDS)} in {self.pipeline}, got {name}")
-        return KINDS[name]
+        return self.folder.kind()
+
+    def check_files(self) -> None:
+        """Is everything there that will be loaded?
+
+        Raises:
+            UserError: no.
+        """
+        self.folder.check()
+        if self.mixers not in (None, "untrained"):
+            check_weights("mixers", Path(str(self.mixers)))
 
     def stages(self) -> list[Stage]:
         """The passes."""
-        factor = 2 ** (len(self._read("vae/config.json")["block_out_channels"]) - 1)
+        factor = self.folder.factor()
         for name, side in (("height", self.height), ("width", self.width)):
             if side < factor or side % factor:
                 raise UserError(f"{name}: expected a multiple of {factor}, got {side}")
@@ -127,7 +129,7 @@ class Job:
             if self.strengths:
                 raise UserError("strengths: a single pass takes none")
             return direct(self.height, self.width, self.steps)
-        base = factor * int(self._read("unet/config.json").get("sample_size") or 128)
+        base = factor * int(self.folder.read("unet/config.json").get("sample_size") or 128)
         try:
             return progressive(
                 self.height, self.width, self.steps, base=base, strengths=self.strengths, multiple=factor
@@ -139,20 +141,11 @@ class Job:
         """The scheduler's class, or None for the pipeline's own."""
         if self.scheduler is None:
             return None
-        own = self._read("model_index.json")["scheduler"][1]
+        own = self.folder.read("model_index.json")["scheduler"][1]
         names = sorted({own, *(each.__name__ for each in getattr(diffusers, own)().compatibles)})
         if self.scheduler not in names:
             raise UserError(f"scheduler: expected one of {', '.join(names)}, got {self.scheduler!r}")
         return getattr(diffusers, self.scheduler)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self.pipeline / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"pipeline: no {name} in {self.pipeline}") from None
-        except ValueError as error:
-            raise UserError(f"pipeline: cannot read {path}: {error}") from error
 
     def fingerprint(self, prompt: str, stage: int) -> str:
         """What the latents of a stage depend on, as a digest."""
@@ -203,16 +196,14 @@ def plan(job: Job) -> Plan:
 def _foresee(job: Job, tile: int, tokens: int) -> int:
     """Peak bytes of a job, by running its largest stage on tensors without data."""
     dtype = DTYPES[job.dtype]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(job._read("unet/config.json"))
-        vae = AutoencoderKL.from_config(job._read("vae/config.json"))
+    unet, vae = job.folder.without_data()
     # Past diffusers' own `to`, which warns of every cast.
     nn.Module.to(vae, dtype)
     nn.Module.to(unet, dtype)
     weights = bytes_of(unet) + bytes_of(vae)
     if job.mixers is not None:
         # On a CPU the attentions stay beside the mixers.
-        weights += bytes_of(mount(unet))
+        weights += bytes_of(_mounted_without_data(unet, job))
     last = job.stages()[-1]
     vae_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = torch.empty(
@@ -233,6 +224,18 @@ def _foresee(job: Job, tile: int, tokens: int) -> int:
         small = latents.new_empty(1, latents.shape[1], before.height // vae_scale, before.width // vae_scale)
         peaks.append(peak_of(lambda: _enlarge(tiled, small, last)))
     return int((weights + max(peaks) + 16 * latents.numel() * 4) * _ALLOWANCE) + _CONTEXT
+
+
+def _mounted_without_data(unet: UNet2DConditionModel, job: Job) -> UNetMixers:
+    """The job's mixers on a UNet without memory; that they fit is found out on the way."""
+    if job.mixers == "untrained":
+        return mount(unet)
+    try:
+        with torch.device("meta"):
+            mixers = UNetMixers.from_config(UNetMixers.load_config(job.mixers))
+        return mount(unet, mixers)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{job.mixers}: {error}") from error
 
 
 def _conditions(unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -279,7 +282,10 @@ class Generator:
 
     def _loaded(self) -> DiffusionPipeline:
         job = self.job
-        pipe = DiffusionPipeline.from_pretrained(job.pipeline, dtype=DTYPES[job.dtype])
+        try:
+            pipe = DiffusionPipeline.from_pretrained(job.pipeline, dtype=DTYPES[job.dtype])
+        except (ValueError, OSError) as error:
+            raise UserError(f"pipeline: {error}") from error
         if job.scheduler is not None:
             pipe.scheduler = job.scheduler_class().from_config(pipe.scheduler.config)
         if job.mixers == "untrained":
@@ -437,4 +443,6 @@ def check_output(out: Path) -> None:
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"out: expected a name that ends in {', '.join(SUFFIXES)}, got {out.name!r}")
     if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"out: cannot write {out}: {'it is' if out.is_dir() else 'there is no such'} folder")
+        raise UserError(
+            f"out: cannot write {out}: {'it is a' if out.is_dir() else 'there is no such'} folder"
+        )
