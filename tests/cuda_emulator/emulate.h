@@ -104,6 +104,8 @@ EMULATED void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
 EMULATED void bulk_copy_cached(void* shared, const void* global, u32 bytes, u64* bar, u64) {
   bulk_copy(shared, global, bytes, bar);
 }
+EMULATED void raise_flag(u32* flag, u32 value) { emulator::raise_flag(flag, value); }
+EMULATED void wait_flag(const u32* flag, u32 value) { emulator::wait_flag(flag, value); }
 EMULATED void copy_engine_fence() { emulator::may_switch(); }
 template <int WORDS>
 EMULATED void store_counted(void* p, u64* bar, u32 rank, const float* word) {

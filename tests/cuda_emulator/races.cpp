@@ -5,6 +5,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <map>
+
 #include "device.h"
 
 namespace emulator {
@@ -18,6 +20,18 @@ struct Table {
 };
 std::vector<Table> tables;
 u32 cluster_number;
+
+// What a thread knew when it raised a flag, and in which cluster; and who in this cluster has waited for it, and when.
+struct Raised {
+  u32 cluster;
+  std::vector<u32> clock;
+};
+struct Waited {
+  Raised raised;
+  u32 by, epoch;
+};
+std::map<const u32*, Raised> flags;
+std::vector<Waited> waited;
 
 int site_of(const void* site) { return (int)((const char*)site - (const char*)entry); }
 
@@ -72,10 +86,24 @@ void check_cell(Cell& c, Access access, const void* here, const void* p, const B
   memset(c.read_epochs, 0, sizeof c.read_epochs);
 }
 
-// Clusters run one after another here, at once on a device: nothing orders them.
+// The thread of this cluster that has waited for a flag raised after the latest write to a cell, or null.
+const Waited* handed_over(const Cell& c) {
+  for (const Waited& w : waited)
+    if (w.raised.cluster == c.cluster && w.raised.clock[c.writer] >= c.write_epoch) return &w;
+  return nullptr;
+}
+
+// Clusters run one after another here, at once on a device: nothing but flags orders them.
 void enter_cluster(Cell& c, Access access, const void* here, const void* p, const Range& r) {
   if (c.cluster == cluster_number) return;
   const bool read = c.read_by_other || c.read_epochs[0];
+  if (const Waited* w = c.write_epoch && !read ? handed_over(c) : nullptr) {
+    const int site = c.write_site;
+    c = {};
+    c.cluster = cluster_number;
+    c.writer = w->by, c.write_epoch = w->epoch, c.write_site = site;  // who has met that thread may go on
+    return;
+  }
   if (c.write_epoch || (access == WRITE && read)) {
     say_thread(self());
     say("%s ", access == WRITE ? "writes" : "reads");
@@ -186,8 +214,29 @@ void acquire(const Knowledge& clock) {
   f->known = sum;
 }
 
+void raise_flag(u32* flag, u32 value) {
+  check_global(flag, 4, 4, READ, "raise_flag", SITE);
+  check_global(flag, 4, 4, WRITE, "raise_flag", SITE);
+  if (value <= *flag) fail_at(SITE, "raise_flag from %u to %u", *flag, value);
+  may_switch();
+  *flag = value;
+  Raised& raised = flags[flag];
+  raised.cluster = cluster_number;
+  raised.clock.resize(fibers.size());
+  release_to(raised.clock);
+}
+
+void wait_flag(const u32* flag, u32 value) {
+  check_global(flag, 4, 4, READ, "wait_flag", SITE);
+  may_switch();
+  if (*flag < value) fail_at(SITE, "wait_flag for %u: at %u, and all earlier clusters have ended", value, *flag);
+  const auto found = flags.find(flag);
+  if (found != flags.end()) waited.push_back({found->second, self()->index, self()->now});
+}
+
 void start_races(u32 number) {
   cluster_number = number;
+  waited.clear();
   tables.resize((size_t)range_count);
   const auto nothing = std::make_shared<const std::vector<u32>>(fibers.size());
   for (Fiber& f : fibers) {
@@ -202,6 +251,8 @@ void end_races() {
   for (Table& table : tables)
     if (table.cells) munmap(table.cells, table.bytes);
   tables.clear();
+  flags.clear();
+  waited.clear();
 }
 
 }  // namespace emulator

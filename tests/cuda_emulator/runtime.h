@@ -53,6 +53,10 @@ void mbarrier_wait(u64* bar, u32 parity);
 void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar);
 void store_counted(void* shared, u64* bar, u32 rank, const float* words, int count);
 
+// Flags that order what blocks of different clusters do: raised by one that comes earlier in the grid.
+void raise_flag(u32* flag, u32 value);
+void wait_flag(const u32* flag, u32 value);
+
 void bulk_store_fence();
 void bulk_store(void* global, const void* shared, u32 bytes);
 void bulk_store_commit();

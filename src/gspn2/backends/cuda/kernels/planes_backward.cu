@@ -17,7 +17,7 @@ template <int PENDING>
 __device__ __forceinline__ void arrived() {
   copy_wait<PENDING>();
   if (WIDE && HAS_HIDDEN)
-    __syncthreads();
+    line_barrier();
   else
     __syncwarp();
 }
@@ -66,7 +66,14 @@ __device__ __forceinline__ void walk_segment(const Params& p, const Work& w, Thr
     if (segment > 1) kept_state(t, kept_of(p, t, segments_of(w.scan), segment - 1), entering);
   }
   if (!HAS_HIDDEN) arrived<1>();
+#if CHAIN
+  const int step = segments_of(w.scan) - 1 - segment;
+  enter_step(t, step);
+#endif
   walk_back(p, w, t, segment, h, carried);
+#if CHAIN
+  leave_step(t, step);
+#endif
 }
 
 __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread& t) {
@@ -81,7 +88,7 @@ __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread
 #if SPLIT
     if (has_channel(t) && segment > 0) exchange(p, t, carried);
 #endif
-#if SHARED
+#if SHARED && !CHAIN
     const bool together = p.knobs[5] > 1;
     if (together)
       cluster_meets();
@@ -96,14 +103,20 @@ __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread
 
 KERNEL(THREADS, MIN_BLOCKS) planes_backward(CONSTANT_PARAMS p) {
   const Scan scan = scan_of(p, p.knobs[0]);
-  const int warps = blockDim.x / 32;
+  const int warps = warps_of_line();
   float* edges = (float*)(shared_memory() + warps * WARP_BYTES);
   Thread t = thread_of(p, scan, threadIdx.x, edges);
   // Beyond the first and the last thread there is nothing, but it is looked at where a line goes on in other blocks.
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
   start_exchanges(t);
+#if CHAIN
+  start_chain(t);
+#endif
   const Work w = work_of(p, scan, t);
   cluster_meets();  // every block is there, with its barriers, before another one writes into its memory
+#if CHAIN
+  if (is_helper()) return help(p, t, segments_of(scan));
+#endif
   if (COMPUTES_STATES) {
     scan_forward(p, w, t);
   } else if (has_channel(t)) {

@@ -19,17 +19,22 @@
 //               what it computes there goes wrong by one place a line from the outside, and is put right after every
 //               segment by the block that owns it
 //   CLUSTER     1: more than one block in a cluster
+//   CHAIN       1: of SHARED, each channel adds to sums of those before it: planes_backward_chain.cuh; 0: it leaves a part
 // Knobs: 0 direction (its index among the scans), 1 threads of a block's part of a line (a power of two, or whole
 //   warps), 2 elements of a row in scratch planes, 3 blocks of a line, 4 places that each of them owns, 5 channels of
-//   a cluster.
-// Scratch: 0 lower halves of partial sums of dx, with 16-bit storage, 1 kept states, 2 float32 gradients of shared weights, one part for each
-//   cluster of a group: [parts][B][G][3][H][row], if there is more than one; planes_backward_taps.cu adds them;
-//   3 states (`states_of`), where OWN_STATES.
+//   a cluster, 6 sums of a group (CHAIN), 7 first plane, 8 first flag (CHAIN), 9 planes that there is room for the states
+//   of (OWN_STATES).
+// Scratch: 0 lower halves of partial sums of dx, with 16-bit storage, 1 flags (CHAIN), 2 float32 gradients of shared
+//   weights, one part for each cluster of a group or each of its sums: [parts][B][G][3][H][row], if there is more than one;
+//   planes_backward_taps.cu adds them; 3 states that segments begin with, or all (`states_of`), where OWN_STATES.
 #pragma once
 #include "common.cuh"
 
 #ifndef OWN_STATES
 #define OWN_STATES 0
+#endif
+#ifndef CHAIN
+#define CHAIN 0
 #endif
 
 constexpr int N = PLACES, S = SEGMENT;
@@ -59,7 +64,8 @@ struct Thread {
   int lane, warp;
   int b, channel, group;       // of its plane
   int strip;                   // which of the blocks of a line this is
-  int part, member, members;   // shared taps: which cluster of the group, which channel of the cluster, out of how many
+  int part, member, members;   // shared taps: which cluster (or sum) of the group, which channel of the cluster, out of how many
+  bool follows;                // CHAIN: a channel before this one has the same sum
   int place, places;           // first place; places of a line
   int begin, end;              // places that the block holds,
   int own_begin, own_end;      // and those it writes
@@ -70,14 +76,26 @@ struct Thread {
   int parity, exchanges;
 };
 
+// Of those that work; there is one more where CHAIN.
+__device__ __forceinline__ int warps_of_line() { return (int)blockDim.x / 32 - CHAIN; }
+
 __device__ __forceinline__ int strips_of(const Params& p) { return SPLIT ? p.knobs[3] : 1; }
 
 // The plane of thread `index` of the block.
 __device__ __forceinline__ void take_plane(Thread& t, const Params& p, int index) {
   const int strips = strips_of(p), per_group = p.channels / p.groups;
   t.strip = blockIdx.x % strips;
-  int block = blockIdx.x / strips;
-#if SHARED
+  int block = p.knobs[7] + blockIdx.x / strips;
+  t.follows = false;
+#if CHAIN
+  const int sums = p.knobs[6];
+  t.b = block / p.channels;
+  t.channel = block - t.b * p.channels;
+  t.group = t.channel / per_group;
+  const int number = t.channel - t.group * per_group;
+  t.part = number % sums, t.follows = number >= sums;
+  t.member = 0, t.members = 1;
+#elif SHARED
   const int together = p.knobs[5], parts = (per_group + together - 1) / together;
   t.member = block % together, block /= together;
   t.part = block % parts, block /= parts;
@@ -114,7 +132,7 @@ __device__ __forceinline__ Thread thread_of(const Params& p, const Scan& scan, i
   t.has_before = t.place > 0;
   t.has_after = t.place + N < t.places;
   t.edges = edges;
-  t.mail = edges + (blockDim.x / 32 + 2) * 4;
+  t.mail = edges + (warps_of_line() + 2) * 4;
   t.parity = t.exchanges = 0;
   return t;
 }
@@ -131,8 +149,13 @@ __device__ __forceinline__ void cluster_meets() {
 // Barriers of what comes from the block before and from the block after: [2][2].
 constexpr int BARRIERS = SPLIT ? 32 : 0;  // bytes
 __device__ __forceinline__ u64* halo_barriers(const Thread& t) { return (u64*)(t.mail + 4 * HALO); }
+// Those of planes_backward_chain.cuh.
+constexpr int CHAIN_BARRIERS = CHAIN ? 32 : 0;  // bytes
+__device__ __forceinline__ u64* chain_barriers(const Thread& t) {
+  return (u64*)((unsigned char*)halo_barriers(t) + BARRIERS);
+}
 __device__ __forceinline__ unsigned char* after_mail(const Thread& t) {
-  return (unsigned char*)halo_barriers(t) + BARRIERS;
+  return (unsigned char*)chain_barriers(t) + CHAIN_BARRIERS;
 }
 
 __device__ __forceinline__ void start_exchanges(const Thread& t) {
@@ -202,9 +225,18 @@ struct Edges {
   float before, after;  // 0 where there is no neighbour
 };
 
+// All threads that work.
+__device__ __forceinline__ void line_barrier() {
+#if CHAIN
+  named_barrier(1, (int)blockDim.x - 32);
+#else
+  __syncthreads();
+#endif
+}
+
 __device__ __forceinline__ void publish(Thread& t, const Shown& shown) {
 #if WIDE
-  float* edges = t.edges + (t.parity * (blockDim.x / 32 + 2) + t.warp + 1) * 2;
+  float* edges = t.edges + (t.parity * (warps_of_line() + 2) + t.warp + 1) * 2;
   if (t.lane == 0) edges[0] = shown.first;
   if (t.lane == 31) edges[1] = shown.last;
 #endif
@@ -212,8 +244,8 @@ __device__ __forceinline__ void publish(Thread& t, const Shown& shown) {
 __device__ __forceinline__ Edges settle(Thread& t, const Shown& shown) {
   float before = __shfl_up_sync(~0u, shown.last, 1), after = __shfl_down_sync(~0u, shown.first, 1);
 #if WIDE
-  __syncthreads();
-  const float* edges = t.edges + (t.parity * (blockDim.x / 32 + 2) + t.warp) * 2;
+  line_barrier();
+  const float* edges = t.edges + (t.parity * (warps_of_line() + 2) + t.warp) * 2;
   if (t.lane == 0) before = edges[1];
   if (t.lane == 31) after = edges[4];
   t.parity ^= 1;

@@ -100,9 +100,9 @@ __device__ __forceinline__ unsigned char* kept_of(const Params& p, const Thread&
   const long long plane = (long long)t.b * p.channels + t.channel, line = plane * segments + segment;
 #if SPLIT
   const int room = p.knobs[4] + 2 * HALO;
-  return (unsigned char*)((float*)p.scratch[1] + (line * p.knobs[3] + t.strip) * room + t.place - t.begin);
+  return (unsigned char*)((float*)p.scratch[3] + (line * p.knobs[3] + t.strip) * room + t.place - t.begin);
 #else
-  return (unsigned char*)((float*)p.scratch[1] + line * ((t.places + 3) / 4 * 4) + t.place);
+  return (unsigned char*)((float*)p.scratch[3] + line * ((t.places + 3) / 4 * 4) + t.place);
 #endif
 }
 __device__ __forceinline__ void keep_state(const Thread& t, unsigned char* to, const float (&h)[N]) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ Edges edges_of(const Thread& t, const float (&h)[N], 
 // Which warp's memory has the state of this thread's neighbour: that of the warp before (-1), after (1), or its own (0)?
 __device__ __forceinline__ int neighbour_warp(const Thread& t) {
   if (!WIDE) return 0;
-  return t.lane == 0 && t.warp > 0 ? -1 : t.lane == 31 && t.warp + 1 < (int)blockDim.x / 32 ? 1 : 0;
+  return t.lane == 0 && t.warp > 0 ? -1 : t.lane == 31 && t.warp + 1 < warps_of_line() ? 1 : 0;
 }
 
 // With the edges. `pitch`: floats from one warp's states to the next one's.

@@ -68,10 +68,11 @@ __device__ __forceinline__ unsigned char* plane_of(const View& v, int b, int d, 
 __device__ __forceinline__ unsigned char* lower_sums_of(const Params& p, int b, int c) {
   return (unsigned char*)p.scratch[0] + ((long long)b * p.channels + c) * p.height * p.knobs[2] * SIZE;
 }
-// The same of the states in scratch memory.
+// The same of the states in scratch memory, which has room for those of some planes.
 __device__ __forceinline__ unsigned char* states_of(const Params& p, int b, int c, int half) {
   const long long plane = (long long)p.height * p.knobs[2];
-  return (unsigned char*)p.scratch[3] + ((long long)half * p.batch * p.channels + (long long)b * p.channels + c) * plane * SIZE;
+  const long long number = (long long)b * p.channels + c - p.knobs[7];
+  return (unsigned char*)p.scratch[3] + ((long long)half * p.knobs[9] + number) * plane * SIZE;
 }
 __device__ __forceinline__ const unsigned char* source_of(const Params& p, int op, int b, int group, int c) {
   const int d = p.knobs[0];

@@ -79,29 +79,48 @@ __device__ __forceinline__ void write_gradients(const Params& p, const Work& w, 
 }
 
 #if SHARED
-// A channel's part of the gradient of shared weights.
+// Vector v of a row of the gradient of weight k in a tile, float32.
+__device__ __forceinline__ void read_part(const Work& w, const Thread& t, int tile, int k, int at, int at_state,
+                                          float (&part)[EACH]) {
+  const auto read = [&](int op, Packed<EACH>& packed) {
+    read_words(packed.words, tile_at(w, tile) + unit_at(op) + (is_state(op) ? at_state : at));
+  };
+  Packed<EACH> upper;
+  read(upper_of(k), upper);
+#if STORAGE == 0
+#pragma unroll
+  for (int e = 0; e < EACH; e++) part[e] = upper[e];
+#else
+  Packed<EACH> lower;
+  read(lower_of(k), lower);
+#pragma unroll
+  for (int e = 0; e < EACH; e++) part[e] = joined(upper.words[e / 2], lower.words[e / 2], e);
+#endif
+}
+
+// A channel's part of the gradient of shared weights; where CHAIN, added to those of the channels before.
 __device__ __forceinline__ void write_part(const Params& p, const Work& w, const Thread& t, int tile) {
   const int left = left_of(w, tile), columns = columns_of(w, tile), pitch = p.knobs[2];
 #pragma unroll
   for (int k = 0; k < 3; k++) {
     float* to = part_of(p, t, k) + left;
-#if STORAGE == 0
-    write_unit(w, t, tile, TAPS + k, (unsigned char*)to, pitch);
-#else
+    const auto is_own = [&](int row, int v) { return row >= t.own_begin && row < t.own_end && v * EACH < columns; };
+    Sums<EACH> before[VECTORS] = {};
+    int i = 0;
+    if (CHAIN && t.follows)
+      for_vectors(t, [&](auto, int row, int v) {
+        if (is_own(row, v)) before[i] = read_sums<EACH>(to + (long long)row * pitch + v * EACH);
+        i++;
+      });
+    i = 0;
     for_vectors(t, [&](auto at, int row, int v) {
-      const auto read = [&](int op, Packed<EACH>& packed) {
-        read_words(packed.words, tile_at(w, tile) + unit_at(op) + at(is_state(op)));
-      };
-      Packed<EACH> upper, lower;
-      read(upper_of(k), upper);
-      read(lower_of(k), lower);
-      u32 words[EACH];
+      float part[EACH];
+      read_part(w, t, tile, k, at(0), at(1), part);
 #pragma unroll
-      for (int e = 0; e < EACH; e++) words[e] = __float_as_uint(joined(upper.words[e / 2], lower.words[e / 2], e));
-      const bool own = row >= t.own_begin && row < t.own_end && v * EACH < columns;
-      if (own) write_words((unsigned char*)(to + (long long)row * pitch + v * EACH), words);
+      for (int e = 0; e < EACH; e++) part[e] += before[i].v[e];
+      if (is_own(row, v)) write_sums(to + (long long)row * pitch + v * EACH, part);
+      i++;
     });
-#endif
   }
 }
 #endif
@@ -204,6 +223,9 @@ __device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thre
 KERNEL(THREADS, MIN_BLOCKS) planes_backward_pieces(CONSTANT_PARAMS p) {
   Thread t;
   const Work w = start(p, t);
+#if CHAIN
+  if (is_helper()) return help(p, t, w.tiles);
+#endif
   float carried[N] = {0.f};
   int phase = (w.lines - 1) % p.chunk;
   walk(
@@ -217,7 +239,13 @@ KERNEL(THREADS, MIN_BLOCKS) planes_backward_pieces(CONSTANT_PARAMS p) {
       [&](int tile) {
         write_gradients(p, w, t, tile);
 #if SHARED
+#if CHAIN
+        enter_step(t, tile);
+#endif
         if (WANTS_TAPS) write_part(p, w, t, tile);
+#if CHAIN
+        leave_step(t, tile);
+#endif
 #endif
       });
 }

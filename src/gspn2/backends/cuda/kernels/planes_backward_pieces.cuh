@@ -11,8 +11,8 @@
 //   BUFFERS     tiles in a warp's ring
 // Knobs are those of planes_backward.cuh, too. Scratch: 3 the states, as planes_backward_memory.cuh has them.
 #pragma once
+#include "planes_backward_chain.cuh"
 #include "planes_backward_chunk.cuh"
-#include "planes_backward_shared.cuh"
 
 constexpr int VECTORS = PIECE / 16, COLUMNS = PIECE / SIZE;
 static_assert(HORIZONTAL && N == 1 && S % EACH == 0, "a thread has one row");
@@ -175,12 +175,15 @@ __device__ __forceinline__ void walk(const Params& p, const Work& w, Thread& t, 
 // Where this thread is and what it works on. Afterwards all blocks of the cluster are there, with their barriers.
 __device__ __forceinline__ Work start(const Params& p, Thread& t) {
   const Scan scan = scan_of(p, p.knobs[0]);
-  const int warps = blockDim.x / 32;
+  const int warps = warps_of_line();
   float* edges = (float*)(shared_memory() + warps * WARP_BYTES);
   t = thread_of(p, scan, threadIdx.x, edges);
   // Beyond the first and the last thread there is nothing, but it is looked at where a line goes on in other blocks.
   for (int i = threadIdx.x; i < 4 * (warps + 2); i += blockDim.x) edges[i] = 0.f;
   start_exchanges(t);
+#if CHAIN
+  start_chain(t);
+#endif
   const Work w = work_of(p, scan, t);
   cluster_meets();
   return w;

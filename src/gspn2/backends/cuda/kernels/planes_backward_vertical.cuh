@@ -172,7 +172,9 @@ __device__ __forceinline__ void write_taps(const Params& p, const Thread& t, con
   write_line(p, t, sinks, TAPS + 2, row, after);
 }
 
-#if SHARED
+#if CHAIN
+#include "planes_backward_vertical_chain.cuh"
+#elif SHARED
 #include "planes_backward_vertical_shared.cuh"
 #endif
 
@@ -252,6 +254,9 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     const int row = row_of(w.scan, first + s);
     const bool restart = phase == 0;
     phase = restart ? p.chunk - 1 : phase - 1;
+#if CHAIN
+    const SumsOfLine sums = read_sums_of_line(p, t, row);  // far ahead of their use
+#endif
     float g[N];
     Taps dw[N] = {}, da[N] = {};
     Shown shown = {0.f, 0.f};
@@ -269,9 +274,9 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
       if (WANTS_TAPS && !SHARED) tap_gradients(t, dw, weight, da);
     }
     publish(t, shown);
-#if SHARED
+#if SHARED && !CHAIN
     park(w, t, segment, s, dw);
-#else
+#elif !SHARED
     if (WANTS_TAPS) write_taps(p, t, sinks, row, da);
 #endif
     write_product_gradients(p, t, sinks, line, row, g);
@@ -281,7 +286,9 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     const Edges from = settle(t, shown);
     carried[0] += from.before;
     carried[N - 1] += from.after;
-#if SHARED
+#if CHAIN
+    write_sums_of_line(p, t, row, sums, dw);
+#elif SHARED
     park_last(w, t, segment, s, dw);
 #endif
   }

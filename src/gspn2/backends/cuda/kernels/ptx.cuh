@@ -177,6 +177,20 @@ __device__ __forceinline__ void bulk_copy_cached(void* shared, const void* globa
 }
 // What ordinary stores wrote to global memory may then, after a barrier, be read by bulk copies.
 __device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+// Flags in global memory, between blocks of a launch. They are numbers that grow: who has waited for one sees all that its
+// block's threads had written before it was raised, as far as these had met the thread that raised it. A block may wait
+// for blocks before it in the grid only: these have been started.
+__device__ __forceinline__ void raise_flag(u32* flag, u32 value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ void wait_flag(const u32* flag, u32 value) {
+  u32 now;
+  for (;;) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(flag) : "memory");
+    if (now >= value) return;
+    __nanosleep(32);
+  }
+}
 // Clusters (sm_90): blocks that run together and see each other's shared memory -----------------------------
 
 __device__ __forceinline__ u32 cluster_rank() {

@@ -22,6 +22,14 @@ SOURCE, FUNCTION = "planes_backward.cu", "planes_backward"
 GRADIENTS = ("dx", "dtaps", "dlam", "dgate")
 """In the order of the bits of the macro WANTS."""
 
+WARP = 32
+
+SCRATCH = 0.55
+"""Scratch memory beside inputs and gradients, that the states of horizontal scans make room for."""
+
+MOST_WAVES = 4
+"""Launches that horizontal scans are cut into for that."""
+
 UNIT = 16
 """Bytes of an asynchronous copy; rows start at multiples of it."""
 
@@ -29,7 +37,13 @@ POINTERS = 2 * 8 * 10
 """Bytes of the addresses that horizontal scans keep in shared memory: ten operands and gradients at most."""
 
 BARRIERS = 32
-"""Bytes of those that count what blocks of a line send each other."""
+"""Bytes of those that count what blocks of a line send each other, and of those of a chain."""
+
+CHAINED_LINES = 512
+"""Lines at least where channels add to each other's sums: each is some lines behind the one before."""
+
+LONGEST_CHAIN = 32
+"""Channels that add to one sum at most."""
 
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
@@ -73,45 +87,62 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             those of `walks`, one out of `planes_backward_pieces.pieces` each.
     """
     problem = case.problem
-    launches = []
-    kept = parts = states = 0
+    launches: list[Launch] = []
+    kept = parts = states = flags = 0
+    room = _room_for_states(case)
     reasons = ["gradients of planes, one direction after another"]
     for index, direction in enumerate(problem.directions):
         cut = (choice or {}).get(direction) or _best_pieces(case, direction) or _best(case, direction)
         assert cut is not None
         if isinstance(cut, tuple):
-            launches += planes_backward_pieces.launches(case, index, cut)
+            launches += planes_backward_pieces.launches(case, index, cut, flags, room)
             reasons += planes_backward_pieces.reasons(direction, cut)
+            flags += problem.batch * problem.channels * cut[-1].strips * (_chains(case) > 0)
             if len(cut) > 1:
-                states = 4 * problem.batch * problem.channels * problem.height * _row(case)
+                states = 4 * room * problem.height * _row(case)
             if _sums_channels(case):
-                parts = max(parts, problem.channels // problem.groups)
-                launches.append(_add_parts(case, index, problem.channels // problem.groups))
+                number = _chains(case) or problem.channels // problem.groups
+                parts = max(parts, number)
+                launches.append(_add_parts(case, index, number))
             continue
         if not _has_hidden(case, cut.sizes.horizontal):
             line = 4 * cut.kept
             segments = -(-cut.sizes.lines // cut.segment)
             kept = max(kept, problem.batch * problem.channels * segments * line)
-        knobs = (index, cut.width, _row(case), cut.strips, cut.own, cut.together)
+        chains = _chains(case) if _is_chained(case, cut) else 0
+        knobs = (index, cut.width, _row(case), cut.strips, cut.own, cut.together, chains, 0, flags)
         kernel = Kernel(SOURCE, FUNCTION, _defines(case, cut))
-        launches.append(Launch(kernel, cut.blocks, cut.threads, cut.shared, cut.cluster, knobs))
+        threads = cut.threads + WARP * (chains > 0)
+        launches.append(Launch(kernel, cut.blocks, threads, cut.shared, cut.cluster, knobs))
+        flags += problem.batch * problem.channels * cut.strips * (chains > 0)
         if cut.parts > 1:
-            parts = max(parts, cut.parts)
-            launches.append(_add_parts(case, index, cut.parts))
+            number = chains or cut.parts
+            parts = max(parts, number)
+            launches.append(_add_parts(case, index, number))
         reasons.append(
             f"{direction}: {cut.strips} blocks a line and {cut.together} channels in a cluster, "
             f"{cut.threads} threads with {cut.places} places each, segments of {cut.segment} lines"
         )
     plane = 4 * problem.batch * problem.height * _row(case)
     sums = plane // 2 * problem.channels if _has_partial_sums(case) else 0  # the other half is in dx
-    scratch = (sums, kept, parts * 3 * plane * problem.groups, states)
+    scratch = (sums, 4 * flags, parts * 3 * plane * problem.groups, max(kept, states))
+    if flags:
+        start = Kernel("planes_backward_start.cu", "planes_backward_start", options(case))
+        launches.insert(
+            0, Launch(start, min(-(-flags // 256), case.device.multiprocessors), 256, 0, 1, (flags,))
+        )
     return Plan(NAME, tuple(launches), scratch, tuple(reasons))
 
 
 def walks(case: Case, direction: str) -> list[Walk]:
     """The walks over a horizontal scan in long pieces of rows."""
     return planes_backward_pieces.walks(
-        case, direction, at_hand=_is_at_hand(case), shared=_sums_channels(case), row=_row(case)
+        case,
+        direction,
+        at_hand=_is_at_hand(case),
+        shared=_sums_channels(case),
+        row=_row(case),
+        chains=_chains(case),
     )
 
 
@@ -152,6 +183,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         | {"HAS_SUMS": 0, "PLACES": 2, "SEGMENT": 8, "THREADS": 32, "MIN_BLOCKS": 12, "WIDE": 0}
         | {"SHARED": 1, "CLUSTER": 1},
         many | {"SEGMENT": 4, "THREADS": 160, "MIN_BLOCKS": 2, "SHARED": 1, "SPLIT": 1, "CLUSTER": 1},
+        many | {"SEGMENT": 4, "THREADS": 320, "SHARED": 1, "HAS_HIDDEN": 1, "CHAIN": 1},
+        many | {"SEGMENT": 6, "THREADS": 320, "SHARED": 1, "CHAIN": 1},
     ]
     cold = [
         many | {"PLACES": 8, "THREADS": 32, "MIN_BLOCKS": 1, "WIDE": 0},
@@ -161,9 +194,10 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     ]
     found = [(Kernel(SOURCE, FUNCTION, tuple(macros.items())), True) for macros in hot]
     found += [(Kernel(SOURCE, FUNCTION, tuple(macros.items())), False) for macros in cold]
-    storage = tuple((name, scan[name]) for name in ("STORAGE", "NORMALIZE", "HAS_LAM", "HAS_GATE"))
     found += planes_backward_pieces.representative_kernels()
-    return [*found, (Kernel("planes_backward_taps.cu", "planes_backward_taps", storage), False)]
+    storage = tuple((name, scan[name]) for name in ("STORAGE", "NORMALIZE", "HAS_LAM", "HAS_GATE"))
+    small = ("planes_backward_taps", "planes_backward_start")
+    return [*found, *((Kernel(f"{name}.cu", name, storage), False) for name in small)]
 
 
 @dataclass(frozen=True)
@@ -247,6 +281,43 @@ def _unsuitable(case: Case, name: str, view: View) -> str | None:
 def _sums_channels(case: Case) -> bool:
     """Is the gradient of the taps a sum over channels?"""
     return case.problem.groups < case.problem.channels and "dtaps" in case.views
+
+
+def _chains(case: Case) -> int:
+    """Sums of a group that its channels add to, one after another; 0 where each leaves a part.
+
+    They are few for memory, and more than one as a channel waits for those before it.
+    """
+    problem = case.problem
+    per_group = problem.channels // problem.groups
+    if not _sums_channels(case) or case.device.capability < (9, 0):
+        return 0
+    chains = max(2, -(-per_group // LONGEST_CHAIN))
+    return chains if min(problem.height, problem.width) >= CHAINED_LINES and per_group > chains else 0
+
+
+def _is_chained(case: Case, cut: Cut) -> bool:
+    return cut.width > WARP and cut.together == 1 and _chains(case) > 0
+
+
+def _room_for_states(case: Case) -> int:
+    """Planes whose states are in memory at a time: horizontal scans take so many in a launch.
+
+    All of them, if that is not too much beside inputs and gradients.
+    """
+    problem, views = case.problem, case.views
+    planes, groups = problem.batch * problem.channels, problem.batch * problem.groups
+    scans = len(problem.directions)
+    plane = problem.height * _row(case)
+    names = [name for name in views if name != "y"]
+    images = sum(name in ("x", "dy", "dx") for name in names)
+    images += scans * sum(name in ("lam", "gate", "dlam", "dgate") for name in names)
+    tensors = images * planes + 3 * scans * groups * sum(name in ("taps", "dtaps") for name in names)
+    rest = (planes // 2 if _has_partial_sums(case) else 0) * 4 + 12 * _chains(case) * groups
+    room = int(SCRATCH * tensors * case.itemsize - rest) // 4
+    least = -(-planes // MOST_WAVES)
+    waves = -(-planes // max(room, least))
+    return -(-planes // waves) if plane * planes * 4 > case.device.cache else planes
 
 
 def _has_hidden(case: Case, horizontal: bool) -> bool:
@@ -334,7 +405,7 @@ def _cuts(case: Case, sizes: Sizes) -> Iterator[Cut]:
             continue
         for places in (1, 2) if sizes.horizontal else (each // 4, each // 2, each):
             for segment in _segments(case, sizes.horizontal):
-                for together in {most // strips, 1} if _sums_channels(case) else (1,):
+                for together in {most // strips, 1} if _sums_channels(case) and not _chains(case) else (1,):
                     cut = _fit(case, sizes, strips, together, own, places, segment)
                     if cut is not None:
                         yield cut
@@ -367,7 +438,7 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
         + 16 * (threads // 32 + 2)
         + 16 * halo
     )
-    shared += BARRIERS * (strips > 1) + POINTERS * sizes.horizontal
+    shared += BARRIERS * (strips > 1) + BARRIERS * (_chains(case) > 0) + POINTERS * sizes.horizontal
     if shared > case.device.shared_memory or threads > THREADS[-1]:
         return None
     together = parts = 1
@@ -472,7 +543,8 @@ def _min_blocks(case: Case, cut: Cut, threads: int) -> int:
 
 def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
     sizes = cut.sizes
-    threads = next(number for number in THREADS if number >= cut.threads)
+    chained = _is_chained(case, cut)
+    threads = next(number for number in (*THREADS, 640) if number >= cut.threads + WARP * chained)
     return (
         *options(case),
         ("HORIZONTAL", int(sizes.horizontal)),
@@ -489,4 +561,5 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("HAS_HIDDEN", int(_has_hidden(case, sizes.horizontal))),
         ("SPLIT", int(cut.strips > 1)),
         ("CLUSTER", int(cut.cluster > 1)),
+        ("CHAIN", int(chained)),
     )

@@ -40,6 +40,7 @@ class Walk:
         own_states: they are float32 and in scratch memory; otherwise as forward kept them.
         shared: the gradient of taps is left in parts, to be summed over channels.
         row: elements of a row in scratch memory.
+        chains: sums of a group that channels add to one after another; 0 where each leaves its part.
     """
 
     direction: str
@@ -47,6 +48,7 @@ class Walk:
     own_states: bool
     shared: bool
     row: int
+    chains: int = 0
 
     def states(self, case: Case) -> int:
         """Operands that hold states: a float32 number is two halves beside 16-bit storage.
@@ -78,7 +80,7 @@ class Pieces:
         own: rows of a plane that each of them owns.
         piece: bytes of a row in a tile.
         buffers: tiles in a warp's ring.
-        threads: of a block, one for each of its rows and of those that it scans along.
+        threads: of a block, one for each of its rows and of those that it scans along. A chain adds a warp.
         shared: bytes of shared memory of a block.
     """
 
@@ -91,18 +93,21 @@ class Pieces:
     shared: int
 
 
-def walks(case: Case, direction: str, *, at_hand: bool, shared: bool, row: int) -> list[Walk]:
+def walks(
+    case: Case, direction: str, *, at_hand: bool, shared: bool, row: int, chains: int = 0
+) -> list[Walk]:
     """What one direction takes.
 
     Args:
         at_hand: forward kept the states.
         shared: the gradient of taps is a sum over channels.
         row: elements of a row in scratch memory.
+        chains: as of `Walk`.
     """
     found = []
     if not at_hand and ("dtaps" in case.views or "dgate" in case.views):
         found.append(Walk(direction, True, True, False, row))
-    return [*found, Walk(direction, False, not at_hand, shared, row)]
+    return [*found, Walk(direction, False, not at_hand, shared, row, chains)]
 
 
 def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
@@ -137,17 +142,25 @@ def best(case: Case, walks: list[Walk]) -> tuple[Pieces, ...] | None:
     return tuple(found)
 
 
-def launches(case: Case, index: int, cuts: tuple[Pieces, ...]) -> list[Launch]:
-    """The launches of the scan with this index."""
-    return [launch(case, index, cut) for cut in cuts]
+def launches(case: Case, index: int, cuts: tuple[Pieces, ...], flag: int, room: int) -> list[Launch]:
+    """The launches of the scan with this index.
 
-
-def launch(case: Case, index: int, cut: Pieces) -> Launch:
-    """One walk of the scan with this index."""
-    problem = case.problem
-    knobs = (index, cut.threads, cut.walk.row, cut.strips, cut.own, 1)
-    blocks = problem.batch * problem.channels * cut.strips
-    return Launch(_kernel(case, cut), blocks, cut.threads, cut.shared, cut.strips, knobs)
+    Args:
+        flag: first one of the chain.
+        room: planes that there is memory for the states of: so many at a time, where these are needed.
+    """
+    planes = case.problem.batch * case.problem.channels
+    room = room if len(cuts) > 1 else planes
+    found = []
+    for first in range(0, planes, room):
+        count = min(room, planes - first)
+        for cut in cuts:
+            walk = cut.walk
+            knobs = (index, cut.threads, walk.row, cut.strips, cut.own, 1, walk.chains, first, flag, room)
+            threads = cut.threads + LANES * (walk.chains > 0)
+            kernel = _kernel(case, cut)
+            found.append(Launch(kernel, count * cut.strips, threads, cut.shared, cut.strips, knobs))
+    return found
 
 
 def reasons(direction: str, cuts: tuple[Pieces, ...]) -> list[str]:
@@ -169,7 +182,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         macros = {"STORAGE": storage, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, **_FIXED}
         macros |= {"SHARED": 0, "HAS_SUMS": 0, "HAS_HIDDEN": 1 - forward, "OWN_STATES": forward}
         macros |= {"REVERSED": 0, "THREADS": threads, "MIN_BLOCKS": 1, "WIDE": 1, "WANTS": 7 * (1 - forward)}
-        macros |= {"SPLIT": 0, "CLUSTER": 0, "PIECE": piece, "BUFFERS": buffers} | other
+        macros |= {"SPLIT": 0, "CLUSTER": 0, "CHAIN": 0, "PIECE": piece, "BUFFERS": buffers} | other
         return Kernel(*_source(bool(forward)), tuple(macros.items()))
 
     cluster = {"SPLIT": 1, "CLUSTER": 1}
@@ -183,6 +196,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         (kernel(0, 0, 160, 128, 1, **cluster), True),
         (kernel(0, 1, 256, 64, 1, **four), True),
         (kernel(0, 1, 288, 64, 1, **four, SHARED=1, REVERSED=1), True),
+        (kernel(0, 1, 288, 64, 1, **four, SHARED=1, CHAIN=1), True),
+        (kernel(0, 1, 192, 64, 1, **{**four, "OWN_STATES": 0}, MIN_BLOCKS=2, SHARED=1, CHAIN=1), True),
         (kernel(1, 1, 256, 64, 2, NORMALIZE=1), True),
         (kernel(1, 1, 160, 64, 2, MIN_BLOCKS=2, NORMALIZE=1, **cluster), True),
         (kernel(0, 0, 64, 32, 2, **four, SHARED=1), False),
@@ -204,7 +219,8 @@ def _shared(case: Case, walk: Walk, strips: int, threads: int, piece: int, buffe
     operands, states = walk.operands(case), walk.states(case)
     tile = (operands * LANES + 2 * states) * piece + -(-4 * states * (LANES + 2) // 16) * 16
     mail = 16 * HALO if strips > 1 else 0
-    return threads // LANES * buffers * tile + 16 * (threads // LANES + 2) + mail + 32 + 16 * operands
+    barriers = 32 + 32 * (walk.chains > 0)
+    return threads // LANES * buffers * tile + 16 * (threads // LANES + 2) + mail + barriers + 16 * operands
 
 
 def _rank(case: Case, cut: Pieces) -> tuple[float, ...]:
@@ -223,7 +239,7 @@ def _rank(case: Case, cut: Pieces) -> tuple[float, ...]:
 def _resident(case: Case, cut: Pieces) -> int:
     """Blocks that a multiprocessor holds."""
     shared = _room(case) // (cut.shared + RESERVED)
-    return max(1, min(shared, _most_threads(case, cut.walk) // cut.threads))
+    return max(1, min(shared, _most_threads(case, cut.walk) // (cut.threads + LANES * (cut.walk.chains > 0))))
 
 
 def _room(case: Case) -> int:
@@ -258,7 +274,7 @@ def _kernel(case: Case, cut: Pieces) -> Kernel:
         macros |= {"HAS_GATE": 0}
     macros |= {
         "REVERSED": int(walk.direction == "left"),
-        "THREADS": cut.threads,
+        "THREADS": cut.threads + LANES * (walk.chains > 0),
         "MIN_BLOCKS": _resident(case, cut),
         "WIDE": int(cut.threads > LANES),
         "SHARED": int(walk.shared),
@@ -270,5 +286,6 @@ def _kernel(case: Case, cut: Pieces) -> Kernel:
         "CLUSTER": int(cut.strips > 1),
         "PIECE": cut.piece,
         "BUFFERS": cut.buffers,
+        "CHAIN": int(walk.chains > 0),
     }
     return Kernel(*_source(walk.forward), tuple(macros.items()))

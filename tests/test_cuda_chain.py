@@ -1,0 +1,54 @@
+"""Backward of planes where channels that share taps add to each other's sums: small problems, emulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cuda_emulator import compiler, run_plan
+from cuda_emulator.emulator import Inputs, case_of
+from cuda_emulator.problems import BF16, FP16, Small, truth
+from gspn2.backends.cuda.geometry import Device
+from gspn2.backends.cuda.variants import planes_backward
+from helpers import max_error, relative_l2
+
+TOLERANCE = {torch.float32: (3e-6, 3e-6), BF16: (2.5e-3, 1.02 * 2**-8), FP16: (4e-4, 1.02 * 2**-11)}
+"""Relative in L2, and at most, of one rounding."""
+
+PROBLEMS = (
+    Small(40, 264, channels=5, dtype=BF16, chunk=17),
+    Small(70, 136, channels=6, groups=2, directions=("right", "up"), dtype=FP16, lam=False),
+    Small(36, 140, channels=3, directions=("down", "left"), gate=False),
+    Small(40, 264, channels=3, directions=("up",), dtype=BF16, hidden=True, gate=False),
+    Small(150, 40, channels=5, directions=("left",), dtype=BF16, hidden=True, gate=False),
+)
+
+
+@pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
+@pytest.mark.parametrize("number", range(len(PROBLEMS)))
+@pytest.mark.usefixtures("threads")
+def test_chain(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)  # small tensors: waking more takes longer than the work
+    monkeypatch.setattr(planes_backward, "CHAINED_LINES", 32)
+    monkeypatch.setattr(planes_backward, "_room_for_states", lambda case: 2)
+    small = PROBLEMS[number]
+    right = truth(small.case(), small.problem(small.case()))
+    found = []
+    for seed in (number, number + 7):
+        case = small.case()
+        hidden = right["y"].to(small.dtype) if small.hidden else None
+        inputs = Inputs(case.x, case.logits, case.lam, case.gate, case.dy, small.needs, hidden)
+        planned, tensors = case_of(inputs, small.problem(case), Device())
+        plan = planes_backward.plan(planned)
+        chained = [launch for launch in plan.launches if dict(launch.kernel.defines).get("CHAIN")]
+        assert len({launch.knobs[0] for launch in chained}) == len(small.directions)
+        run_plan(plan, small.problem(case), tensors, seed=seed, device=Device())
+        found.append(tensors)
+    l2, largest = TOLERANCE[small.dtype]
+    for name, tensor in right.items():
+        if name != "y":
+            assert torch.equal(found[0][name], found[1][name]), name
+            # Gradients of taps come from a state that was rounded if it is handed in.
+            roundings = 1 + (name == "dtaps" and small.hidden)
+            assert max_error(found[0][name], tensor) <= roundings * largest, name
+            assert relative_l2(found[0][name], tensor) <= roundings * l2, name
