@@ -35,10 +35,10 @@ beside what can be reached in them; the same at 128 pixels; and digits]({EXAMPLE
 
 GSPN-2 runs beside a ViT and a ConvNet (ConvNeXt's blocks), all with 128 channels at every 4 x 4 pixels
 and of {PARAMETERS / 1e6:.2f} M parameters within 2.5%, on the same images in the same order, with the same
-optimizer, schedule and number of steps. Each takes that learning rate, out of the same few, at which its first
-seed is best on validation images; ablations take GSPN-2's. Each image is turned and mirrored at random,
-digits are not. Ablations change one thing about GSPN-2; what that saves in parameters goes to the FFN.
-After training every model is tested at twice its size: *scaled*, the same scenes on more pixels, and
+optimizer, schedule and number of steps. Each takes that learning rate, out of the same few, at which its
+first seed is best on validation images; ablations take GSPN-2's. Each image is turned and mirrored at
+random, digits are not. Ablations change one thing about GSPN-2; what that saves in parameters goes to the
+FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more pixels, and
 *larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
 
 Training begins with short contours and nothing else in the image, and comes to the longest among all
