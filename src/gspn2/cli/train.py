@@ -58,6 +58,7 @@ _GROUPS: dict[str, list[tuple[str, tuple[str, Callable[[str], Any]], str]]] = {
         ("channels_last", ("", bool), "channel-innermost memory layout"),
         ("compile", ("", bool), "run through torch.compile"),
         ("grad_checkpointing", ("", bool), "recompute activations in the backward pass: less memory"),
+        ("shard", ("", bool), "spread weights and optimizer state over the processes (FSDP): less memory"),
     ],
     "recipe": [
         ("epochs", _COUNT, "passes over the training images"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import UserError
 
-FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_every", "tensorboard")
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_every", "tensorboard", "shard")
 """Settings that do not change what is computed, so that a resumed run may change them."""
 
 
@@ -70,6 +70,8 @@ class TrainConfig:
         channels_last: keep images and weights channel-innermost.
         compile: run forward and backward through `torch.compile`.
         grad_checkpointing: recompute activations in the backward pass instead of keeping them.
+        shard: spread weights, gradients, average and optimizer state over the processes (FSDP) instead of
+            keeping all of them in each (DDP); of one process nothing is spread.
         seed: of weights, order, augmentation and everything else that is random.
         device: "auto" (CUDA where there is one), or what `torch.device` takes.
         workers: processes that load images; 0 loads in the training process. Changes no number.
@@ -121,6 +123,7 @@ class TrainConfig:
     channels_last: bool = False
     compile: bool = False
     grad_checkpointing: bool = False
+    shard: bool = False
     seed: int = 0
     device: str = "auto"
     workers: int = 0

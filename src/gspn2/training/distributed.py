@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,5 +90,19 @@ def joined() -> Iterator[World]:
         yield world
         with contextlib.suppress(RuntimeError):  # another process failed, and says so itself
             world.wait()  # nobody leaves while another is still talking to it
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they may hold a model that holds the group
+        raise
     finally:
-        dist.destroy_process_group()
+        _destroy()
+
+
+def _destroy() -> None:
+    """Destroy the process group, and with it gloo's threads, here and now.
+
+    A thread of gloo needs the GIL to let go of a tensor that Python has seen. Destroyed from here, the group
+    waits for its threads without the GIL; a DDP module that outlived this would destroy it with the GIL held:
+    a deadlock where a thread was slow, and an abort where the process has come to its end.
+    """
+    gc.collect()
+    dist.destroy_process_group()

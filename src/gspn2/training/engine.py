@@ -36,6 +36,7 @@ from .losses import make_teacher
 from .model import amp_dtype, build_model, pick_device, start_weights
 from .rng import seed_everything
 from .schedule import learning_rate
+from .sharding import gathered, whole
 from .state import check_same_run, count_parameters, environment, learner_tensors, restore_learner
 from .stopping import StopRequest
 from .tensorboard import TensorBoard
@@ -87,7 +88,7 @@ def train(
     Args:
         on_event: called with what happens, in the first process; see `gspn2.training.events`.
         resume: go on from `last.safetensors`, if there is one. `config` must then be that of the run, but for
-            `out`, `device`, `workers`, `checkpoint_every` and `tensorboard`.
+            `out`, `device`, `workers`, `checkpoint_every`, `tensorboard` and `shard`.
         overwrite: replace a run that is in the folder. Other files there are left alone.
 
     Raises:
@@ -97,18 +98,23 @@ def train(
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other")
-    last = config.out_dir / LAST
     with joined() as world:
-        # What the first process finds is what counts: it is also the one that soon writes there.
-        if world.is_main and not (resume or overwrite):
-            check_empty(config.out_dir)
-        (resuming,) = world.agree(int(world.is_main and resume and last.exists()))
-        run = Run(config, on_event or (lambda event: None), world)
-        if resuming:
-            run.restore(*read_checkpoint(last))
-        else:
-            run.start()
-        return run.finish()
+        return _train(config, on_event or (lambda event: None), resume, overwrite, world)
+
+
+def _train(config: TrainConfig, emit: OnEvent, resume: bool, overwrite: bool, world: World) -> TrainResult:
+    # A function of its own: what holds on to the other processes is gone when it returns.
+    last = config.out_dir / LAST
+    # What the first process finds is what counts: it is also the one that soon writes there.
+    if world.is_main and not (resume or overwrite):
+        check_empty(config.out_dir)
+    (resuming,) = world.agree(int(world.is_main and resume and last.exists()))
+    run = Run(config, emit, world)
+    if resuming:
+        run.restore(*read_checkpoint(last))
+    else:
+        run.start()
+    return run.finish()
 
 
 def check_empty(folder: Path) -> None:
@@ -161,6 +167,7 @@ class Run:
 
     def start(self) -> None:
         """Begin in an empty folder, or in the place of an older run."""
+        tensors = self._gathered()
         if self.world.is_main:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -168,7 +175,7 @@ class Run:
                     (self.out / name).unlink(missing_ok=True)
                 self.log = RunLog(self.out, None)
                 write_json(self.out / CONFIG, self.config.to_json())
-                self._write_last()
+                self._write_last(tensors)
             except OSError as error:
                 raise UserError(f"out: cannot write to {self.out}: {error}") from error
         self._open_board()
@@ -197,8 +204,8 @@ class Run:
                 stale.unlink()
             self.log = RunLog(self.out, state["log"])
         self._open_board()
-        for name, here in environment(self.device, self.world).items():
-            was = state["environment"].get(name)
+        for name, here in self._environment().items():
+            was = state["environment"].get(name, here)
             if was != here:
                 self.emit(Notice(f"{name} is {here}, was {was}: the numbers may differ in the last bits"))
 
@@ -366,15 +373,16 @@ class Run:
                 self._stop(self.stop.signum, training=False)
 
         try:
-            evaluation = evaluate(
-                self.learner.tested,
-                self.tests,
-                device=self.device,
-                amp=self.amp,
-                channels_last=self.config.channels_last,
-                on_batch=progress,
-                world=self.world,
-            )
+            with whole(self.learner.tested):
+                evaluation = evaluate(
+                    self.learner.tested,
+                    self.tests,
+                    device=self.device,
+                    amp=self.amp,
+                    channels_last=self.config.channels_last,
+                    on_batch=progress,
+                    world=self.world,
+                )
         except LOST_WORKERS:
             # Workers may have got the signal, too.
             if self.stop.signum is not None and self.world.size == 1:
@@ -386,10 +394,18 @@ class Run:
     def save_last(self) -> None:
         """Write the whole state; every process has to call it."""
         self._listing = self.world.gather(list(self.faults))
+        tensors = self._gathered()
         if self.world.is_main:
-            self._write_last()
+            self._write_last(tensors)
 
-    def _write_last(self) -> None:
+    def _gathered(self) -> dict[str, Tensor]:
+        """The whole state, in the first process."""
+        return gathered(learner_tensors(self.learner), self.world.is_main)
+
+    def _environment(self) -> dict[str, Any]:
+        return environment(self.device, self.world, self.learner.sharded)
+
+    def _write_last(self, tensors: dict[str, Tensor]) -> None:
         assert self.log is not None, "the first process has opened its log"
         if len(self._listing) > self._told:
             self._told = len(self._listing)
@@ -401,14 +417,14 @@ class Run:
             "best": vars(self.best) if self.best else None,
             "log": self.log.sync(),
             "fingerprint": self.data.fingerprint,
-            "environment": environment(self.device, self.world),
+            "environment": self._environment(),
             "faults": self._listing,
         }
-        save_checkpoint(self.out / LAST, learner_tensors(self.learner), self._info("run", state))
+        save_checkpoint(self.out / LAST, tensors, self._info("run", state))
 
     def _save_best(self) -> None:
+        weights = gathered(self.learner.tested.state_dict(), self.world.is_main)
         if self.world.is_main:
-            weights = self.learner.tested.state_dict()
             save_checkpoint(self.out / BEST, weights, self._info("weights", {}))
 
     def _info(self, kind: str, state: dict[str, Any]) -> CheckpointInfo:
@@ -469,7 +485,7 @@ class Run:
             "train_images_per_second": images / self.train_seconds if self.train_seconds else None,
             "device": str(self.device),
             "amp": "off" if self.amp is None else "bf16",
-            "environment": environment(self.device, self.world),
+            "environment": self._environment(),
             "unreadable_images": len(result.faults),
             "class_names": self.data.class_names,
             "config": self.config.to_json(),

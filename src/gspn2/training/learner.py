@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
@@ -16,6 +17,7 @@ from .distributed import World
 from .errors import UserError
 from .losses import MESA_TEMPERATURE, Teacher, divergence, make_loss
 from .rng import derive_seed, seed_everything
+from .sharding import same_buffers, shard
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -58,7 +60,7 @@ class Learner:
         teacher: to distil from.
 
     Raises:
-        UserError: gradient checkpointing of a model that has none.
+        UserError: gradient checkpointing of a model that has none, sharding of one that cannot be sharded.
     """
 
     def __init__(
@@ -76,12 +78,18 @@ class Learner:
         self.amp = amp
         self.world = world or World()
         self.layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.sharded = config.shard and self.world.size > 1
         if config.grad_checkpointing:
             _checkpoint_activations(model, config.model)
         if self.world.size > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model: nn.Module = model.to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        # Shares are rows of contiguous weights; the layout of images stays what it is.
+        layout = torch.preserve_format if self.sharded else self.layout
+        self.model: nn.Module = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.ema = make_ema(self.model, config.ema_decay)
+        if self.sharded:
+            for module in (self.model, *([] if self.ema is None else [self.ema.module])):
+                shard(module, device, self.world, config.compile)
         self.optimizer = make_optimizer(self.model, config)
         self.mixup, self.criterion = make_loss(config, classes)
         self.teacher = None if teacher is None else teacher.to(device)
@@ -92,7 +100,7 @@ class Learner:
         self._average = torch.compile(average) if compiles and average else average
 
     def _distribute(self) -> nn.Module:
-        if self.world.size == 1:
+        if self.world.size == 1 or self.sharded:
             return self.model
         devices = [self.device.index or 0] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
@@ -117,6 +125,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sharded and self.device.type == "cpu":
+            same_buffers(self.model)  # elsewhere batch norms are synchronised
         losses = []
         for number, part in enumerate(parts):
             inputs, targets = self.prepare(step, number, part)
@@ -127,6 +137,8 @@ class Learner:
             losses.append(loss.detach())
         limit = self.config.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=step + 1)

@@ -16,10 +16,11 @@ from .config import FREE_ON_RESUME, TrainConfig
 from .distributed import World
 from .errors import CheckpointError, UserError
 from .learner import Learner
+from .sharding import share_of, shares_of
 
 
 def learner_tensors(learner: Learner) -> dict[str, Tensor]:
-    """Everything that a learner would have to remember, by name."""
+    """Everything that a learner would have to remember, by name; of a sharded one this process's shares."""
     tensors = prefixed("model", learner.model.state_dict())
     if learner.ema is not None:
         tensors |= prefixed("ema", learner.ema.module.state_dict())
@@ -29,7 +30,7 @@ def learner_tensors(learner: Learner) -> dict[str, Tensor]:
 
 
 def restore_learner(learner: Learner, tensors: dict[str, Tensor], source: Path) -> None:
-    """The inverse of `learner_tensors`; a CheckpointError where something does not fit."""
+    """The inverse of `learner_tensors`, of whole tensors; a CheckpointError where something does not fit."""
     load_weights(learner.model, part(tensors, "model"), source)
     if learner.ema is not None:
         load_weights(learner.ema.module, part(tensors, "ema"), source)
@@ -39,7 +40,7 @@ def restore_learner(learner: Learner, tensors: dict[str, Tensor], source: Path) 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     """Copy a state dict into a model; a CheckpointError where it does not fit."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(shares_of(state, model.state_dict()))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: weights do not fit the model: {reason[:300]}") from error
@@ -47,10 +48,11 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> No
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restore the state of each parameter, by number; the groups follow from the settings."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = share_of(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -71,7 +73,7 @@ def check_same_run(config: TrainConfig, stored: TrainConfig) -> None:
         raise UserError(f"a resumed run keeps its settings, but {'; '.join(changed)}")
 
 
-def environment(device: torch.device, world: World) -> dict[str, Any]:
+def environment(device: torch.device, world: World, sharded: bool = False) -> dict[str, Any]:
     """What the last bits of a result depend on besides the settings."""
     import timm
 
@@ -86,6 +88,7 @@ def environment(device: torch.device, world: World) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": world.size,
+        "sharded": sharded,
     }
 
 

@@ -80,6 +80,8 @@ def preprocess_for(config: TrainConfig) -> Preprocess:
     """Size and normalisation: what `config` asks for, else what the data or the model was made for."""
     import timm
 
+    import gspn2.models  # noqa: F401 - registers ours, and with them their sizes and crops
+
     cfg = timm.get_pretrained_cfg(config.model)
     if config.data == "digits":
         chans = config.in_chans or 1
