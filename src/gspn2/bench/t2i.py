@@ -69,13 +69,12 @@ def _case(
 
     def contenders(device: torch.device) -> list[Contender]:
         step = Step(shape, side, side, device)
-        graph = setting is None
         made: dict[str, Callable[[], dict[str, Pass]]] = {
             ATTENTION: lambda: (
-                step.layer_passes() if composes else _runnable(step).passes(step.nets.attention, graph=graph)
+                step.layer_passes() if composes else _runnable(step).passes(step.nets.attention)
             ),
-            MIXERS: lambda: step.passes(step.nets.mounted, step.check_mixers, graph=graph),
-            CUT: lambda: _runnable(step).passes(step.nets.cut, graph=graph),
+            MIXERS: lambda: step.passes(step.nets.mounted, step.check_mixers),
+            CUT: lambda: _runnable(step).passes(step.nets.cut),
         }
         found = [Contender(name, _with_diffusers(made[name])) for name in steps]
         if setting is not None:

@@ -185,15 +185,12 @@ class Step:
 
         return call
 
-    def passes(
-        self, unet: Any, check: Callable[[], dict[str, float]] = dict, graph: bool = True
-    ) -> dict[str, Pass]:
-        """The step of one of the UNets, launched from the host.
+    def passes(self, unet: Any, check: Callable[[], dict[str, float]] = dict) -> dict[str, Pass]:
+        """The step of one of the UNets, launched from the host, and as a CUDA graph if it is small.
 
         Args:
             unet: one of `attention`, `mounted`, `cut`.
             check: what is to be right beside its output.
-            graph: measure it as a CUDA graph, too, if it is small.
         """
         call = self.runner(unet)
         if self.device.type == "meta":
@@ -214,7 +211,7 @@ class Step:
             if hasattr(module, "fixed"):
                 module.fixed = True  # a mixer: its weights do not change any more
         found = {STEP: Pass(Work(lambda _: call(), graph=False, warm=False), checked, moved, flops, facts)}
-        if graph and self.device.type == "cuda" and max(self.height, self.width) <= MOST_GRAPHED:
+        if self.device.type == "cuda" and max(self.height, self.width) <= MOST_GRAPHED:
             found[GRAPH] = Pass(Work(lambda _: call()), checked, moved, flops, facts)
         return found
 
