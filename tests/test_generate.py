@@ -97,6 +97,17 @@ def test_an_interrupted_run_goes_on_between_stages(folders, tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["image.png", "whole.png"]
 
 
+def test_memory_that_runs_out_keeps_finished_stages(folders, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "plan", lambda job: module.Plan(1 << 30, 256, 65536))
+    monkeypatch.setattr(module, "_enlarge", fail)
+    assert main(command(folders, tmp_path / "image.png", "a cat")) == 1
+    assert "more than the 1.1 GB that were foreseen" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "image.png.stages") == ["stage0.safetensors"]
+
+
 def test_prompts_from_a_file(folders, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
     prompts.write_text("a cat\n\na dog\n")

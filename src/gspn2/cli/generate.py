@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..training.errors import UserError
-from .common import floats, guarded, image_size, positive
+from .common import complain, floats, guarded, image_size, positive
 
 EPILOG = """examples:
   gspn2 generate "a lighthouse at dusk" --pipeline sdxl/ --mixers mixers/ --size 16384 --out lighthouse.tif
@@ -94,15 +94,18 @@ def _generate(args: argparse.Namespace) -> int:
         total = torch.cuda.get_device_properties(device).total_memory
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.set_per_process_memory_fraction(min(1.0, how.peak / total), index)
-    show = _Lines()
-    generator = Generator(job, how, show)
-    generator.encode([prompt for prompt, _ in tasks])
-    for prompt, out in tasks:
-        if args.resume and args.prompts is not None and out.exists():
-            continue
-        began = time.perf_counter()
-        generator.run(prompt, out, resume=args.resume, keep=args.keep_stages)
-        print(f"wrote {out} ({time.perf_counter() - began:.1f} s)", flush=True)
+    generator = Generator(job, how, _Lines())
+    try:
+        generator.encode([prompt for prompt, _ in tasks])
+        for prompt, out in tasks:
+            if args.resume and args.prompts is not None and out.exists():
+                continue
+            began = time.perf_counter()
+            generator.run(prompt, out, resume=args.resume, keep=args.keep_stages)
+            print(f"wrote {out} ({time.perf_counter() - began:.1f} s)", flush=True)
+    except torch.OutOfMemoryError:
+        told = f"more than the {how.peak / 1e9:.1f} GB that were foreseen, or than are free"
+        return complain("generate", f"out of device memory: it takes {told}; finished stages are kept", 1)
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB allocated")
     return 0
