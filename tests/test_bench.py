@@ -290,7 +290,7 @@ def test_list_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ladder: 2x8x128x128 fp32" in capsys.readouterr().out.splitlines()
 
 
-def test_kernels_are_known_before_the_run() -> None:
+def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, backward and the baseline's, planned without a GPU and without memory."""
     sizes = Scan(
         (4, 8, 256, 256), torch.bfloat16, "shared", ("down",), scan=True, passes=("forward", "backward")
@@ -300,11 +300,20 @@ def test_kernels_are_known_before_the_run() -> None:
     def contenders(device: torch.device) -> list[Contender]:
         return [gspn1(right, device), operator("gspn2", sizes, device), Contender("absent", absent)]
 
-    found = ahead.kernels([Case("ladder", "x", {}, contenders)], Device())
+    cases = [Case("ladder", "x", {}, contenders), Case("ladder", "none", {}, lambda device: [])]
+    found = ahead.kernels(cases, Device())
     functions = [kernel.function for kernel in found]
     assert {"gspn1_forward", "gspn1_backward"} < set(functions)
     assert any("backward" in it and "gspn1" not in it for it in functions)
     assert any("forward" in it and "gspn1" not in it for it in functions)
+    # And side by side, with nothing left to compile.
+    monkeypatch.setattr(ahead.driver, "device", lambda index: Device())
+    monkeypatch.setattr(ahead, "_fails", fails_never)
+    assert ahead.compile_all(cases, 0, jobs=2) == (len(found), 0)
+
+
+def fails_never(capability: tuple[int, int], kernel: object) -> bool:
+    return False
 
 
 def test_the_released_times_are_found() -> None:

@@ -6,11 +6,12 @@ here is told again by the case that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 import torch
@@ -104,11 +105,37 @@ def _try(contender: Contender) -> None:
 
 def compile_all(cases: Sequence[Case], index: int, jobs: int | None = None) -> tuple[int, int]:
     """Compile for a device; returns how many kernels there are and how many failed."""
-    device = driver.device(index)
-    wanted = kernels(cases, device)
-    with ProcessPoolExecutor(jobs) as pool:
+    global _cases
+    _cases = cases
+    with _workers(jobs) as pool:
+        # Asked by a worker: processes that start with CUDA in use could not use it.
+        device = pool.submit(driver.device, index).result()
+        wanted = dict.fromkeys(it for found in _noted(pool, cases, device) for it in found)
         failed = sum(pool.map(partial(_fails, device.capability), wanted))
     return len(wanted), failed
+
+
+_cases: Sequence[Case] = ()
+"""What a worker finds in the memory that it has from its parent: cases cannot be sent."""
+
+
+def _workers(jobs: int | None) -> ProcessPoolExecutor:
+    """Processes that see this one's memory as it is at their start, where that can be had."""
+    context = get_context("fork") if "fork" in get_all_start_methods() else None
+    return ProcessPoolExecutor(jobs, mp_context=context)
+
+
+def _noted(pool: ProcessPoolExecutor, cases: Sequence[Case], device: Device) -> Iterable[list[Kernel]]:
+    """What each case launches; whole text-to-image models among them take seconds, so side by side."""
+    if "fork" not in get_all_start_methods():
+        return [kernels(cases, device)]
+    # The last cases are the largest.
+    return list(pool.map(partial(_kernels_of, device), reversed(range(len(cases)))))
+
+
+def _kernels_of(device: Device, number: int) -> list[Kernel]:
+    torch.set_num_threads(1)
+    return kernels(_cases[number : number + 1], device)
 
 
 def _fails(capability: tuple[int, int], kernel: Kernel) -> bool:
