@@ -306,6 +306,20 @@ def test_models_of_a_seed_meet_the_same_pictures_and_noise(small: None, tmp_path
     assert seen[0] == seen[1] != seen[2]
 
 
+def test_the_average_is_that_of_timm(small: None, tmp_path: Path):
+    data = runner.prepare(TINY, tmp_path)
+    run = runner._Training(Run("dit-gspn2", 0), TINY, data, tmp_path, lambda *_: None)
+    expected = runner.make_ema(run.model, runner.EMA)
+    assert expected is not None
+    for step in (1, 2, 3):
+        run._steps(step)
+        expected.update(run.model, step=step)
+    found = run.ema.module.state_dict()
+    assert not torch.equal(found["stem.weight"], run.model.state_dict()["stem.weight"])
+    for name, value in expected.module.state_dict().items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_time_that_is_up_and_a_loss_without_sense_are_recorded(small: None, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(samples, "USES", ("1x",))
     run = Run("dit-gspn2", 0)
