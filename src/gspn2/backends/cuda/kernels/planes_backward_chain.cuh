@@ -80,8 +80,13 @@ __device__ __forceinline__ Sums<COUNT> read_sums(const float* from) {
 }
 template <int COUNT>
 __device__ __forceinline__ void write_sums(float* to, const float (&v)[COUNT]) {
-  u32 words[COUNT];
+  // By these functions: what is stored through a pointer to a vector may be taken apart again by the compiler.
+  if constexpr (COUNT == 1) {
+    __stcg(to, v[0]);
+  } else if constexpr (COUNT == 2) {
+    __stcg((float2*)to, make_float2(v[0], v[1]));
+  } else {
 #pragma unroll
-  for (int i = 0; i < COUNT; i++) words[i] = __float_as_uint(v[i]);
-  write_words((unsigned char*)to, words);
+    for (int i = 0; i < COUNT; i += 4) __stcg((float4*)(to + i), make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]));
+  }
 }

@@ -75,7 +75,7 @@ __device__ __forceinline__ void write_gradients(const Params& p, const Work& w, 
 #pragma unroll
   for (int op = 0; op < OPERANDS; op++)
     if (is_wanted(p, op) && (op == X || !is_parked(op)))
-      write_unit(w, t, tile, op == X ? DX : op, w.planes[USED + op] + left, sink_pitch(p, op));
+      write_unit(w, t, tile, op == X ? DX : op, sink_of(p, op, t.b, t.group, t.channel) + left, sink_pitch(p, op));
 }
 
 #if SHARED

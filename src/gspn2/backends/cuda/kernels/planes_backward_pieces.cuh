@@ -27,10 +27,16 @@ constexpr int WARP_BYTES = BUFFERS * TILE;
 constexpr bool READS_STATES = HIDDENS > 0 && (WANTS_TAPS || (HAS_GATE && WANTS_GATE));
 
 struct Work {
-  unsigned char* ring;     // of this warp
-  unsigned char** planes;  // of operands, then of gradients in their places: in shared memory, as registers are short
+  unsigned char* ring;           // of this warp
+  const unsigned char** planes;  // FORWARD: of operands, in shared memory
   int lines, tiles;
 };
+
+// The plane of an operand. The walk back finds it anew for each tile, from numbers that all threads have in common: it
+// has neither shared memory nor registers to spare.
+__device__ __forceinline__ const unsigned char* plane_at(const Params& p, const Work& w, const Thread& t, int op) {
+  return FORWARD ? w.planes[op] : source_of(p, op, t.b, t.group, t.channel);
+}
 
 // Tiles are counted in the order of the walk. The first column of one, and how many it has (whole vectors).
 __device__ __forceinline__ int left_of(const Work& w, int tile) {
@@ -72,7 +78,7 @@ __device__ __forceinline__ void for_vectors(const Thread& t, Body body) {
 // States `op` of the rows next to the warp's, and the column that lines of the tile start from.
 __device__ __forceinline__ void fetch_around(const Params& p, const Work& w, const Thread& t, int tile, int op) {
   unsigned char* to = tile_at(w, tile);
-  const unsigned char* from = w.planes[op];
+  const unsigned char* from = plane_at(p, w, t, op);
   const int left = left_of(w, tile), pitch = source_pitch(p, op), first = t.begin + t.warp * 32 - 1;
   const auto has_row = [&](int row) { return row >= max(0, t.own_begin - 1) && row < min(t.places, t.own_end + 1); };
   if (t.lane < 2 * VECTORS) {
@@ -100,7 +106,7 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
     const int begin = scanned ? t.begin : is_state(op) ? t.own_begin - 1 : t.own_begin;
     const int end = scanned ? t.end : is_state(op) ? min(t.places, t.own_end + 1) : t.own_end;
     unsigned char* to = tile_at(w, tile) + unit_at(op);
-    const unsigned char* from = w.planes[op] + left * SIZE;
+    const unsigned char* from = plane_at(p, w, t, op) + left * SIZE;
     const int pitch = source_pitch(p, op);
     for_vectors(t, [&](auto at, int row, int v) {
       const bool there = row >= begin && row < end && v * EACH < columns;
@@ -127,13 +133,11 @@ __device__ __forceinline__ void write_unit(const Work& w, const Thread& t, int t
 __device__ __forceinline__ Work work_of(const Params& p, const Scan& scan, const Thread& t) {
   Work w;
   w.ring = shared_memory() + t.warp * WARP_BYTES;
-  w.planes = (unsigned char**)after_mail(t);
+  w.planes = (const unsigned char**)after_mail(t);
+  for (int op = threadIdx.x; FORWARD && op < USED; op += blockDim.x)
+    w.planes[op] = source_of(p, op, t.b, t.group, t.channel);
   w.lines = scan.lines;
   w.tiles = (scan.lines + COLUMNS - 1) / COLUMNS;
-  for (int op = threadIdx.x; op < USED; op += blockDim.x) {
-    w.planes[op] = (unsigned char*)source_of(p, op, t.b, t.group, t.channel);
-    w.planes[USED + op] = !FORWARD && is_wanted(p, op) ? sink_of(p, op, t.b, t.group, t.channel) : nullptr;
-  }
   return w;
 }
 

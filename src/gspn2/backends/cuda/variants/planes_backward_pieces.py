@@ -220,7 +220,8 @@ def _shared(case: Case, walk: Walk, strips: int, threads: int, piece: int, buffe
     tile = (operands * LANES + 2 * states) * piece + -(-4 * states * (LANES + 2) // 16) * 16
     mail = 16 * HALO if strips > 1 else 0
     barriers = 32 + 32 * (walk.chains > 0)
-    return threads // LANES * buffers * tile + 16 * (threads // LANES + 2) + mail + barriers + 16 * operands
+    pointers = 16 * operands * walk.forward
+    return threads // LANES * buffers * tile + 16 * (threads // LANES + 2) + mail + barriers + pointers
 
 
 def _rank(case: Case, cut: Pieces) -> tuple[float, ...]:
