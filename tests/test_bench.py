@@ -307,9 +307,13 @@ def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert any("backward" in it and "gspn1" not in it for it in functions)
     assert any("forward" in it and "gspn1" not in it for it in functions)
     # And side by side, with nothing left to compile.
-    monkeypatch.setattr(ahead.driver, "device", lambda index: Device())
+    monkeypatch.setattr(ahead.driver, "device", any_device)
     monkeypatch.setattr(ahead, "_fails", fails_never)
     assert ahead.compile_all(cases, 0, jobs=2) == (len(found), 0)
+
+
+def any_device(index: int) -> Device:
+    return Device()
 
 
 def fails_never(capability: tuple[int, int], kernel: object) -> bool:
