@@ -81,6 +81,49 @@ def test_kernel(
 
 @needs_compiler
 @pytest.mark.parametrize(
+    ("shape", "dtype", "weights", "flip"),
+    [
+        # Part of a strip, of a slice of channels and of a block's strips; then two parts of the rows.
+        ((2, 24, 6, 19), torch.bfloat16, torch.float32, False),
+        ((1, 40, 29, 5), torch.float16, torch.float16, True),
+    ],
+)
+def test_kernel_on_tensor_cores(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    flip: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(depthwise, "_on_tensor_cores", lambda *_: True)
+    x = _images(*shape, dtype=dtype)
+    weight, bias = torch.randn(shape[1], 1, 7, 7).to(weights), torch.randn(shape[1]).to(weights)
+    y = torch.full_like(x, torch.nan)
+    _emulate((dtype, weights, 7, (False, not flip, flip, False, False)), x=x, weight=weight, bias=bias, y=y)
+    rounded = weight.to(dtype).double()
+    turned = rounded.flip(2, 3) if flip else rounded
+    right = F.conv2d(x.double(), turned, bias.double(), padding=3, groups=shape[1])
+    right = right if flip else F.silu(right)
+    tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(y.double(), right, rtol=tolerance, atol=1e-4)
+
+
+def test_tensor_cores_take_much_work_of_16_bits() -> None:
+    flags = (False, True, False, False, False)
+    takes = depthwise._on_tensor_cores
+    assert takes((32, 96, 7, 7), (torch.bfloat16, torch.float32, 7, flags))
+    assert not takes((31, 96, 7, 7), (torch.bfloat16, torch.float32, 7, flags))
+    assert not takes((32, 96, 7, 7), (torch.float32, torch.float32, 7, flags))
+    assert not takes((32, 96, 7, 7), (torch.bfloat16, torch.float32, 3, flags))
+    assert not takes((32, 92, 7, 7), (torch.bfloat16, torch.float32, 7, flags))
+    for refused in range(5):
+        some = tuple(number == refused for number in range(5))
+        assert takes((32, 96, 7, 7), (torch.float16, torch.float16, 7, some)) == (refused in (1, 2))  # type: ignore[arg-type]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
     ("shape", "side", "dtype"),
     [((2, 6, 9, 17), 7, torch.bfloat16), ((1, 134, 7, 5), 3, torch.float32)],
 )
@@ -127,7 +170,8 @@ def test_operator_and_its_gradients(residual: bool, side: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "side", "residual"), [((2, 64, 56, 56), 3, True), ((3, 134, 5, 9), 7, False)]
+    ("shape", "side", "residual"),
+    [((2, 64, 56, 56), 3, True), ((3, 134, 5, 9), 7, False), ((17, 136, 30, 9), 7, False)],
 )
 def test_operator_on_a_gpu(
     shape: tuple[int, int, int, int], side: int, residual: bool, dtype: torch.dtype

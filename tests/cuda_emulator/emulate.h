@@ -191,6 +191,35 @@ EMULATED T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32) {
   const u32 lane = lane_of_thread(), last = lane | (u32)(width - 1), source = lane ^ (u32)bits;
   return exchange(mask, value, source <= last ? source : lane);
 }
+#if defined(STORAGE) && STORAGE != 0
+// ptx.cuh's: products of 16 bits summed in float32.
+EMULATED float tile_number(u32 bits, int half) {
+  const u32 number = half ? bits >> 16 : bits & 0xffffu;
+#if STORAGE == 1
+  float v;
+  const u32 wide = number << 16;
+  memcpy(&v, &wide, 4);
+  return v;
+#else
+  return __half2float(__ushort_as_half((unsigned short)number));
+#endif
+}
+EMULATED void multiply_tiles(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  const int lane = (int)lane_of_thread();
+  for (int t = 0; t < 4; ++t) {
+    const u32 a[4] = {__shfl_sync(~0u, a0, lane / 4 * 4 + t), __shfl_sync(~0u, a1, lane / 4 * 4 + t),
+                      __shfl_sync(~0u, a2, lane / 4 * 4 + t), __shfl_sync(~0u, a3, lane / 4 * 4 + t)};
+    for (int i = 0; i < 2; ++i) {
+      const int column = (lane % 4 * 2 + i) * 4 + t;
+      const u32 low = __shfl_sync(~0u, b.x, column), high = __shfl_sync(~0u, b.y, column);
+      for (int half = 0; half < 2; ++half) {
+        sum[i] += tile_number(a[0], half) * tile_number(low, half) + tile_number(a[2], half) * tile_number(high, half);
+        sum[2 + i] += tile_number(a[1], half) * tile_number(low, half) + tile_number(a[3], half) * tile_number(high, half);
+      }
+    }
+  }
+}
+#endif
 EMULATED void __syncwarp(u32 mask = 0xffffffffu) { emulator::collective(emulator::SYNC, mask, 0, 0); }
 EMULATED u32 __ballot_sync(u32 mask, int predicate) {
   return (u32)emulator::collective(emulator::BALLOT, mask, predicate != 0, 0);

@@ -7,6 +7,7 @@ bits as the multiplications need.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -25,6 +26,8 @@ _MOST_TILES = 2**32 - 2**20
 _PAIRS = 64
 """Pairs of channels that a block takes at most: more only share its weights."""
 _THREADS = 256
+_STRIPS, _STRIP, _SLICE = 16, 8, 32
+"""On tensor cores: strips of a block, columns of a strip, channels of a block."""
 _ROUNDS = 4
 """Blocks for each one that the GPU has room for: the last ones to finish are short."""
 
@@ -80,6 +83,8 @@ def forward(
     index = x.get_device()
     flags = (residual, silu, flip, other is not None, False)
     options = (x.dtype, weight.dtype, weight.shape[2], flags)
+    if _on_tensor_cores(x.shape, options) and x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.channels_last)
     loaded, _ = _ready(tuple(x.shape), options, index)
     _run(loaded, (x, None, weight, bias, y, None, other), index)
     return y
@@ -112,6 +117,8 @@ def plan(shape: tuple[int, int, int, int], options: Options, device: Device) -> 
             whether the gradient of the weights is asked for.
         device: the GPU.
     """
+    if _on_tensor_cores(shape, options):
+        return *_plan_tensor(shape, options, device), 1
     batch, channels, height, width = shape
     storage, weights, side, (residual, silu, flip, second, gradient) = options
     tall, wide = _tile(height, width, side, most=not (gradient and side > 3 and storage == torch.float32))
@@ -148,17 +155,56 @@ def plan(shape: tuple[int, int, int, int], options: Options, device: Device) -> 
     return Launch(kernel, groups * slices, threads, shared), arguments, groups
 
 
+def _on_tensor_cores(shape: Sequence[int], options: Options) -> bool:
+    """Does the kernel of band matrices take it, and is there enough of it? (depthwise_tensor.cu)"""
+    batch, channels, _, width = shape
+    storage, _, side, (residual, _, _, second, gradient) = options
+    return (
+        side == 7
+        and storage in (torch.bfloat16, torch.float16)
+        and channels % 8 == 0
+        and not (residual or second or gradient)
+        and batch * -(-width // _STRIP) >= 2 * _STRIPS
+    )
+
+
+def _plan_tensor(shape: tuple[int, int, int, int], options: Options, device: Device) -> tuple[Launch, bytes]:
+    batch, channels, height, width = shape
+    storage, weights, side, (_, silu, flip, _, _) = options
+    slices = -(-channels // _SLICE)
+    groups = -(-batch * -(-width // _STRIP) // _STRIPS)
+    # Every part goes through the rows around it once more: no more of them than keep the GPU busy.
+    parts = max(1, min(height // (2 * side), -(-2 * device.multiprocessors // (slices * groups))))
+    rows = -(-height // parts)
+    parts = -(-height // rows)
+    defines = (
+        ("STORAGE", _STORAGE[storage]),
+        ("WEIGHTS", _STORAGE[weights]),
+        ("SIDE", side),
+        ("CHANNELS", channels),
+        ("PAIRS", _SLICE // 2),
+        ("SECOND", 0),
+        ("SILU", int(silu)),
+    )
+    kernel = Kernel("depthwise_tensor.cu", "depthwise_tensor", defines)
+    arguments = _FORMAT.pack(*(0,) * _ADDRESSES, batch, height, width, rows, slices, groups, int(flip), 0)
+    # Two rows of inputs and two of outputs, of 16 bits; an input strip is read with 8 columns around it.
+    shared = 2 * 2 * _SLICE * _STRIPS * (2 * _STRIP + _STRIP)
+    return Launch(kernel, parts * groups * slices, _SLICE // 2 * 32, shared), arguments
+
+
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     bf16, full = torch.bfloat16, torch.float32
     calls = [
         ((256, 96, 56, 56), (bf16, full, 7, (False, True, False, False, False))),
+        ((3, 96, 5, 5), (bf16, full, 7, (False, True, False, False, False))),
         ((256, 64, 56, 56), (bf16, full, 3, (True, False, False, True, False))),
         ((256, 96, 56, 56), (bf16, full, 7, (False, False, False, False, True))),
         ((256, 64, 56, 56), (bf16, full, 3, (False, False, False, True, True))),
     ]
     # The gradient of 49 weights takes all registers there are, and one or two more.
-    hot = (True, True, False, True)
+    hot = (True, True, True, False, True)
     return [
         (plan(shape, options, Device())[0].kernel, flag)
         for (shape, options), flag in zip(calls, hot, strict=True)

@@ -57,6 +57,21 @@ __device__ __forceinline__ float fmax_nan(float a, float b) {
   return r;
 }
 
+#if STORAGE == 1 || STORAGE == 2
+// sum += a b, on tensor cores: a 16 x 16 by rows, b 16 x 8 by columns, both of 16 bits; each lane has its part. By whole warps.
+__device__ __forceinline__ void multiply_tiles(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+#if STORAGE == 1
+#define GSPN2_MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+#define GSPN2_MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+  asm(GSPN2_MULTIPLY " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+#undef GSPN2_MULTIPLY
+}
+#endif
+
 // The same value, of which the compiler knows nothing: what is made from it is made where it is used, and takes no register
 // before.
 __device__ __forceinline__ int opaque(int v) {

@@ -1,0 +1,185 @@
+// Depthwise convolution with a side of 7 of channels_last images of 16 bits on tensor cores, and the gradient of its input.
+//
+// For one channel a row of outputs is the sum over SIDE rows of inputs of a product with a band matrix: 8 neighbouring
+// outputs take 14 neighbouring inputs, out[n] = sum over k of in[k] weight[k - n]. That is a product of 16 x 8 times
+// 16 strips, where a strip is 8 columns of an image. A warp owns two channels of 16 strips and goes down the rows: an input
+// row is multiplied with the SIDE band matrices, which stay in registers, for the SIDE rows of outputs that it reaches, and
+// the sums of those stay in registers until the last row has been. 7 of 16 products are with zeros of a band: a NaN or an
+// infinity reaches up to 8 columns too far.
+//
+// A tensor core wants neighbouring pixels of one channel in a register, memory has neighbouring channels of one pixel: a
+// block brings rows of its strips to shared memory and changes that on the way; results go the same way back.
+//
+// Macros beside those of depthwise.cuh (STORAGE is 1 or 2; TALL, WIDE and PAIRS are not used):
+//   SILU  1: the result goes through x sigmoid(x)
+#define TALL 1
+#define WIDE 1
+#include "depthwise.cuh"
+
+constexpr int STRIPS = 16, STRIP = 8, REACHED = 16;  // strips of a block; columns of a strip, and of its input with two more
+constexpr int SLICE = 32, WARPS = SLICE / 2;         // channels of a block
+constexpr int PLANE = STRIPS * REACHED / 2;          // words of a channel of an input row; of a pair of an output row
+constexpr int INPUT = SLICE * PLANE, OUTPUT = WARPS * PLANE;
+
+struct Sum {
+  float of[4];
+};
+
+// What a thread brings of every row: 8 channels of two neighbouring pixels of the strip that its warp brings.
+struct Bring {
+  const uint4* from;  // the first pixel, of row 0 of the image
+  bool left, right;
+};
+
+__device__ __forceinline__ float silu(float v) {
+#if SILU
+  return v * reciprocal(1.f + exp2_fast(fminf(v * -1.44269502f, 120.f)));
+#else
+  return v;
+#endif
+}
+
+// Strip `number` of all: its image and first column; none: beyond the last one.
+struct Strip {
+  long long image;
+  int column;
+  bool none;
+};
+
+__device__ __forceinline__ Strip strip_of(const Params& p, int number) {
+  const int across = (p.width + STRIP - 1) / STRIP, image = number / across;
+  Strip s;
+  s.image = image;
+  s.column = (number - image * across) * STRIP;
+  s.none = image >= p.batch;
+  return s;
+}
+
+__device__ __forceinline__ u32 weight_bits(const Params& p, int channel, int row, int column) {
+  if (column < 0 || column >= SIDE) return 0u;
+  const int tap = row * SIDE + column;
+  const float v = widen_weight(__ldg(p.weight + channel * TAPS + (p.flip ? TAPS - 1 - tap : tap)));
+  return narrow(make_float2(v, 0.f)) & 0xffffu;
+}
+
+// This thread's part of the band matrix of a row of taps. Input columns come in an order that lets a thread read those it
+// multiplies as 8 bytes.
+__device__ __forceinline__ uint2 band(const Params& p, int channel, int row, int lane) {
+  const int n = lane / 4, k = lane % 4 * 4 - n;
+  return make_uint2(weight_bits(p, channel, row, k) | weight_bits(p, channel, row, k + 1) << 16,
+                    weight_bits(p, channel, row, k + 2) | weight_bits(p, channel, row, k + 3) << 16);
+}
+
+__device__ __forceinline__ void fetch(uint4 (&pixels)[2], const Params& p, const Bring& b, int row) {
+  const bool exists = row >= 0 && row < p.height;
+  const uint4* from = b.from + (long long)row * p.width * (CHANNELS / 8);
+  const uint4 zero = make_uint4(0u, 0u, 0u, 0u);
+  pixels[0] = exists && b.left ? __ldg(from) : zero;
+  pixels[1] = exists && b.right ? __ldg(from + CHANNELS / 8) : zero;
+}
+
+// Planes of channels: (channel, strip, pair of pixels), turned by 8 words for each 8 channels, for the sake of the banks.
+__device__ __forceinline__ void keep_row(u32* input, const uint4 (&pixels)[2], int warp, int lane) {
+  const int eight = lane % 4, pair = lane / 4;
+  u32* to = input + eight * 8 * PLANE + ((warp + eight) * 8 + pair) % PLANE;
+  const u32 a[4] = {pixels[0].x, pixels[0].y, pixels[0].z, pixels[0].w};
+  const u32 b[4] = {pixels[1].x, pixels[1].y, pixels[1].z, pixels[1].w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    to[2 * k * PLANE] = (a[k] & 0xffffu) | b[k] << 16;
+    to[(2 * k + 1) * PLANE] = a[k] >> 16 | (b[k] & 0xffff0000u);
+  }
+}
+
+// A row of the output of the warp's channels: (pair of channels, strip, pixel), turned by 8 words for each 4 pairs.
+__device__ __forceinline__ void keep_output(u32* output, const Sum& first, const Sum& second, int warp, int lane) {
+  const int strip = lane / 4, pixel = lane % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int place = ((strip + 8 * half + warp / 4) * STRIP + pixel) % PLANE;
+    const u32 left = narrow(make_float2(silu(first.of[2 * half]), silu(second.of[2 * half])));
+    const u32 right = narrow(make_float2(silu(first.of[2 * half + 1]), silu(second.of[2 * half + 1])));
+    *(uint2*)(output + warp * PLANE + place) = make_uint2(left, right);
+  }
+}
+
+__device__ __forceinline__ uint4 kept_output(const u32* output, int pixel, int eight) {
+  const u32* from = output + eight * 4 * PLANE + (pixel + 8 * eight) % PLANE;
+  return make_uint4(from[0], from[PLANE], from[2 * PLANE], from[3 * PLANE]);
+}
+
+KERNEL(32 * WARPS, 1) depthwise_tensor(CONSTANT_PARAMS p) {
+  u32* shared = (u32*)shared_memory();  // two rows of inputs, two of outputs
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int slice = blockIdx.x % p.slices, rest = blockIdx.x / p.slices;
+  const int part = rest / p.groups, strips = (rest - part * p.groups) * STRIPS;
+  const int begin = part * p.slots, end = min(begin + p.slots, p.height);
+  const int channel = slice * SLICE + 2 * warp;
+  const bool idle = channel >= CHANNELS;
+
+  Bring bring;
+  uint4* written;  // what this thread writes of row 0: 8 channels of a pixel
+  bool writes;
+  {
+    const int eight = slice * SLICE + lane % 4 * 8;
+    const Strip s = strip_of(p, strips + warp);
+    const int column = s.column - REACH + lane / 4 * 2;
+    const bool there = !s.none && eight < CHANNELS;
+    bring.from = (const uint4*)(p.x + ((s.image * p.height * p.width + column) * CHANNELS + eight) / 2);
+    bring.left = there && column >= 0 && column < p.width;
+    bring.right = there && column + 1 >= 0 && column + 1 < p.width;
+    const int out = s.column + lane / 4;
+    writes = there && out < p.width;
+    written = (uint4*)(p.y + ((s.image * p.height * p.width + out) * CHANNELS + eight) / 2);
+  }
+  uint2 bands[2][SIDE];
+  Sum sums[2][SIDE];
+  float bias[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    bias[c] = p.bias && !idle ? widen_weight(__ldg(p.bias + channel + c)) : 0.f;
+#pragma unroll
+    for (int r = 0; r < SIDE; ++r) {
+      bands[c][r] = idle ? make_uint2(0u, 0u) : band(p, channel + c, r, lane);
+      sums[c][r] = Sum{{bias[c], bias[c], bias[c], bias[c]}};
+    }
+  }
+
+  const int first = max(begin - REACH, 0), last = end + REACH;  // rows of inputs
+  uint4 next[2];
+  fetch(next, p, bring, first);
+  keep_row(shared, next, warp, lane);
+  fetch(next, p, bring, first + 1);
+  // Sums that belong to no row of this block are made and dropped.
+  for (int base = first; base <= last; base += SIDE) {
+#pragma unroll
+    for (int k = 0; k < SIDE; ++k) {
+      const int row = base + k, turn = (row - first) & 1;
+      if (row > last) break;
+      __syncthreads();
+      if (row + 1 < last) {
+        keep_row(shared + (turn ^ 1) * INPUT, next, warp, lane);
+        fetch(next, p, bring, row + 2);
+      }
+      const int done = row - 1 - REACH;  // finished with the row before
+      if (row > first && done >= begin && writes)
+        __stwb(written + (long long)done * p.width * (CHANNELS / 8),
+               kept_output(shared + 2 * INPUT + (turn ^ 1) * OUTPUT, warp * STRIP + lane / 4, lane % 4));
+      if (row == last) break;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int plane = 2 * warp + c;
+        const u32* from = shared + turn * INPUT + plane * PLANE;
+        const int place = (lane / 4 + plane / 8) * 8 + lane % 4 * 2;
+        const uint2 upper = *(const uint2*)(from + place % PLANE), lower = *(const uint2*)(from + (place + 64) % PLANE);
+        if (row < p.height)
+#pragma unroll
+          for (int j = 0; j < SIDE; ++j)
+            multiply_tiles(sums[c][(k + j) % SIDE].of, upper.x, lower.x, upper.y, lower.y, bands[c][SIDE - 1 - j]);
+      }
+      if (row - REACH >= begin) keep_output(shared + 2 * INPUT + turn * OUTPUT, sums[0][k], sums[1][k], warp, lane);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) sums[c][k] = Sum{{bias[c], bias[c], bias[c], bias[c]}};
+    }
+  }
+}
