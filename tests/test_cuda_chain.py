@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: (3e-6, 3e-6), BF16: (2.5e-3, 1.02 * 2**-8), FP16: (4
 
 PROBLEMS = (
     Small(40, 264, channels=5, dtype=BF16, chunk=17),
-    Small(70, 136, channels=6, groups=2, directions=("right", "up"), dtype=FP16, lam=False),
+    Small(70, 136, channels=8, groups=2, directions=("right", "up"), dtype=FP16, lam=False),
     Small(36, 140, channels=3, directions=("down", "left"), gate=False),
     Small(40, 264, channels=3, directions=("up",), dtype=BF16, hidden=True, gate=False),
     Small(150, 40, channels=5, directions=("left",), dtype=BF16, hidden=True, gate=False),

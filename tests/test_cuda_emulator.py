@@ -243,3 +243,35 @@ def test_scratch_memory_is_written_before_it_is_read(wrong: int, byte: int) -> N
 def test_memory_starts_as_nan() -> None:
     y = launch("strays", numbers(8), 8, (16, 400), block=32, shared=400)
     assert y.isnan().all()
+
+
+def relay_race(wrong: int, seed: int = 0) -> Tensor:
+    """Sums of blocks over flags in scratch memory, and what they should be."""
+    x, y = numbers(192), torch.full((64,), torch.nan)
+    problem = Problem(("down",), None, True, 1, 1, 1, 1, 192, torch.float32, "cuda")
+    launches = (
+        Launch(Kernel("planes_backward_start.cu", "planes_backward_start", DEFINES), 1, 256, 0, 1, (3,)),
+        Launch(Kernel(str(HERE / "fixtures.cu"), "relay_race", DEFINES), 3, 64, 0, 1, (wrong,)),
+    )
+    plan = Plan("fixtures", launches, (256, 12))
+    run_plan(plan, problem, {"x": x.view(1, 1, 1, -1), "y": y.view(1, 1, 1, -1)}, seed)
+    return y - x.view(3, 64).sum(0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flags_between_blocks(seed: int) -> None:
+    assert relay_race(0, seed).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (1, "which a block of another cluster wrote"),
+        (2, "wait_flag for 2: at 1, and all earlier clusters have ended"),
+        (3, "which block 1, thread 0 wrote|which a block of another cluster wrote"),
+        (4, "which a block of another cluster wrote"),
+    ],
+)
+def test_flags_that_order_too_little(wrong: int, message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        relay_race(wrong)

@@ -19,12 +19,13 @@
 //               what it computes there goes wrong by one place a line from the outside, and is put right after every
 //               segment by the block that owns it
 //   CLUSTER     1: more than one block in a cluster
+//   WEIGHTS     1: instead of three logits there are two weights, made by planes_backward_weights.cu
 //   CHAIN       1: of SHARED, each channel adds to sums of those before it: planes_backward_chain.cuh; 0: it leaves a part
 // Knobs: 0 direction (its index among the scans), 1 threads of a block's part of a line (a power of two, or whole
 //   warps), 2 elements of a row in scratch planes, 3 blocks of a line, 4 places that each of them owns, 5 channels of
 //   a cluster, 6 sums of a group (CHAIN), 7 first plane, 8 first flag (CHAIN), 9 planes that there is room for the states
 //   of (OWN_STATES).
-// Scratch: 0 lower halves of partial sums of dx, with 16-bit storage, 1 flags (CHAIN), 2 float32 gradients of shared
+// Scratch: 0 lower halves of partial sums of dx, with 16-bit storage, 1 WEIGHTS and then flags (CHAIN), 2 float32 gradients of shared
 //   weights, one part for each cluster of a group or each of its sums: [parts][B][G][3][H][row], if there is more than one;
 //   planes_backward_taps.cu adds them; 3 states that segments begin with, or all (`states_of`), where OWN_STATES.
 #pragma once
@@ -36,6 +37,10 @@
 #ifndef CHAIN
 #define CHAIN 0
 #endif
+#ifndef WEIGHTS
+#define WEIGHTS 0
+#endif
+static_assert(!WEIGHTS || (NORMALIZE && STORAGE == 1), "weights that planes_backward_weights.cu makes");
 
 constexpr int N = PLACES, S = SEGMENT;
 constexpr int SIZE = sizeof(storage_t);
@@ -43,11 +48,12 @@ constexpr int EACH = 16 / SIZE;  // elements of 16 bytes, the unit of asynchrono
 
 // Operands in shared memory. Those of both walks over a segment have two stages, so that the next segment's arrive
 // meanwhile; those of the walk back only are fetched during the walk forward, into one.
-constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DY = TAPS + 3, GATE = DY + 1, HIDDEN = GATE + HAS_GATE;
+constexpr int X = 0, LAM = 1, TAPS = 1 + HAS_LAM, DY = TAPS + (WEIGHTS ? 2 : 3), GATE = DY + 1, HIDDEN = GATE + HAS_GATE;
 // Float32 numbers take two operands beside 16-bit storage: states, and in horizontal scans the gradient of a shared tap
-// that replaces them. Where dx can go to the sums' place, x makes room for the second half of that gradient.
-constexpr bool PARKS_IN_X = HAS_HIDDEN && !OWN_STATES && HORIZONTAL && SHARED && HAS_SUMS && STORAGE != 0;
-constexpr bool WIDE_STATES = STORAGE != 0 && (OWN_STATES || (HORIZONTAL && SHARED && !PARKS_IN_X));
+// that replaces them. Where dx can go to the sums' place, x makes room for the second half of that gradient, or where there
+// are two WEIGHTS only, for that of another one.
+constexpr bool PARKS_IN_X = HAS_HIDDEN && (!OWN_STATES || WEIGHTS) && HORIZONTAL && SHARED && HAS_SUMS && STORAGE != 0;
+constexpr bool WIDE_STATES = STORAGE != 0 && (OWN_STATES || (HORIZONTAL && SHARED && (!PARKS_IN_X || WEIGHTS)));
 constexpr int HIDDENS = !HAS_HIDDEN ? 0 : WIDE_STATES ? 2 : 1;
 constexpr int SUM = HIDDEN + HIDDENS, SUMS = HAS_SUMS ? (STORAGE == 0 ? 1 : 2) : 0, OPERANDS = SUM + SUMS;
 constexpr int DX = PARKS_IN_X ? SUM : X;  // in whose place dx waits until it is written

@@ -50,6 +50,9 @@ struct Chunk {
   Column other[OPERANDS];
 
   __device__ __forceinline__ float at(int op, int n, int e) const { return operand[op].row[n][e]; }
+  __device__ __forceinline__ Taps taps(int n, int e) const {
+    return taps_in(operand[TAPS].row[n], operand[TAPS + 1].row[n], operand[TAPS + 2].row[n], e);
+  }
   __device__ __forceinline__ void put(int op, int e, const float (&v)[N]) { put_column(operand[op], other[op], e, v); }
 };
 

@@ -2,9 +2,12 @@
 #pragma once
 #include "planes_backward_memory.cuh"
 
+__device__ __forceinline__ Taps weights(const Taps& taps, bool has_before, bool has_after) {
+  return WEIGHTS ? taps : tap_weights(taps, has_before, has_after);
+}
 __device__ __forceinline__ void weights(const Thread& t, const Taps (&taps)[N], Taps (&w)[N]) {
 #pragma unroll
-  for (int n = 0; n < N; n++) w[n] = tap_weights(taps[n], has_before(t, n), has_after(t, n));
+  for (int n = 0; n < N; n++) w[n] = weights(taps[n], has_before(t, n), has_after(t, n));
 }
 
 // Weights of one place, and what the gradient of its logits takes besides: 1 - sigmoid(a_k).
@@ -24,7 +27,7 @@ __device__ __forceinline__ Weighed weigh(const Taps& a, bool has_before, bool ha
   const float scale = reciprocal(before + here + after);
   return {{before * scale, here * scale, after * scale}, {d_before * before, d_here * here, d_after * after}};
 #else
-  return {tap_weights(a, has_before, has_after), {0.f, 0.f, 0.f}};
+  return {weights(a, has_before, has_after), {0.f, 0.f, 0.f}};
 #endif
 }
 __device__ __forceinline__ void weigh(const Thread& t, const Taps (&taps)[N], Weighed (&w)[N]) {

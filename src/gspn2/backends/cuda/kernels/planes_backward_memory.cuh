@@ -15,6 +15,15 @@ __device__ __forceinline__ float element(const u32* words, int i) {
 #endif
 }
 
+// The same of weights, which are float16 beside 16-bit storage.
+__device__ __forceinline__ float weight_element(const u32* words, int i) {
+#if STORAGE == 0
+  return __uint_as_float(words[i]);
+#else
+  return __half2float(__ushort_as_half((unsigned short)(i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu)));
+#endif
+}
+
 #if STORAGE != 0
 // Two neighbours, the lower address first.
 __device__ __forceinline__ u32 narrow_pair(float low, float high) {
@@ -36,6 +45,18 @@ struct Packed {
 
   __device__ __forceinline__ float operator[](int i) const { return element(words, i); }
 };
+
+// Element i of the operands that taps are in: as they are stored, or with WEIGHTS the three weights.
+template <int COUNT>
+__device__ __forceinline__ Taps taps_in(const Packed<COUNT>& first, const Packed<COUNT>& second,
+                                        [[maybe_unused]] const Packed<COUNT>& third, int i) {
+#if WEIGHTS
+  const float before = weight_element(first.words, i), after = weight_element(second.words, i);
+  return {before, 1.f - before - after, after};
+#else
+  return {first[i], second[i], third[i]};
+#endif
+}
 
 template <int COUNT>
 __device__ __forceinline__ void narrow_all(Packed<COUNT>& packed, const float (&v)[COUNT]) {
@@ -78,6 +99,9 @@ __device__ __forceinline__ const unsigned char* source_of(const Params& p, int o
   const int d = p.knobs[0];
   if (op == X) return plane_of(p.x, b, 0, c, 0);
   if (HAS_LAM && op == LAM) return plane_of(p.lam, b, d, c, 0);
+#if WEIGHTS
+  if (op < DY) return (unsigned char*)p.scratch[1] + (((long long)b * p.groups + group) * 2 + op - TAPS) * p.height * p.knobs[2] * SIZE;
+#endif
   if (op < DY) return plane_of(p.taps, b, d, group, op - TAPS);
   if (op == DY) return plane_of(p.dy, b, 0, c, 0);
   if (HAS_GATE && op == GATE) return plane_of(p.gate, b, d, c, 0);
@@ -88,7 +112,7 @@ __device__ __forceinline__ const unsigned char* source_of(const Params& p, int o
 __device__ __forceinline__ int source_pitch(const Params& p, int op) {
   if (op == X) return (int)p.x.h;
   if (HAS_LAM && op == LAM) return (int)p.lam.h;
-  if (op < DY) return (int)p.taps.h;
+  if (op < DY) return WEIGHTS ? p.knobs[2] : (int)p.taps.h;
   if (op == DY) return (int)p.dy.h;
   if (HAS_GATE && op == GATE) return (int)p.gate.h;
   if (HAS_HIDDEN && op < SUM) return OWN_STATES ? p.knobs[2] : (int)p.y.h;

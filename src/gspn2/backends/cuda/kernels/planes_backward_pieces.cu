@@ -43,9 +43,11 @@ __device__ __forceinline__ void read_states(const Work& w, const Thread& t, int 
 // The gradient of a weight that channels share is float32: with 16-bit storage, upper and lower halves in the places of
 // two operands that are done with.
 __device__ constexpr int upper_of(int k) {
-  return STORAGE == 0 ? TAPS + k : k == 0 ? TAPS : k == 1 ? TAPS + 2 : HIDDEN;
+  return STORAGE == 0 ? TAPS + k : k == 0 ? TAPS : k == 2 ? HIDDEN : WEIGHTS ? X : TAPS + 2;
 }
-__device__ constexpr int lower_of(int k) { return k == 0 ? TAPS + 1 : k == 1 ? DY : PARKS_IN_X ? X : HIDDEN + 1; }
+__device__ constexpr int lower_of(int k) {
+  return k == 0 ? TAPS + 1 : k == 1 ? DY : PARKS_IN_X && !WEIGHTS ? X : HIDDEN + 1;
+}
 __device__ constexpr bool is_parked(int op) {
   const bool instead = op == DY || is_state(op) || (PARKS_IN_X && op == X);
   return SHARED && WANTS_TAPS && ((op >= TAPS && op < DY) || (STORAGE != 0 && instead));
@@ -204,7 +206,7 @@ __device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thre
 #pragma unroll
   for (int k = EACH - 1; k >= 0; k--) {
     const int e = RISING ? EACH - 1 - k : k;
-    weight[e] = weigh({c.at(TAPS, 0, e), c.at(TAPS + 1, 0, e), c.at(TAPS + 2, 0, e)}, t.has_before, t.has_after);
+    weight[e] = weigh(c.taps(0, e), t.has_before, t.has_after);
     if (RESTARTS) {
       restarts |= (phase == 0) << e;
       phase = phase == 0 ? p.chunk - 1 : phase - 1;

@@ -25,7 +25,7 @@ __device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thre
 #if HAS_LAM
     u[e] *= c.at(LAM, 0, e);
 #endif
-    weight[e] = tap_weights({c.at(TAPS, 0, e), c.at(TAPS + 1, 0, e), c.at(TAPS + 2, 0, e)}, t.has_before, t.has_after);
+    weight[e] = weights(c.taps(0, e), t.has_before, t.has_after);
   }
   float states[EACH];
 #pragma unroll

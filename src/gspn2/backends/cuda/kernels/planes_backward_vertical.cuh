@@ -72,7 +72,7 @@ struct Line {
   Edges edges;
 
   __device__ __forceinline__ Taps taps(int n) const {
-    return {operand[TAPS][n], operand[TAPS + 1][n], operand[TAPS + 2][n]};
+    return taps_in(operand[TAPS], operand[TAPS + 1], operand[TAPS + 2], n);
   }
 };
 

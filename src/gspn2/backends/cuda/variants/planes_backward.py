@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..geometry import Case, Kernel, Launch, Plan, View, options
 from . import planes_backward_pieces
 from .planes_backward_pieces import Pieces, Walk
@@ -38,6 +40,9 @@ POINTERS = 2 * 8 * 10
 
 BARRIERS = 32
 """Bytes of those that count what blocks of a line send each other, and of those of a chain."""
+
+WEIGHING = 4
+"""Channels of a group at least for which weights are made once."""
 
 CHAINED_LINES = 512
 """Lines at least where channels add to each other's sums: each is some lines behind the one before."""
@@ -90,12 +95,15 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
     launches: list[Launch] = []
     kept = parts = states = flags = 0
     room = _room_for_states(case)
+    weights = _bytes_of_weights(case)
+    first_flag = weights // 4
     reasons = ["gradients of planes, one direction after another"]
     for index, direction in enumerate(problem.directions):
         cut = (choice or {}).get(direction) or _best_pieces(case, direction) or _best(case, direction)
         assert cut is not None
         if isinstance(cut, tuple):
-            launches += planes_backward_pieces.launches(case, index, cut, flags, room)
+            launches += _weights(case, index)
+            launches += planes_backward_pieces.launches(case, index, cut, first_flag + flags, room)
             reasons += planes_backward_pieces.reasons(direction, cut)
             flags += problem.batch * problem.channels * cut[-1].strips * (_chains(case) > 0)
             if len(cut) > 1:
@@ -110,7 +118,18 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             segments = -(-cut.sizes.lines // cut.segment)
             kept = max(kept, problem.batch * problem.channels * segments * line)
         chains = _chains(case) if _is_chained(case, cut) else 0
-        knobs = (index, cut.width, _row(case), cut.strips, cut.own, cut.together, chains, 0, flags)
+        knobs = (
+            index,
+            cut.width,
+            _row(case),
+            cut.strips,
+            cut.own,
+            cut.together,
+            chains,
+            0,
+            first_flag + flags,
+        )
+        launches += _weights(case, index)
         kernel = Kernel(SOURCE, FUNCTION, _defines(case, cut))
         threads = cut.threads + WARP * (chains > 0)
         launches.append(Launch(kernel, cut.blocks, threads, cut.shared, cut.cluster, knobs))
@@ -125,11 +144,12 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
         )
     plane = 4 * problem.batch * problem.height * _row(case)
     sums = plane // 2 * problem.channels if _has_partial_sums(case) else 0  # the other half is in dx
-    scratch = (sums, 4 * flags, parts * 3 * plane * problem.groups, max(kept, states))
+    scratch = (sums, weights + 4 * flags, parts * 3 * plane * problem.groups, max(kept, states))
     if flags:
         start = Kernel("planes_backward_start.cu", "planes_backward_start", options(case))
         launches.insert(
-            0, Launch(start, min(-(-flags // 256), case.device.multiprocessors), 256, 0, 1, (flags,))
+            0,
+            Launch(start, min(-(-flags // 256), case.device.multiprocessors), 256, 0, 1, (flags, first_flag)),
         )
     return Plan(NAME, tuple(launches), scratch, tuple(reasons))
 
@@ -143,6 +163,7 @@ def walks(case: Case, direction: str) -> list[Walk]:
         shared=_sums_channels(case),
         row=_row(case),
         chains=_chains(case),
+        weights=_has_weights(case),
     )
 
 
@@ -151,6 +172,34 @@ def _best_pieces(case: Case, direction: str) -> tuple[Pieces, ...] | None:
     if direction in ("down", "up"):
         return None
     return planes_backward_pieces.best(case, walks(case, direction))
+
+
+def _has_weights(case: Case) -> bool:
+    """Are weights made from logits once for all channels that share them, by a launch of their own?
+
+    They are float16, which is finer than bfloat16 logits are, and no finer than float16 ones.
+    """
+    problem = case.problem
+    several = len(problem.directions) > 1 and problem.normalize and problem.dtype == torch.bfloat16
+    return several and _chains(case) > 0 and problem.channels // problem.groups >= WEIGHING
+
+
+def _bytes_of_weights(case: Case) -> int:
+    problem = case.problem
+    places = problem.batch * problem.groups * problem.height * _row(case)
+    return 2 * case.itemsize * places * _has_weights(case)
+
+
+def _weights(case: Case, index: int) -> list[Launch]:
+    """The launch that makes them, if there is one."""
+    if not _has_weights(case):
+        return []
+    problem = case.problem
+    kernel = Kernel("planes_backward_weights.cu", "planes_backward_weights", options(case))
+    blocks = -(
+        -problem.batch * problem.groups * problem.height * problem.width * case.itemsize // (UNIT * 256)
+    )
+    return [Launch(kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, 1, (index, _row(case)))]
 
 
 def _add_parts(case: Case, index: int, parts: int) -> Launch:
@@ -184,7 +233,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         | {"SHARED": 1, "CLUSTER": 1},
         many | {"SEGMENT": 4, "THREADS": 160, "MIN_BLOCKS": 2, "SHARED": 1, "SPLIT": 1, "CLUSTER": 1},
         many | {"SEGMENT": 4, "THREADS": 320, "SHARED": 1, "HAS_HIDDEN": 1, "CHAIN": 1},
-        many | {"SEGMENT": 6, "THREADS": 320, "SHARED": 1, "CHAIN": 1},
+        many | {"SEGMENT": 6, "THREADS": 320, "SHARED": 1, "CHAIN": 1, "WEIGHTS": 1},
     ]
     cold = [
         many | {"PLACES": 8, "THREADS": 32, "MIN_BLOCKS": 1, "WIDE": 0},
@@ -196,8 +245,12 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     found += [(Kernel(SOURCE, FUNCTION, tuple(macros.items())), False) for macros in cold]
     found += planes_backward_pieces.representative_kernels()
     storage = tuple((name, scan[name]) for name in ("STORAGE", "NORMALIZE", "HAS_LAM", "HAS_GATE"))
-    small = ("planes_backward_taps", "planes_backward_start")
-    return [*found, *((Kernel(f"{name}.cu", name, storage), False) for name in small)]
+    logits = tuple((name, many[name]) for name, _ in storage)
+    small = (("taps", storage), ("start", storage), ("weights", logits))
+    return [
+        *found,
+        *((Kernel(f"planes_backward_{n}.cu", f"planes_backward_{n}", macros), False) for n, macros in small),
+    ]
 
 
 @dataclass(frozen=True)
@@ -341,7 +394,7 @@ def _row(case: Case) -> int:
 
 def _units(case: Case, horizontal: bool) -> int:
     """Stages of all operands together, as UNITS in the kernel."""
-    both = 4 + ("lam" in case.views)
+    both = 4 + ("lam" in case.views) - (_has_weights(case) and not horizontal)
     sums = 0 if len(case.problem.directions) == 1 else 1 if case.itemsize == 4 else 2
     back = 1 + ("gate" in case.views) + sums
     return 2 * (both + back + 1) if _has_hidden(case, horizontal) else 2 * both + back
@@ -562,4 +615,5 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("SPLIT", int(cut.strips > 1)),
         ("CLUSTER", int(cut.cluster > 1)),
         ("CHAIN", int(chained)),
+        ("WEIGHTS", int(chained and _has_weights(case))),
     )

@@ -41,6 +41,7 @@ class Walk:
         shared: the gradient of taps is left in parts, to be summed over channels.
         row: elements of a row in scratch memory.
         chains: sums of a group that channels add to one after another; 0 where each leaves its part.
+        weights: two weights are read instead of three logits.
     """
 
     direction: str
@@ -49,6 +50,7 @@ class Walk:
     shared: bool
     row: int
     chains: int = 0
+    weights: bool = False
 
     def states(self, case: Case) -> int:
         """Operands that hold states: a float32 number is two halves beside 16-bit storage.
@@ -59,11 +61,12 @@ class Walk:
         if self.forward:
             return 0
         alone = len(case.problem.directions) == 1
-        return 2 if (self.own_states or (self.shared and alone)) and case.itemsize < 4 else 1
+        wide = self.own_states or (self.shared and (alone or self.weights))
+        return 2 if wide and case.itemsize < 4 else 1
 
     def operands(self, case: Case) -> int:
         """OPERANDS of the kernel, or USED of them."""
-        read = 4 + ("lam" in case.views)
+        read = 4 + ("lam" in case.views) - self.weights
         if self.forward:
             return read
         sums = 0 if len(case.problem.directions) == 1 else 4 // case.itemsize
@@ -94,7 +97,14 @@ class Pieces:
 
 
 def walks(
-    case: Case, direction: str, *, at_hand: bool, shared: bool, row: int, chains: int = 0
+    case: Case,
+    direction: str,
+    *,
+    at_hand: bool,
+    shared: bool,
+    row: int,
+    chains: int = 0,
+    weights: bool = False,
 ) -> list[Walk]:
     """What one direction takes.
 
@@ -102,12 +112,12 @@ def walks(
         at_hand: forward kept the states.
         shared: the gradient of taps is a sum over channels.
         row: elements of a row in scratch memory.
-        chains: as of `Walk`.
+        chains, weights: as of `Walk`.
     """
     found = []
     if not at_hand and ("dtaps" in case.views or "dgate" in case.views):
-        found.append(Walk(direction, True, True, False, row))
-    return [*found, Walk(direction, False, not at_hand, shared, row, chains)]
+        found.append(Walk(direction, True, True, False, row, 0, weights))
+    return [*found, Walk(direction, False, not at_hand, shared, row, chains, weights)]
 
 
 def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
@@ -196,7 +206,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         (kernel(0, 0, 160, 128, 1, **cluster), True),
         (kernel(0, 1, 256, 64, 1, **four), True),
         (kernel(0, 1, 288, 64, 1, **four, SHARED=1, REVERSED=1), True),
-        (kernel(0, 1, 288, 64, 1, **four, SHARED=1, CHAIN=1), True),
+        (kernel(0, 1, 192, 64, 1, **four, MIN_BLOCKS=2, SHARED=1, CHAIN=1, WEIGHTS=1), True),
         (kernel(0, 1, 192, 64, 1, **{**four, "OWN_STATES": 0}, MIN_BLOCKS=2, SHARED=1, CHAIN=1), True),
         (kernel(1, 1, 256, 64, 2, NORMALIZE=1), True),
         (kernel(1, 1, 160, 64, 2, MIN_BLOCKS=2, NORMALIZE=1, **cluster), True),
@@ -288,5 +298,6 @@ def _kernel(case: Case, cut: Pieces) -> Kernel:
         "PIECE": cut.piece,
         "BUFFERS": cut.buffers,
         "CHAIN": int(walk.chains > 0),
+        "WEIGHTS": int(walk.weights),
     }
     return Kernel(*_source(walk.forward), tuple(macros.items()))
