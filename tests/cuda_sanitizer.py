@@ -126,9 +126,9 @@ def main() -> int:
     parser.add_argument("--every-lane-arrives", action="store_true", help="a build for racecheck")
     args = parser.parse_args()
     if args.every_lane_arrives:
-        from gspn2.backends.cuda import launch
+        from gspn2.backends.cuda import plan
 
-        launch.choose = every_lane_arrives(launch.choose)
+        plan.choose = every_lane_arrives(plan.choose)
     if args.compile:
         return compile_all(args.variants.split(","))
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
@@ -203,7 +203,7 @@ def calls(
         yield variant, operator.__name__, partial(operator, uploaded, problem, hidden)
 
 
-def every_lane_arrives(choose: Callable[[PlannerCase], Plan]) -> Callable[[PlannerCase], Plan]:
+def every_lane_arrives(choose: Callable[..., Plan]) -> Callable[..., Plan]:
     """Plans whose kernels meet at an mbarrier lane by lane."""
 
     def built(launch: Launch) -> Launch:
@@ -212,11 +212,11 @@ def every_lane_arrives(choose: Callable[[PlannerCase], Plan]) -> Callable[[Plann
         defines = (*launch.kernel.defines, ("EVERY_LANE_ARRIVES", 1))
         return replace(launch, kernel=replace(launch.kernel, defines=defines))
 
-    def plan(case: PlannerCase) -> Plan:
-        found = choose(case)
+    def chosen(case: PlannerCase, variant: str | None = None) -> Plan:
+        found = choose(case, variant)
         return replace(found, launches=tuple(map(built, found.launches)))
 
-    return plan
+    return chosen
 
 
 class Planned(Exception):
