@@ -86,11 +86,15 @@ void check_cell(Cell& c, Access access, const void* here, const void* p, const B
   memset(c.read_epochs, 0, sizeof c.read_epochs);
 }
 
-// The thread of this cluster that has waited for a flag raised after the latest write to a cell, or null.
+// The thread of this cluster that has waited for a flag raised after the latest write to a cell, or null. Of several, one
+// that this thread has met since.
 const Waited* handed_over(const Cell& c) {
-  for (const Waited& w : waited)
-    if (w.raised.cluster == c.cluster && w.raised.clock[c.writer] >= c.write_epoch) return &w;
-  return nullptr;
+  const Waited* found = nullptr;
+  for (const Waited& w : waited) {
+    if (w.raised.cluster != c.cluster || w.raised.clock[c.writer] < c.write_epoch) continue;
+    if (!found || known(*self(), w.by, w.epoch)) found = &w;
+  }
+  return found;
 }
 
 // Clusters run one after another here, at once on a device: nothing but flags orders them.
