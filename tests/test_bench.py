@@ -312,6 +312,19 @@ def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert ahead.compile_all(cases, 0, jobs=2) == (len(found), 0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they compile")
+def test_models_that_do_not_compile_are_no_error() -> None:
+    """Those that a run always measures are compiled ahead; here none can be."""
+    device = torch.device("cuda")
+    wanted = [it for it in case.parts()["models"].cases(device) if it.compiled and not it.extra]
+    assert {it.name for it in wanted} >= {
+        "T, 224 pixels, compiled inference",
+        "T, 224 pixels, compiled training",
+    }
+    assert ahead._does_not_compile((wanted[0].key, 0))
+    assert ahead.compile_models([it for it in case.parts()["ladder"].cases(device)]) == (0, 0)
+
+
 def any_device(index: int) -> Device:
     return Device()
 
@@ -357,6 +370,7 @@ def test_a_lost_process_is_started_anew(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return SimpleNamespace(returncode=int(any(results.broken(row) for row in content["cases"])))
 
     monkeypatch.setattr(ahead, "compile_all", lambda cases, index: (3, 0))
+    monkeypatch.setattr(ahead, "compile_models", lambda cases: (2, 1))
     monkeypatch.setattr(command_module.subprocess, "run", process)
     assert command_module._supervise([], path, 0.0) == 1
     assert ["--resume" in command for command in commands] == [False, True]

@@ -1,11 +1,13 @@
-"""Compile every CUDA kernel that a run will launch before it starts, on all cores at once.
+"""Compile what a run needs before it starts, on all cores at once.
 
-The cases are run on tensors without memory, and what the planner decides for each call is noted. What fails
-here is told again by the case that needs it.
+CUDA kernels: the cases are run on tensors without memory, and what the planner decides is noted.
+Models that go through torch.compile: each is called once in a process of its own, which leaves the result in
+PyTorch's cache on disk. What fails here is told again by the case that needs it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -24,7 +26,7 @@ from ..backends.cuda.geometry import Case as PlannerCase
 from ..backends.cuda.geometry import Device, Kernel, View
 from ..ops.propagate import _problem
 from . import launches
-from .case import Case, Contender
+from .case import Case, Contender, parts
 
 
 class Recorder(TorchDispatchMode):
@@ -107,12 +109,51 @@ def compile_all(cases: Sequence[Case], index: int, jobs: int | None = None) -> t
     """Compile for a device; returns how many kernels there are and how many failed."""
     global _cases
     _cases = cases
+    device = driver.device(index)
     with _workers(jobs) as pool:
-        # Asked by a worker: processes that start with CUDA in use could not use it.
-        device = pool.submit(driver.device, index).result()
         wanted = dict.fromkeys(it for found in _noted(pool, cases, device) for it in found)
         failed = sum(pool.map(partial(_fails, device.capability), wanted))
     return len(wanted), failed
+
+
+COMPILER_CORES = 4
+"""That a model of torch.compile keeps busy."""
+
+
+def compile_models(cases: Sequence[Case], jobs: int | None = None) -> tuple[int, int]:
+    """Fill the cache of torch.compile; returns how many models there are and how many failed.
+
+    Cases that may be left out compile their models themselves, when their turn comes.
+    """
+    device = torch.device("cuda")
+    wanted = [
+        (case.key, number)
+        for case in cases
+        if case.compiled and not case.extra
+        for number in range(len(case.contenders(device)))
+    ]
+    if not wanted:
+        return 0, 0
+    jobs = jobs or max(1, (os.cpu_count() or 1) // COMPILER_CORES)
+    # New processes: one that has asked for a GPU cannot leave it to those that it forks.
+    with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=get_context("spawn")) as pool:
+        failed = sum(pool.map(_does_not_compile, wanted))
+    return len(wanted), failed
+
+
+def _does_not_compile(which: tuple[str, int]) -> bool:
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(COMPILER_CORES)
+    device = torch.device("cuda")
+    key, number = which
+    try:
+        (case,) = (it for part in parts().values() for it in part.cases(device) if it.key == key)
+        for it in case.contenders(device)[number].make().values():
+            it.work.call(0)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception:
+        return True
+    return False
 
 
 _cases: Sequence[Case] = ()

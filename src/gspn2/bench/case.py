@@ -60,6 +60,7 @@ class Case:
         rounds: samples of each number, or None for the run's.
         seconds: about what it takes, so that a run with a limit does not begin what it cannot end.
         host: measured on the CPU, whatever the run's device is.
+        compiled: its contenders go through torch.compile, which takes them long enough to be done ahead.
         derive: contenders' rows that follow from the measured ones, which it is given.
     """
 
@@ -71,6 +72,7 @@ class Case:
     rounds: int | None = None
     seconds: float = 10.0
     host: bool = False
+    compiled: bool = False
     derive: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda rows: []
 
     @property

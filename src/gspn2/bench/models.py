@@ -104,9 +104,10 @@ def _case(name: str, models: tuple[str, ...], settings: list[Setting], extra: bo
     def contenders(device: torch.device) -> list[Contender]:
         return [Contender(it, lambda it=it: _model(it, settings, device)) for it in models]  # type: ignore[misc]
 
-    seconds = (60.0 if settings[0].train else 25.0) if settings[0].compiled else 4.0
+    compiled = settings[0].compiled
+    seconds = (60.0 if settings[0].train else 25.0) if compiled else 4.0
     seconds *= len(models)
-    return Case("models", name, facts, contenders, extra=extra, rounds=5, seconds=seconds)
+    return Case("models", name, facts, contenders, extra=extra, rounds=5, seconds=seconds, compiled=compiled)
 
 
 def _proxies(setting: Setting, extra: bool = False) -> Case:

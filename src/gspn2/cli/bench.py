@@ -161,6 +161,10 @@ def _supervise(cases: list[Case], path: Path, began: float) -> int:
     count, failed = ahead.compile_all(cases, 0)
     told = f", {failed} do not compile" if failed else ""
     print(f"{count} kernels ready after {time.monotonic() - began:.0f} s{told}", flush=True)
+    models, failed = ahead.compile_models(cases)
+    if models:
+        told = f", {failed} do not compile" if failed else ""
+        print(f"{models} models compiled after {time.monotonic() - began:.0f} s{told}", flush=True)
     command = [sys.executable, "-m", "gspn2", *_typed(), "--in-process", str(began)]
     code, before = DONE, -1
     for attempt in range(MOST_RESTARTS):
