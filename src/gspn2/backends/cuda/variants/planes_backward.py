@@ -26,11 +26,11 @@ GRADIENTS = ("dx", "dtaps", "dlam", "dgate")
 
 WARP = 32
 
-SCRATCH = 0.55
-"""Scratch memory beside inputs and gradients, that the states of horizontal scans make room for."""
+SCRATCH = 0.25
+"""Of the memory of all tensors, what scratch may take: horizontal scans take fewer planes at once for it."""
 
-MOST_WAVES = 4
-"""Launches that horizontal scans are cut into for that."""
+MOST_WAVES = 3
+"""Launches that they are cut into at most: with fewer planes multiprocessors would be idle."""
 
 UNIT = 16
 """Bytes of an asynchronous copy; rows start at multiples of it."""
@@ -356,21 +356,21 @@ def _is_chained(case: Case, cut: Cut) -> bool:
 def _room_for_states(case: Case) -> int:
     """Planes whose states are in memory at a time: horizontal scans take so many in a launch.
 
-    All of them, if that is not too much beside inputs and gradients.
+    All of them, if scratch memory then is `SCRATCH` of all tensors.
     """
-    problem, views = case.problem, case.views
-    planes, groups = problem.batch * problem.channels, problem.batch * problem.groups
-    scans = len(problem.directions)
-    plane = problem.height * _row(case)
-    names = [name for name in views if name != "y"]
-    images = sum(name in ("x", "dy", "dx") for name in names)
-    images += scans * sum(name in ("lam", "gate", "dlam", "dgate") for name in names)
-    tensors = images * planes + 3 * scans * groups * sum(name in ("taps", "dtaps") for name in names)
-    rest = (planes // 2 if _has_partial_sums(case) else 0) * 4 + 12 * _chains(case) * groups
-    room = int(SCRATCH * tensors * case.itemsize - rest) // 4
-    least = -(-planes // MOST_WAVES)
-    waves = -(-planes // max(room, least))
-    return -(-planes // waves) if plane * planes * 4 > case.device.cache else planes
+    problem, planes = case.problem, case.problem.batch * case.problem.channels
+    plane = 4 * problem.height * _row(case)
+    if plane * planes <= case.device.cache:
+        return planes
+    tensors = planes  # the output
+    for name in case.views.keys() - {"y"}:
+        count = 3 * problem.batch * problem.groups if name in ("taps", "dtaps") else planes
+        tensors += count if name in ("x", "dy", "dx") else count * len(problem.directions)
+    rest = plane // 2 * planes * _has_partial_sums(case) + _bytes_of_weights(case)
+    rest += 3 * plane * problem.batch * problem.groups * _chains(case)
+    room = int(SCRATCH * tensors * problem.height * problem.width * case.itemsize - rest) // plane
+    waves = -(-planes // max(room, -(-planes // MOST_WAVES)))
+    return -(-planes // waves)
 
 
 def _has_hidden(case: Case, horizontal: bool) -> bool:
