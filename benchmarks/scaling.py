@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py
 
 One launch measures 1, 2, 4 ... GPUs, up to as many as there are processes, in turn: forward, loss, backward
-with DDP over NCCL and a step of AdamW in bfloat16 mixed precision, on images that lie on the device, eager
-and compiled, with the same number of images for every GPU. Efficiency is over one GPU of the same launch.
+over NCCL and a step of AdamW in bfloat16 mixed precision, on images that lie on the device, eager and
+compiled, with the same number of images for every GPU. Efficiency is over one GPU of the same launch.
+Replicas (DDP) and, on all GPUs, shares (FSDP) are made by what `gspn2 train` makes them with.
 Before that it checks that several processes learn what one does: the same losses, in float32 and at the same
 global batch, within rounding.
 
@@ -20,26 +21,31 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import gspn2.models  # noqa: F401  (registers them with timm)
 from gspn2.bench import about
+from gspn2.training.distributed import World, replicated
+from gspn2.training.sharding import compile_shares, shard
 
+BEGAN = time.perf_counter()
 RESULTS = Path(__file__).resolve().parent / "results"
 EFFICIENCY = {4: 0.92}
 """What is asked for, by GPUs."""
 LOSS_TOLERANCE = 1e-3
 """Relative, of the loss of any step: what a different order of float32 sums comes to after a few of AdamW."""
 STEPS, CLASSES = 6, 1000
+PARTS = ("losses", "eager", "compiled")
+WAYS = ("alone", "replicas", "shares", "whole")
 
 Step = Callable[[], Tensor]
 
@@ -66,9 +72,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--same-batch", type=int, default=32, help="images in all where losses are compared")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="training steps of a round")
-    parser.add_argument("--no-compile", action="store_true", help="eager only")
+    parser.add_argument("--parts", type=names(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--ways", type=names(WAYS), default=WAYS, help=f"some of {','.join(WAYS)}")
     parser.add_argument("--out", type=Path, default=RESULTS / "h200" / "scaling.json")
     return parser.parse_args()
+
+
+def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """Some of the known, with commas between."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        given = tuple(text.split(","))
+        if not set(given) <= set(known):
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {text!r}")
+        return given
+
+    return parse
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> int:
@@ -76,7 +95,10 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> int:
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= dist.get_world_size()]
     groups = {size: dist.new_group(list(range(size))) for size in sizes}
     result: dict[str, Any] = {
-        "machine": about.machine(device, f"torchrun --nproc-per-node {dist.get_world_size()} {command()}"),
+        "machine": {
+            **about.machine(device, f"torchrun --nproc-per-node {dist.get_world_size()} {command()}"),
+            "gpus": dist.get_world_size(),
+        },
         "complete": False,
         "section": "scaling",
         "model": arguments.model,
@@ -86,48 +108,79 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> int:
         "rounds": arguments.rounds,
         "cases": [],
     }
-    result["losses"] = losses(arguments, device, groups)
-    save(result, arguments.out)
-    for compiled in (False, True)[: 1 if arguments.no_compile else 2]:
-        # Compiled once for all numbers of GPUs: DDP wraps what is compiled.
-        module = model(arguments, device)
-        runner: nn.Module = torch.compile(module) if compiled else module  # type: ignore[assignment]
-        for size, group in groups.items():
-            row = timed(arguments, device, runner, size, group)
+    if "losses" in arguments.parts:
+        result["losses"] = losses(arguments, device, groups)
+        save(result, arguments.out)
+    for compiled in (part == "compiled" for part in arguments.parts if part != "losses"):
+        for how, module, size in ways(arguments, device, compiled, sizes):
+            row: dict[str, Any] = {"gpus": size, "compiled": compiled, "how": how}
+            row |= timed(arguments, device, module, how, size, groups[size], compiled)
             first = next((it for it in result["cases"] if it["compiled"] == compiled), row)
-            row |= {"gpus": size, "compiled": compiled}
             row["efficiency"] = row["images_per_s"] / size / first["images_per_s"]
-            if size in EFFICIENCY and device.type == "cuda":
+            if size in EFFICIENCY and device.type == "cuda" and how != "shares":
                 row |= {"target": EFFICIENCY[size], "met": row["efficiency"] >= EFFICIENCY[size]}
             result["cases"].append(row)
-            say(f"{size} x {'compiled' if compiled else 'eager'}: {row}")
+            say(f"{time.perf_counter() - BEGAN:.0f} s: {row}")
             save(result, arguments.out)
     result["complete"] = True
     save(result, arguments.out)
-    return 0 if result["losses"]["same"] else 1
+    return 0 if result.get("losses", {"same": True})["same"] else 1
 
 
-def model(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
+def ways(
+    arguments: argparse.Namespace, device: torch.device, compiled: bool, sizes: list[int]
+) -> Iterator[tuple[str, nn.Module, int]]:
+    """How gradients are averaged, the model for it and the number of GPUs, one case after the other.
+
+    "alone": one GPU. "replicas": DDP, as in training; compiled, the graph is cut at DDP's buckets, so that
+    they travel while others are computed. "shares": FSDP. "whole": compiled, the graph of one GPU, which ends
+    before the first bucket travels.
+    """
+    module = model(arguments, device)
+    runner: nn.Module = torch.compile(module) if compiled else module  # type: ignore[assignment]
+    asked = arguments.ways
+    if "alone" in asked:
+        yield "alone", runner, 1
+    for size in sizes[1:]:
+        if "replicas" in asked:
+            yield "replicas", runner, size
+    if sizes[-1] > 1 and "shares" in asked:
+        yield "shares", model(arguments, device, torch.contiguous_format), sizes[-1]
+    for size in sizes[1:]:
+        if compiled and "whole" in asked:
+            yield "whole", runner, size
+
+
+def model(
+    arguments: argparse.Namespace, device: torch.device, layout: torch.memory_format = torch.channels_last
+) -> nn.Module:
     """The same weights on every rank."""
     torch.manual_seed(0)
     with device:
         made: nn.Module = timm.create_model(arguments.model, num_classes=CLASSES)
-    return made.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    return made.to(memory_format=layout).train()  # type: ignore[call-overload]
 
 
 def timed(
     arguments: argparse.Namespace,
     device: torch.device,
     module: nn.Module,
+    how: str,
     size: int,
     group: dist.ProcessGroup | None,
+    compiled: bool,
 ) -> dict[str, Any]:
     """Images per second of `size` GPUs; the ranks beyond them wait."""
     member = dist.get_rank() < size
-    step = stepper(arguments, device, module, group if size > 1 else None) if member else None
+    before = time.perf_counter()
+    step = stepper(arguments, device, module, how, group, compiled) if member else None
     for _ in range(3):
         if step is not None:
             step()
+    synchronize(device)
+    warm_up = time.perf_counter() - before
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     samples = []
     for _ in range(arguments.rounds):
         synchronize(device)
@@ -138,6 +191,7 @@ def timed(
                 step()
         synchronize(device)
         samples.append(agree(time.perf_counter() - begin if member else 0.0) / arguments.steps)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     del step
     gc.collect()  # DDP's hooks must not be there when the next number of GPUs wraps the same parameters.
     seconds = statistics.median(samples)
@@ -145,17 +199,27 @@ def timed(
         "ms": 1e3 * seconds,
         "fastest_ms": 1e3 * min(samples),
         "images_per_s": size * arguments.batch / seconds,
+        "peak_bytes": peak,
+        "warm_up_s": warm_up,
     }
 
 
 def stepper(
-    arguments: argparse.Namespace, device: torch.device, module: nn.Module, group: dist.ProcessGroup | None
+    arguments: argparse.Namespace,
+    device: torch.device,
+    module: nn.Module,
+    how: str,
+    group: dist.ProcessGroup | None,
+    compiled: bool,
 ) -> Step:
     """Forward, loss, backward and a step of AdamW; gradients are averaged over the group, if there is one."""
     batch, pixels = arguments.batch, arguments.size
     images = torch.randn(batch, 3, pixels, pixels, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, CLASSES, (batch,), device=device)
-    runner = module if group is None else wrapped(module, device, group)
+    runner = spread(module, device, how, group, compiled)
+    # Read at the first step, when the graph is made.
+    torch._dynamo.config.optimize_ddp = how != "whole"
+    torch._dynamo.reset()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=device.type == "cuda")
 
     def step() -> Tensor:
@@ -169,10 +233,16 @@ def stepper(
     return step
 
 
-def wrapped(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> DistributedDataParallel:
-    """The module with gradients averaged over the group."""
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, process_group=group, gradient_as_bucket_view=True)
+def spread(
+    module: nn.Module, device: torch.device, how: str, group: dist.ProcessGroup | None, compiled: bool
+) -> nn.Module:
+    """The module as `how` says (see `ways`)."""
+    if how == "alone":
+        return module
+    if how == "shares":
+        shard(module, device, World(dist.get_rank(), dist.get_world_size()), compiled)
+        return compile_shares(module) if compiled else module
+    return replicated(module, device, group)
 
 
 def losses(
@@ -181,20 +251,24 @@ def losses(
     """Losses of a few steps in float32, one batch shared out to 1, 2, 4 ... processes."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    found: dict[int, list[float]] = {}
-    for size, group in groups.items():
-        mine = learned(arguments, device, size, group) if dist.get_rank() < size else [0.0] * STEPS
+    found: dict[str, list[float]] = {}
+    cases = [(size, "alone" if size == 1 else "replicas") for size in groups]
+    cases += [(size, "shares") for size in groups if size == dist.get_world_size() > 1]
+    for size, how in cases:
+        mine = [0.0] * STEPS
+        if dist.get_rank() < size:
+            mine = learned(arguments, device, how, size, groups[size])
         # Those who take part hold the same mean; the others add nothing.
         shared = torch.tensor(mine if dist.get_rank() == 0 else [0.0] * STEPS, dtype=torch.float64)
         dist.all_reduce(shared)
-        found[size] = shared.tolist()
+        found[f"{size}, shares" if how == "shares" else str(size)] = shared.tolist()
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    off = max(abs(a - b) / abs(b) for each in found.values() for a, b in zip(each, found[1], strict=True))
-    say(f"losses {found}, relative difference {off:.1e}")
+    off = max(abs(a - b) / abs(b) for each in found.values() for a, b in zip(each, found["1"], strict=True))
+    say(f"{time.perf_counter() - BEGAN:.0f} s: losses {found}, relative difference {off:.1e}")
     return {
         "batch": arguments.same_batch,
         "steps": STEPS,
-        "by_gpus": {str(size): each for size, each in found.items()},
+        "by_gpus": found,
         "relative_difference": off,
         "tolerance": LOSS_TOLERANCE,
         "same": off <= LOSS_TOLERANCE,
@@ -202,14 +276,15 @@ def losses(
 
 
 def learned(
-    arguments: argparse.Namespace, device: torch.device, size: int, group: dist.ProcessGroup | None
+    arguments: argparse.Namespace, device: torch.device, how: str, size: int, group: dist.ProcessGroup | None
 ) -> list[float]:
     """Mean losses of the group, whose ranks take equal shares of the same images."""
     total, pixels = arguments.same_batch, arguments.size
     if total % size:
         raise SystemExit(f"--same-batch: expected a multiple of {size}, got {total}")
-    module = model(arguments, device)
-    runner = wrapped(module, device, group) if size > 1 and group is not None else module
+    layout = torch.contiguous_format if how == "shares" else torch.channels_last
+    module = model(arguments, device, layout)
+    runner = spread(module, device, how, group, compiled=False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     share = slice(dist.get_rank() * total // size, (dist.get_rank() + 1) * total // size)
     generator = torch.Generator().manual_seed(1)

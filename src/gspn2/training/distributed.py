@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
 
@@ -62,6 +63,20 @@ class World:
     def wait(self) -> None:
         """Until all processes are here."""
         self.agree(0)
+
+
+def replicated(
+    model: nn.Module, device: torch.device, group: dist.ProcessGroup | None = None
+) -> DistributedDataParallel:
+    """The model with gradients averaged over the processes; `benchmarks/scaling.py` measures just this.
+
+    Args:
+        group: processes that share the work; None for all.
+    """
+    devices = [device.index or 0] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=devices, process_group=group, gradient_as_bucket_view=True
+    )
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
-from .distributed import World
+from .distributed import World, replicated
 from .errors import UserError
 from .losses import MESA_TEMPERATURE, Teacher, divergence, make_loss
 from .rng import derive_seed, seed_everything
-from .sharding import same_buffers, shard
+from .sharding import compile_shares, same_buffers, shard
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -94,16 +94,19 @@ class Learner:
         self.mixup, self.criterion = make_loss(config, classes)
         self.teacher = None if teacher is None else teacher.to(device)
         self._parallel = self._distribute()
-        compiles = config.compile
-        self._forward = torch.compile(self._parallel) if compiles else self._parallel
-        average: Any = None if self.ema is None else self.ema.module
-        self._average = torch.compile(average) if compiles and average else average
+        self._forward = self._compiled(self._parallel)
+        self._average: Any = None if self.ema is None else self._compiled(self.ema.module)
+
+    def _compiled(self, module: nn.Module) -> Any:
+        """What runs a module: itself, unless the settings ask for `torch.compile`."""
+        if not self.config.compile:
+            return module
+        return compile_shares(module) if self.sharded else torch.compile(module)
 
     def _distribute(self) -> nn.Module:
         if self.world.size == 1 or self.sharded:
             return self.model
-        devices = [self.device.index or 0] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
+        return replicated(self.model, self.device)
 
     @property
     def tested(self) -> nn.Module:

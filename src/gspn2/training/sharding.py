@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +33,7 @@ def shard(model: nn.Module, device: torch.device, world: World, compiled: bool =
 
     Args:
         model: on `device`; parameters that require no gradient are spread, too.
-        compiled: will `torch.compile` take the model?
+        compiled: will `compile_shares` take the model?
 
     Raises:
         UserError: a model that `fully_shard` does not take, such as one with scalar parameters.
@@ -45,6 +46,16 @@ def shard(model: nn.Module, device: torch.device, world: World, compiled: bool =
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"shard: {type(model).__name__} cannot be sharded: {error}") from error
+
+
+def compile_shares(model: nn.Module) -> nn.Module:
+    """`torch.compile` of a sharded model: unit by unit, since a graph ends where weights are gathered.
+
+    Stages have a function in common but not their sizes. Left alone, the compiler would try one graph for all
+    of them, with sizes unknown, and give up after a few.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
 
 
 def units(model: nn.Module, compiled: bool = False) -> list[nn.Module]:
