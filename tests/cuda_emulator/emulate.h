@@ -50,6 +50,24 @@ EMULATED float reciprocal(float v) {
   v = flushed(v);
   return v == 0.f ? copysignf(INFINITY, v) : flushed(1.f / v);
 }
+// Rounded to as many bits as the instruction promises.
+EMULATED float tanh_fast(float v) {
+  const float r = tanhf(v);
+  return isnan(r) ? r : __uint_as_float((__float_as_uint(r) + 0x1000u) & 0xffffe000u);
+}
+EMULATED u32 halved_pair(u32 pair) {
+  const auto half = [](u32 bits) { return u32(__bfloat16_as_ushort(__float2bfloat16_rn(.5f * __uint_as_float(bits << 16)))); };
+  return half(pair & 0xffffu) | half(pair >> 16) << 16;
+}
+EMULATED u32 halves_toward_zero(float low, float high) {
+  const auto cut = [](float v) {
+    const __half h = __float2half_rn(v);
+    const unsigned short bits = __half_as_ushort(h);
+    // A float16 number that is further from zero than v is one too far.
+    return u32(fabsf(__half2float(h)) > fabsf(v) ? bits - 1 : bits);
+  };
+  return cut(low) | cut(high) << 16;
+}
 EMULATED float fmin_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : fminf(a, b); }
 EMULATED float fmax_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : fmaxf(a, b); }
 

@@ -54,6 +54,8 @@ CASES = (
         for dtype in (BF16, FP16)
     ),
     Small(13, 14, channels=2, batch=3, layout="records_with_x", dtype=BF16, device=PAIR, chunk=5),
+    # Whole bundles only, and two passes on a square image.
+    Small(16, 16, channels=2, batch=3, layout="records", dtype=BF16, device=PAIR, chunk=6),
     *(Small(9, 10, channels=2, layout="records_far_below", dtype=dtype) for dtype in (BF16, FP16)),
     Small(5, 70, channels=2, layout="records", dtype=BF16),
     Small(1, 3, channels=2, batch=2, layout="records", dtype=BF16),

@@ -45,6 +45,24 @@ __device__ __forceinline__ float reciprocal(float v) {
 #endif
   return r;
 }
+// Of an error of 2^-11 at most; exactly 0 at 0, and 1 of large numbers.
+__device__ __forceinline__ float tanh_fast(float v) {
+  float r;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+// Half of each of the two bfloat16 numbers of a word.
+__device__ __forceinline__ u32 halved_pair(u32 pair) {
+  u32 r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(0x3f003f00u), "r"(0x80008000u));
+  return r;
+}
+// Two numbers as float16 ones, toward zero, the first in the lower half.
+__device__ __forceinline__ u32 halves_toward_zero(float low, float high) {
+  u32 r;
+  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
 // Minimum and maximum that keep a NaN.
 __device__ __forceinline__ float fmin_nan(float a, float b) {
   float r;

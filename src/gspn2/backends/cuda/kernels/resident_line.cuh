@@ -1,6 +1,12 @@
 // A line of a scan in the registers of a warp: which places a lane holds, the state and its adjoint line by line.
+//
+// Macro: WHOLE (1: every line has a multiple of PLACES places; 0 where it is not given)
 #pragma once
 #include "resident.cuh"
+
+#ifndef WHOLE
+#define WHOLE 0
+#endif
 
 // Values as types, for a step of a scan that is compiled for each.
 struct Yes {
@@ -34,10 +40,12 @@ struct LineTaps {
 
 // Places behind the end of a line: zero, whatever their neighbours hold.
 __device__ __forceinline__ void clear_beyond(const Held& held, Lane& h) {
+#if !WHOLE
 #pragma unroll
   for (int c = 0; c < PACK; c++)
 #pragma unroll
     for (int v = 1; v < PLACES; v++) h[c][v] = v < held.count ? h[c][v] : 0.f;
+#endif
 }
 
 // h, of the line before in scan order, becomes the state of the line whose source is u.

@@ -7,24 +7,31 @@
 //
 // A thread has the same pixels before and after the scans, and keeps in registers what only it needs then: ROUNDS bundles
 // of a warp are loops of constant length. In order, in float32 and scan coordinates, are only the sources of the scans,
-// which these replace by their states: planes of lam x (and in backward of gate dy), one for each channel, and one of
-// weights. So channels do not meet, and PACK of them are scanned by a warp.
+// which these replace by their states: pairs of lam x (and in backward of gate dy), and weights (resident_pair_scan.cuh).
 //
-// Macros: THREADS, BLOCKS, SCANS, DIRECTIONS, PLACES as in resident.cuh; PACK (1 or 2)
+// Macros: THREADS, BLOCKS, SCANS, DIRECTIONS, PLACES as in resident.cuh; WHOLE as in resident_line.cuh
 //         RECORD_X   x comes first in a record
 //         COPY       bytes of a copy, 16, 8 or 4, that images and addresses are multiples of
 //         ROUNDS     bundles of an image that a warp takes, at most
-//         RING       bundles that a warp has on their way
+//         RING       bundles that a warp has on their way, at most ROUNDS
+//         CHUNKED    scans restart within an image
 //         PASSES     parts of the directions, one after the other; all vertical or all horizontal if there are two
-//         BACKWARD, PLANES (of a direction: sources and weights)
+//         BACKWARD
 #pragma once
-#define ONE 1
-#define SPLIT 1
-#include "resident_sources.cuh"
+#include "resident_pair_scan.cuh"
 
 #define BUNDLE 32                // pixels
 #define PART (SCANS / PASSES)    // directions of a pass
-#define TAP_PLANE (PLANES - 1)
+#define SOURCES (1 + BACKWARD)   // planes of pairs of a direction
+#define SCANNERS (SOURCES * PART)  // scans of a pass
+#ifndef PREFETCH
+#define PREFETCH 2
+#endif
+#if FIXED
+#define FULL (HEIGHT * WIDTH % BUNDLE == 0)  // no bundle is short
+#else
+#define FULL 0
+#endif
 
 // Words of a record, and where its parts begin.
 #define RECORD_LAM RECORD_X
@@ -37,16 +44,17 @@
 #define SLOT_DY (SLOT_X + (RECORD_X ? 0 : 4 * BUNDLE))
 #define SLOT (SLOT_DY + BACKWARD * 4 * BUNDLE)
 
-__device__ __forceinline__ int pixels_of(const Params& p) { return p.height * p.width; }
-
 // Reading ---------------------------------------------------------------------------------------------------------
 
-// What a warp reads, in the order in which it needs it: for each task of the block, in each pass, its share of the bundles.
+// What a warp reads, in the order in which it needs it: for each task of the block, in each pass, ROUNDS bundles, of which
+// the last may be short, or nothing.
 struct Stream {
-  const unsigned char *records, *x, *dy;  // of the image that is read next, from this lane's copies on, or null
-  unsigned char *slots, *copies;          // of this warp; from this lane's copies on
-  int task, pass, first;                  // task, pass and pixel to be read next
-  int slot;                               // of the bundle to be used next
+  unsigned char* slots;  // of this warp
+  u32 pixel;             // of all images: the first of the bundle that is read next
+  int left;              // pixels of the image from there on; not above 0 if there are none
+  int task, pass;        // to be read next
+  int used;              // bytes from the first slot to that of the bundle to be used next
+  bool dense;            // do the tensors lie as the plan supposed?
 };
 
 // The first record, or null if these tensors are no such records after all: the plan saw strides, not addresses.
@@ -65,76 +73,73 @@ __device__ __forceinline__ const unsigned char* records_of(const Params& p) {
   return fine ? (const unsigned char*)first : nullptr;
 }
 
-// To the images of the task that is read next.
-__device__ __forceinline__ void find_images(const Params& p, Stream& s) {
-  const long long first = (long long)s.task * pixels_of(p);
-  const int mine = ((int)threadIdx.x & 31) * COPY;
-  s.records = records_of(p) + (first * (4 * RECORD_WORDS) + mine);
-#if !RECORD_X
-  s.x = (const unsigned char*)p.x.data + (first * 4 + mine);
-#endif
-#if BACKWARD
-  s.dy = (const unsigned char*)p.dy.data + (first * 4 + mine);
-#endif
+// To the image that is read next.
+__device__ __forceinline__ void find_image(const Params& p, Stream& s) {
+  const int begin = (int)threadIdx.x & ~31;
+  s.left = s.dense && s.task < p.knobs[TASKS] ? pixels_of(p) - begin : 0;
+  s.pixel = (u32)s.task * pixels_of(p) + begin;
 }
 
-// This lane's part of `pixels` pixels of WORDS words on their way.
+// This lane's part of a bundle's pixels of WORDS words on their way. All images have less than 2^32 words (the plan's promise).
 template <int WORDS>
-__device__ __forceinline__ void copy_pixels(unsigned char* to, const unsigned char* from, int pixels) {
-  const int mine = ((int)threadIdx.x & 31) * COPY, bytes = min(pixels, BUNDLE) * 4 * WORDS;
+__device__ __forceinline__ void copy_pixels(unsigned char* to, const u32* data, const Stream& s) {
+  const int lane = threadIdx.x & 31, mine = lane * COPY, bytes = min(s.left, BUNDLE) * 4 * WORDS;
+  const unsigned char* from = (const unsigned char*)(data + (s.pixel * WORDS + lane * (COPY / 4)));
 #pragma unroll
   for (int o = 0; o < 4 * WORDS * BUNDLE; o += 32 * COPY)
-    if (mine + o < bytes) copy_async<COPY>(to + o, from + o);
+    if (FULL && o + 32 * COPY <= 4 * WORDS * BUNDLE ? s.left > 0 : mine + o < bytes) copy_async<COPY>(to + mine + o, from + o);
 }
 
-// Starts reading the warp's next bundle into a slot.
-__device__ __forceinline__ void read_bundle(const Params& p, Stream& s, int slot) {
-  if (s.task < p.knobs[TASKS]) {
-    unsigned char* to = s.copies + slot * SLOT;
-    const int pixels = pixels_of(p) - s.first;
-    copy_pixels<RECORD_WORDS>(to, s.records + s.first * (4 * RECORD_WORDS), pixels);
+// Starts reading the warp's next bundle into a slot: bundle `round` of an image.
+__device__ __forceinline__ void read_bundle(const Params& p, Stream& s, unsigned char* slot, int round) {
+  copy_pixels<RECORD_WORDS>(slot, (const u32*)p.taps.data - RECORD_TAPS, s);
 #if !RECORD_X
-    copy_pixels<1>(to + SLOT_X, s.x + s.first * 4, pixels);
+  copy_pixels<1>(slot + SLOT_X, (const u32*)p.x.data, s);
 #endif
 #if BACKWARD
-    copy_pixels<1>(to + SLOT_DY, s.dy + s.first * 4, pixels);
+  copy_pixels<1>(slot + SLOT_DY, (const u32*)p.dy.data, s);
 #endif
-    s.first += THREADS;
-    if (s.first >= pixels_of(p)) {
-      s.first = threadIdx.x & ~31;
-      if (++s.pass == PASSES) {
-        s.pass = 0, s.task += gridDim.x;
-        find_images(p, s);
-      }
-    }
-  }
   copy_commit();
+  if (round + 1 == ROUNDS) {
+    if (++s.pass == PASSES) s.pass = 0, s.task += gridDim.x;
+    find_image(p, s);
+  } else {
+    s.left -= THREADS, s.pixel += THREADS;
+  }
 }
 
 // Starts reading.
 __device__ __forceinline__ Stream stream_of(const Params& p, unsigned char* shared) {
-  unsigned char* slots = shared + p.knobs[RING_AT] + (int)threadIdx.x / 32 * (RING * SLOT);
-  Stream s = {nullptr, nullptr, nullptr, slots, slots + ((int)threadIdx.x & 31) * COPY, (int)blockIdx.x, 0,
-              (int)threadIdx.x & ~31, 0};
-  if (records_of(p) == nullptr || s.first >= pixels_of(p))
-    s.task = p.knobs[TASKS];
-  else
-    find_images(p, s);
+  Stream s = {shared + p.knobs[RING_AT] + (int)threadIdx.x / 32 * (RING * SLOT), 0, 0, (int)blockIdx.x, 0, 0, records_of(p) != nullptr};
+  find_image(p, s);
 #pragma unroll
-  for (int slot = 0; slot < RING; slot++) read_bundle(p, s, slot);
+  for (int slot = 0; slot < RING; slot++) read_bundle(p, s, s.slots + slot * SLOT, slot);
   return s;
 }
 
-// Brings what will be read of a task into the second-level cache, ahead of the rings. One thread asks, of a warp that does
-// not scan if there is one, for few large pieces: each takes long to ask for, whatever its size.
-__device__ __forceinline__ void prefetch_task(const Params& p, int task) {
-#if COPY == 16 && (defined(GSPN2_EMULATE) || __CUDA_ARCH__ >= 900)
-  const unsigned char* records = records_of(p);
-  if (records == nullptr || task >= p.knobs[TASKS] || threadIdx.x != THREADS - 32) return;
-  const long long first = (long long)task * pixels_of(p);
-  bulk_prefetch(records + first * (4 * RECORD_WORDS), pixels_of(p) * 4 * RECORD_WORDS);
-  if (!RECORD_X) bulk_prefetch((const u32*)p.x.data + first, pixels_of(p) * 4);
-  if (BACKWARD) bulk_prefetch((const u32*)p.dy.data + first, pixels_of(p) * 4);
+// Brings what will be read of a task, from pixel `first` of the image on, into the second-level cache, ahead of the rings.
+// Warps ask that do not scan, if there are any.
+__device__ __forceinline__ void prefetch_task(const Params& p, int task, int first) {
+  constexpr int SCANNING = 32 * SCANNERS < THREADS ? 32 * SCANNERS : 0, ASKING = THREADS - SCANNING;
+  const int pixels = pixels_of(p) - first;
+  if (records_of(p) == nullptr || task >= p.knobs[TASKS] || pixels <= 0) return;
+  const long long from = (long long)task * pixels_of(p) + first;
+#if PREFETCH == 1
+  if (threadIdx.x != THREADS - 32) return;
+  bulk_prefetch((const u32*)p.taps.data - RECORD_TAPS + from * RECORD_WORDS, pixels * 4 * RECORD_WORDS);
+  if (!RECORD_X) bulk_prefetch((const u32*)p.x.data + from, pixels * 4);
+  if (BACKWARD) bulk_prefetch((const u32*)p.dy.data + from, pixels * 4);
+#elif PREFETCH == 2
+  const int mine = (int)threadIdx.x - SCANNING;
+  if (mine < 0) return;
+  const auto ask = [&](const u32* data, int words) {
+    const unsigned char* run = (const unsigned char*)(data + from * words);
+#pragma unroll 1
+    for (int o = mine * 128; o < pixels * 4 * words; o += ASKING * 128) prefetch(run + o);
+  };
+  ask((const u32*)p.taps.data - RECORD_TAPS, RECORD_WORDS);
+  if (!RECORD_X) ask((const u32*)p.x.data, 1);
+  if (BACKWARD) ask((const u32*)p.dy.data, 1);
 #endif
 }
 
@@ -212,8 +217,15 @@ struct Pixel {
 
 // This thread's pixel of a round.
 __device__ __forceinline__ Pixel pixel_of(const Params& p, int round) {
-  const int index = round * THREADS + threadIdx.x, within = min(index, pixels_of(p) - 1), row = quotient(within, width_of(p));
-  return {index, row, within - row * p.width, index == within};
+  // In backward all registers are taken: rows and columns are found anew.
+  const int thread = BACKWARD ? opaque((int)threadIdx.x) : (int)threadIdx.x, index = round * THREADS + thread;
+  const int within = FULL ? index : min(index, pixels_of(p) - 1);
+#if FIXED
+  const int row = (int)((u32)within / WIDTH);
+#else
+  const int row = quotient(within, width_of(p));
+#endif
+  return {index, row, within - row * columns_of(p), FULL || index == within};
 }
 
 // Has the warp a bundle in this round?
@@ -222,9 +234,9 @@ __device__ __forceinline__ bool has_round(const Params& p, int round) {
 }
 
 // The operands of this thread's pixel of a round. The slot is given back.
-__device__ __forceinline__ Operands read_pixel(const Params& p, Stream& s, int b, const Pixel& pixel, int first) {
-  unsigned char* slot = s.slots + s.slot * SLOT;
-  if (s.records == nullptr)
+__device__ __forceinline__ Operands read_pixel(const Params& p, Stream& s, int b, const Pixel& pixel, int round, int first) {
+  unsigned char* slot = s.slots + s.used;
+  if (!s.dense)
     fill_slot(p, slot, b, pixel.row, pixel.column);
   else
     copy_wait<RING - 1>();
@@ -232,41 +244,69 @@ __device__ __forceinline__ Operands read_pixel(const Params& p, Stream& s, int b
   // A lane behind the end of the image would read what was not copied.
   const Operands o = operands_in(slot, pixel.inside ? (int)threadIdx.x & 31 : 0, first);
   __syncwarp();
-  read_bundle(p, s, s.slot);
-  if (++s.slot == RING) s.slot = 0;
+  read_bundle(p, s, slot, (round + RING) % ROUNDS);
+  s.used = s.used == (RING - 1) * SLOT ? 0 : s.used + SLOT;
   return o;
 }
 
-// The axis of a direction, and a pixel on it.
-struct Axis {
-  bool vertical;
-  int lines, places, plane, pitch;  // bytes of a plane and of a line
-};
-
-// Of direction `first` + k; in two passes it is that of the pass.
-__device__ __forceinline__ Axis axis_at(const Params& p, int first, int k) {
-  const bool vertical = PASSES == 1 ? vertical_at(k) : vertical_at(first);
-  return {vertical, vertical ? p.height : p.width, vertical ? p.width : p.height, plane_of(p, vertical),
-          4 * (vertical ? p.knobs[PITCH_V] : p.knobs[PITCH_H])};
+// A bundle that the warp does not have in this round: its turn all the same.
+__device__ __forceinline__ void skip_pixel(const Params& p, Stream& s, int round) {
+  read_bundle(p, s, s.slots + s.used, (round + RING) % ROUNDS);
+  s.used = s.used == (RING - 1) * SLOT ? 0 : s.used + SLOT;
 }
 
+// The axis of direction `first` + k; in two passes it is that of the pass.
+__device__ __forceinline__ Axis axis_at(const Params& p, int first, int k) {
+  return axis_of(p, PASSES == 1 ? vertical_at(k) : vertical_at(first));
+}
+
+// Does direction `first` + k begin at the last line? Known when compiled where both passes have the same order.
+__device__ __forceinline__ bool reversed_at(int first, int k) {
+  const int here = direction_at(k) & 1, later = direction_at((k + PART) % SCANS) & 1;
+  return (PASSES == 1 || here == later || first == 0 ? here : later) != 0;
+}
+
+// Bytes from a line's first place to place j, in parts of `part` bytes and items of SIZE.
+template <int SIZE>
+__device__ __forceinline__ int place_at(int j, int part) {
+  return (int)((u32)j % PLACES * part + (u32)j / PLACES * SIZE);
+}
+
+// A pixel on an axis; in bytes from the beginning of a plane of pairs, and of weights.
 struct Spot {
-  int line, place, offset;  // in a plane, bytes
-  bool before, after;       // which neighbours exist
+  int line, place, pair, weight;
+  bool before, after;  // which neighbours exist
 };
 
 __device__ __forceinline__ Spot spot_of(const Axis& axis, const Pixel& pixel) {
   const int line = axis.vertical ? pixel.row : pixel.column, place = axis.vertical ? pixel.column : pixel.row;
-  return {line, place, line * axis.pitch + 4 * place, place > 0, place + 1 < axis.places};
+  const int start = line * axis.pitch;
+  return {line, place, 8 * start + place_at<8>(place, axis.pairs), 4 * start + place_at<4>(place, axis.weights),
+          place > 0, place + 1 < axis.places};
 }
 
-// The planes of direction `first` + k, in bytes.
+// Bytes from the pair at a place to those at its neighbours.
+struct Neighbours {
+  int before, after;
+};
+
+__device__ __forceinline__ Neighbours neighbours_of(const Axis& axis, const Spot& spot) {
+  const int here = place_at<8>(spot.place, axis.pairs);
+  return {spot.before ? place_at<8>(spot.place - 1, axis.pairs) - here : 0,
+          spot.after ? place_at<8>(spot.place + 1, axis.pairs) - here : 0};
+}
+
+// Bytes of a plane of pairs, and of all planes of a direction.
+__device__ __forceinline__ int plane_of(const Axis& axis) { return PLACES * axis.pairs; }
+__device__ __forceinline__ int planes_of(const Axis& axis) { return PLACES * (SOURCES * axis.pairs + axis.weights); }
+
+// Where the planes of direction `first` + k begin, in bytes.
 __device__ __forceinline__ int planes_at(const Params& p, int first, int k) {
-  if (PASSES > 1) return k * PLANES * plane_of(p, vertical_at(first));
+  if (PASSES > 1) return k * planes_of(axis_at(p, first, 0));
   int offset = 0;
 #pragma unroll
   for (int i = 0; i < PART; i++)
-    if (i < k) offset += PLANES * plane_of(p, vertical_at(i));
+    if (i < k) offset += planes_of(axis_at(p, first, i));
   return offset;
 }
 
@@ -275,13 +315,40 @@ __device__ __forceinline__ Taps logits_of(const u32 (&taps)[3 * PART / 2], int k
   return {logit(3 * k), logit(3 * k + 1), logit(3 * k + 2)};
 }
 
+#if STORAGE == 1
+// Halves of the logits: sigmoid(a) = (1 + tanh(a / 2)) / 2.
+__device__ __forceinline__ void halve(const u32 (&taps)[3 * PART / 2], u32 (&halves)[3 * PART / 2]) {
+#pragma unroll
+  for (int i = 0; i < 3 * PART / 2; i++) halves[i] = halved_pair(taps[i]);
+}
+
+// Packed weights from halves of the logits, by the hardware's tanh. Its error is small beside 1, but not beside small
+// sigmoids: `fine` becomes false where all three are, or one is a NaN.
+__device__ __forceinline__ u32 quick_weights(const Taps& half, bool has_before, bool has_after, bool& fine) {
+  const float before = has_before ? 1.f + tanh_fast(half.before) : 0.f, after = has_after ? 1.f + tanh_fast(half.after) : 0.f;
+  // A little more than 1: whatever rounding does to the others, something is left for this one.
+  const float sum = before + after + (1.00000381f + tanh_fast(half.here));
+  fine = fine && sum >= 0.5f;
+  const float scale = reciprocal(sum);
+  return halves_toward_zero(before * scale, after * scale);
+}
+#endif
+
 // The weights of a pixel's directions as words.
 __device__ __forceinline__ void weigh(const Params& p, const Operands& o, const Pixel& pixel, int first, u32 (&weights)[PART]) {
   bool fine = true;
+#if STORAGE == 1
+  u32 halves[3 * PART / 2];
+  halve(o.taps, halves);
+#endif
 #pragma unroll
   for (int k = 0; k < PART; k++) {
     const Spot spot = spot_of(axis_at(p, first, k), pixel);
+#if STORAGE == 1
+    weights[k] = quick_weights(logits_of(halves, k), spot.before, spot.after, fine);
+#else
     weights[k] = pack_taps(plain_weights(logits_of(o.taps, k), spot.before, spot.after, fine));
+#endif
   }
   if (fine) return;
 #pragma unroll
@@ -291,17 +358,18 @@ __device__ __forceinline__ void weigh(const Params& p, const Operands& o, const 
   }
 }
 
-// Both channels of a word, times those of another if FACTOR, to a place of two planes.
+// Both channels of a word, times those of another if FACTOR.
 template <bool FACTOR>
-__device__ __forceinline__ void put_product(unsigned char* out, int plane, u32 word, u32 factor) {
-  *(float*)out = FACTOR ? widen_low(word) * widen_low(factor) : widen_low(word);
-  *(float*)(out + plane) = FACTOR ? widen_high(word) * widen_high(factor) : widen_high(word);
+__device__ __forceinline__ float2 product(u32 word, u32 factor) {
+  return make_float2(FACTOR ? widen_low(word) * widen_low(factor) : widen_low(word),
+                     FACTOR ? widen_high(word) * widen_high(factor) : widen_high(word));
 }
 
 // Lanes read whole groups of places, and adjoints of a place reckon with the weights behind it: they are zero behind the
 // end of a line.
 __device__ __forceinline__ void clear_planes(const Params& p, unsigned char* shared) {
-  if (p.height % PLACES == 0 && p.width % PLACES == 0) return;
+#if !WHOLE
   for (int i = threadIdx.x * 16; i < p.knobs[RING_AT]; i += THREADS * 16) *(uint4*)(shared + i) = make_uint4(0, 0, 0, 0);
   __syncthreads();
+#endif
 }

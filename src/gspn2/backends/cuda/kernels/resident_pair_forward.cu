@@ -3,7 +3,6 @@
 // Blocks take one image after the other. Gates wait in registers until the states of their pixel are there. y is dense.
 #define BACKWARD 0
 #define PASSES 1
-#define PLANES 3
 #include "resident_pair.cuh"
 
 struct Gates {
@@ -13,21 +12,22 @@ struct Gates {
 // Puts this thread's pixel of a round in order.
 __device__ __forceinline__ Gates unpack(const Params& p, Stream& s, unsigned char* shared, int b, int round) {
   const Pixel pixel = pixel_of(p, round);
-  const Operands o = read_pixel(p, s, b, pixel, 0);
+  const Operands o = read_pixel(p, s, b, pixel, round, 0);
   u32 weights[PART];
   weigh(p, o, pixel, 0, weights);
   Gates gates;
 #pragma unroll
   for (int d = 0; d < SCANS; d++) {
     const Axis axis = axis_at(p, 0, d);
-    unsigned char* out = shared + spot_of(axis, pixel).offset + planes_at(p, 0, d);
+    const Spot spot = spot_of(axis, pixel);
+    unsigned char* planes = shared + planes_at(p, 0, d);
     if (pixel.inside) {
 #if HAS_LAM
-      put_product<true>(out, axis.plane, o.x, o.lam[d]);
+      *(float2*)(planes + spot.pair) = product<true>(o.x, o.lam[d]);
 #else
-      put_product<false>(out, axis.plane, o.x, 0);
+      *(float2*)(planes + spot.pair) = product<false>(o.x, 0);
 #endif
-      *(u32*)(out + TAP_PLANE * axis.plane) = weights[d];
+      *(u32*)(planes + plane_of(axis) + spot.weight) = weights[d];
     }
 #if HAS_GATE
     gates.of[d] = o.gate[d];
@@ -42,17 +42,13 @@ __device__ __forceinline__ void sum_directions(const Params& p, const unsigned c
   float sum[2] = {0.f, 0.f};
 #pragma unroll
   for (int d = 0; d < SCANS; d++) {
-    const Axis axis = axis_at(p, 0, d);
-    const unsigned char* h = shared + spot_of(axis, pixel).offset + planes_at(p, 0, d);
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const float state = *(const float*)(h + c * axis.plane);
+    const float2 state = *(const float2*)(shared + planes_at(p, 0, d) + spot_of(axis_at(p, 0, d), pixel).pair);
 #if HAS_GATE
-      sum[c] = fmaf(c ? widen_high(gates.of[d]) : widen_low(gates.of[d]), state, sum[c]);
+    sum[0] = fmaf(widen_low(gates.of[d]), state.x, sum[0]);
+    sum[1] = fmaf(widen_high(gates.of[d]), state.y, sum[1]);
 #else
-      sum[c] += state;
+    sum[0] += state.x, sum[1] += state.y;
 #endif
-    }
   }
   if (pixel.inside) y[pixel.index] = narrow_pair(sum[0], sum[1]);
 }
@@ -61,20 +57,25 @@ KERNEL(THREADS, BLOCKS) resident_pair_forward(CONSTANT_PARAMS p) {
   unsigned char* shared = held_shared_memory();
   const int warp = warp_index();
   Stream stream = stream_of(p, shared);
-  prefetch_task(p, (int)blockIdx.x);
+#if PREFETCH == 1
+  prefetch_task(p, (int)blockIdx.x, RING * THREADS);
+#endif
   clear_planes(p, shared);
   for (int b = blockIdx.x; b < p.knobs[TASKS]; b += gridDim.x) {
     Gates gates[ROUNDS];
 #pragma unroll
-    for (int round = 0; round < ROUNDS; round++)
-      if (has_round(p, round)) gates[round] = unpack(p, stream, shared, b, round);
-    prefetch_task(p, b + (int)gridDim.x);
+    for (int round = 0; round < ROUNDS; round++) {
+      if (has_round(p, round))
+        gates[round] = unpack(p, stream, shared, b, round);
+      else
+        skip_pixel(p, stream, round);
+    }
     __syncthreads();
+    prefetch_task(p, b + (int)gridDim.x, RING * THREADS);
 #pragma unroll 1
-    for (int item = warp; item < SCANS * 2 / PACK; item += THREADS / 32) {
-      const int d = item % SCANS, plane = plane_of(p, vertical_at(d));
+    for (int d = warp; d < SCANS; d += THREADS / 32) {
       unsigned char* planes = shared + planes_at(p, 0, d);
-      scan<false>(p, d, planes + item / SCANS * plane, planes + TAP_PLANE * plane);
+      scan_pair<false>(p, d, planes, planes + plane_of(axis_at(p, 0, d)));
     }
     __syncthreads();
     u32* y = (u32*)p.y.data + (long long)b * pixels_of(p);

@@ -43,14 +43,19 @@ def plan(case: Case) -> Plan:
     problem = case.problem
     grid = min(problem.batch, case.device.multiprocessors * chosen.blocks)
     lines = max(problem.height, problem.width)
+    vertical, horizontal = chosen.axes
     knobs = (
         *(2, problem.batch, 1, 1),
-        *(*chosen.pitches, *chosen.planes, 0, 0),
+        *(vertical.pitch, horizontal.pitch, vertical.pairs, horizontal.pairs),
+        *(vertical.weights, horizontal.weights),
         *(0, chosen.slot, 0, chosen.operands + chosen.buffers, chosen.operands),
         *(magic(problem.width), magic(min(problem.chunk or lines, lines))),
     )
     launch = Launch(kernel, grid, LANES * chosen.warps, chosen.shared, knobs=knobs)
-    return Plan("resident", (launch,), (), _reasons(case, chosen))
+    # Gradients of a first pass: 2 words for each direction of dlam and dgate, 3 for two of dtaps.
+    waiting = 4 * (7 * len(problem.directions) // 4) * chosen.rounds * LANES * chosen.warps * grid
+    scratch = (waiting,) if chosen.passes == 2 else ()
+    return Plan("resident", (launch,), scratch, _reasons(case, chosen))
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
@@ -58,15 +63,20 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     macros = (
         *(("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1)),
         *(("SCANS", 4), ("DIRECTIONS", 0x3210), ("PLACES", 2), ("RECORD_X", 0), ("COPY", 16)),
+        *(("WHOLE", 1), ("CHUNKED", 0)),
     )
-    # 28 x 28, and 56 x 56.
+    # 28 x 28, and 56 x 56; one with sizes at run time.
+    fixed = (
+        *(("FIXED", 1), ("HEIGHT", 56), ("WIDTH", 56), ("LINE_V", 29), ("LINE_H", 29)),
+        *(("PAIRS_V", 12992), ("PAIRS_H", 12992), ("WEIGHTS_V", 6592), ("WEIGHTS_H", 6592)),
+    )
     forward = [
-        (("THREADS", 416), ("BLOCKS", 2), ("PACK", 1), ("ROUNDS", 2), ("RING", 2)),
-        (("THREADS", 640), ("BLOCKS", 1), ("PACK", 1), ("ROUNDS", 5), ("RING", 2)),
+        (("FIXED", 0), ("THREADS", 416), ("BLOCKS", 2), ("ROUNDS", 2), ("RING", 2)),
+        (*fixed, ("THREADS", 640), ("BLOCKS", 1), ("ROUNDS", 5), ("RING", 2)),
     ]
     backward = [
-        (("THREADS", 256), ("BLOCKS", 2), ("PACK", 2), ("ROUNDS", 4), ("RING", 2), ("PASSES", 1)),
-        (("THREADS", 448), ("BLOCKS", 1), ("PACK", 1), ("ROUNDS", 7), ("RING", 3), ("PASSES", 2)),
+        (("FIXED", 0), ("THREADS", 256), ("BLOCKS", 2), ("ROUNDS", 3), ("RING", 2), ("PASSES", 1)),
+        (*fixed, ("THREADS", 448), ("BLOCKS", 1), ("ROUNDS", 7), ("RING", 3), ("PASSES", 2)),
     ]
     return [
         (Kernel(f"{name}.cu", name, (*macros, *own)), True)
@@ -76,13 +86,26 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """Where the numbers of a scan are: place v of each lane is in part v of a plane.
+
+    Args:
+        pitch: items from line to line.
+        pairs, weights: bytes of a part of a plane of pairs of float32 numbers, and of one of words.
+    """
+
+    pitch: int
+    pairs: int
+    weights: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a block shares out an image, and its shared memory.
 
     Args:
         places: places of a line in a lane.
-        pitches: of vertical and horizontal lines, in places.
-        planes: bytes of a plane, for vertical and horizontal scans.
+        axes: of vertical and horizontal scans.
         passes: parts of the directions, one after the other.
         blocks: on a multiprocessor.
         warps: of a block.
@@ -94,8 +117,7 @@ class Layout:
     """
 
     places: int
-    pitches: tuple[int, int]
-    planes: tuple[int, int]
+    axes: tuple[Axis, Axis]
     passes: int
     blocks: int
     warps: int
@@ -136,6 +158,8 @@ def _is_pair(case: Case) -> bool:
         return False
     if scans % 2 or longest(case) > LANES * MOST_PLACES or not record_bytes(case):
         return False
+    if problem.batch * problem.height * problem.width * record_bytes(case) >= 4 * 2**32:
+        return False  # the kernels count words in 32 bits
     image = case.views.get("dx" if case.backward else "y")
     if image is None or image.c != 1 or image.alignment < 4 or not is_dense(case, image, 2):
         return False
@@ -145,7 +169,7 @@ def _is_pair(case: Case) -> bool:
 def _writes_vectors(case: Case) -> bool:
     """Are all gradients asked for, and dlam, dgate and dtaps dense records, aligned to vectors?"""
     views, scans = case.views, len(case.problem.directions)
-    for name, size, alignment in (("dlam", 2, 4 * scans), ("dgate", 2, 4 * scans), ("dtaps", 3, 4)):
+    for name, size, alignment in (("dlam", 2, 4 * scans), ("dgate", 2, 4 * scans), ("dtaps", 3, 8)):
         view = views.get(name)
         if view is None or view.alignment < alignment or not is_dense(case, view, scans * size):
             return False
@@ -166,15 +190,14 @@ def _layouts(case: Case, passes: int) -> Iterator[Layout]:
     directions = problem.directions
     part = len(directions) // passes
     places = lane_places(case)
-    vertical = up(problem.width, places)
-    # Pixels of a row go to different lines: an odd number of lane widths spreads them over the banks.
-    horizontal = up(problem.height, places)
-    horizontal += places * (horizontal // places % 2 == 0)
-    planes = up(problem.height * vertical * 4, 16), up(problem.width * horizontal * 4, 16)
-    sizes = [(5 if case.backward else 3) * planes[name in ("right", "left")] for name in directions]
+    axes = _axes(case, places, passes)
+    sizes = [
+        places * ((2 if case.backward else 1) * axis.pairs + axis.weights)
+        for axis in (axes[name in ("right", "left")] for name in directions)
+    ]
     operands = max(sum(sizes[first : first + part]) for first in range(0, len(directions), part))
     slot = LANES * (record_bytes(case) + 4 * (not record_has_x(case)) + 4 * case.backward)
-    buffer = LANES * 6 * part if case.backward else 0
+    buffer = LANES * 6 * len(directions) if case.backward else 0
     bundles = -(-problem.height * problem.width // LANES)
     wanted = max(1, min(MOST_BLOCKS, -(-problem.batch // device.multiprocessors)))
     for blocks in range(1, wanted + 1):
@@ -185,33 +208,65 @@ def _layouts(case: Case, passes: int) -> Iterator[Layout]:
             registers = min(255, REGISTERS // (LANES * warps * blocks) // 8 * 8)
             if ring > 0 and warps <= 32 and registers >= _registers(case, part, rounds):
                 yield Layout(
-                    places, (vertical, horizontal), planes, passes, blocks, warps, rounds, ring, slot,
-                    operands, warps * buffer,
-                )  # fmt: skip
+                    places, axes, passes, blocks, warps, rounds, ring, slot, operands, warps * buffer
+                )
+
+
+def _axes(case: Case, places: int, passes: int) -> tuple[Axis, Axis]:
+    """Of vertical and horizontal scans.
+
+    In the scans along rows the pixels of a row are lines: an odd number of items from one to the next spreads
+    them over the banks of shared memory. In the others they are neighbouring places, so that parts are apart.
+    Two passes share their code, and on square images all of their distances.
+    """
+    height, width = case.problem.height, case.problem.width
+    alike = passes == 2 and height == width
+    return _axis(height, width, places, alike), _axis(width, height, places, True)
+
+
+def _axis(lines: int, places: int, held: int, odd: bool) -> Axis:
+    pitch = -(-places // held)
+    pitch += odd and pitch % 2 == 0
+    pairs = 16 // held + up(max(0, lines * pitch - 16 // held), 16)
+    weights = 32 // held + up(max(0, lines * pitch - 32 // held), 32)
+    return Axis(pitch, 8 * pairs, 4 * weights)
 
 
 def _registers(case: Case, part: int, rounds: int) -> int:
     """That a thread needs: what it keeps while scans run, and what it works with."""
     if not case.backward:
-        return 62 + rounds * part
-    return 48 + rounds * (4 + part + 3 * part // 2)
+        return 72 + rounds * part
+    addresses = 48 if case.problem.height == case.problem.width else 56
+    return addresses + rounds * (4 + part + 3 * part // 2)
 
 
 def _macros(case: Case, it: Layout) -> tuple[tuple[str, int], ...]:
-    names = case.problem.directions
-    scanned = len(names) // it.passes * (2 if case.backward else 1)
+    problem = case.problem
+    names = problem.directions
+    lines = max(problem.height, problem.width)
+    square = problem.height == problem.width
+    whole = problem.height % it.places == 0 and problem.width % it.places == 0
     macros = {
         "THREADS": LANES * it.warps,
         "BLOCKS": it.blocks,
         "SCANS": len(names),
         "DIRECTIONS": sum(DIRECTIONS.index(name) << 4 * d for d, name in enumerate(names)),
         "PLACES": it.places,
-        "PACK": 1 if 2 * scanned <= it.warps else 2,
+        "WHOLE": int(whole),
+        "CHUNKED": int((problem.chunk or lines) < lines),
         "RECORD_X": int(record_has_x(case)),
         "COPY": _copy(case),
         "ROUNDS": it.rounds,
         "RING": it.ring,
+        # Backbones run on square images of few sizes. Others share kernels.
+        "FIXED": int(square),
     }
+    if square:
+        vertical, horizontal = it.axes
+        macros |= {"HEIGHT": problem.height, "WIDTH": problem.width}
+        macros |= {"LINE_V": vertical.pitch, "LINE_H": horizontal.pitch}
+        macros |= {"PAIRS_V": vertical.pairs, "PAIRS_H": horizontal.pairs}
+        macros |= {"WEIGHTS_V": vertical.weights, "WEIGHTS_H": horizontal.weights}
     if case.backward:
         macros["PASSES"] = it.passes
     return (*options(case), *macros.items())
