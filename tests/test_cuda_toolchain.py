@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gspn2.backends.cuda import depthwise, disk, plan, toolchain
+from gspn2.backends.cuda import depthwise, disk, plan, response, toolchain
 from gspn2.backends.cuda.geometry import Kernel
 from gspn2.backends.cuda.toolchain import Target, compile_kernel
 from kept import kept_folder
@@ -137,6 +137,7 @@ def test_sources_compile_for_the_other_architectures(
 def test_every_source_is_compiled_by_some_test() -> None:
     covered = {kernel.source for variant in plan.variants() for kernel, _ in representative(variant)}
     covered |= {kernel.source for kernel, _ in depthwise.representative_kernels()}
+    covered |= {kernel.source for kernel in response.representative_kernels()}
     assert covered == {path.name for path in toolchain.SOURCES.glob("*.cu")}
 
 
@@ -150,6 +151,18 @@ def test_depthwise_kernels_compile_and_spill_nothing(number: int) -> None:
     assert "warning" not in compiled.log
     assert not hot or (used.spill_stores, used.spill_loads) == (0, 0), f"{kernel} spills: {used}"
     assert_no_odd_descriptors(compiled.code)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "kernel", response.representative_kernels(), ids=lambda it: str(dict(it.defines)["CHANNELS"])
+)
+def test_kernels_of_responses_compile_and_spill_nothing(kernel: Kernel) -> None:
+    compiled = compile_kernel(kernel, Target("sm_{}{}".format(*MAIN)))
+    used = compiled.resources
+    assert used is not None
+    assert "warning" not in compiled.log
+    assert (used.spill_stores, used.spill_loads) == (0, 0), f"{kernel} spills: {used}"
 
 
 @pytest.fixture

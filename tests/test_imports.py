@@ -44,6 +44,8 @@ OWNERS = {
     "transformers": {"integrations": "anywhere"},
     "numba": {"backends": "anywhere"},
     "cuda": {"backends": "lazily"},
+    # In the files of kernels, which nothing imports before one is wanted.
+    "triton": {"backends": "anywhere"},
 }
 
 OPTIONAL = (

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..functional import DIRECTIONS
 from ..nn import FFN, GRN, LPU, LayerNorm2d, Mixer, Pointwise
-from ..nn.layers import Depthwise, residual_branch
+from ..nn.layers import Depthwise, is_plain, norm_of, residual_branch
+from ..ops import fused
 
 __all__ = ["GSPN2"]
 
@@ -58,9 +59,35 @@ class GSPNModule(nn.Module):
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.at_work(x) and is_plain(self.norm1, self.fc1, self.norm2, self.grn, self.fc2):
+            return self._fused(x)
         x = self.conv.apply_to(self.fc1(self.norm1(x)), silu=True)
         x = x + self.mixer(x)
         return self.fc2(self.grn(self.norm2(x)))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same by operators that leave out passes over activations; see `gspn2.ops.fused`."""
+        if self.fc1.in_features <= fused.MOST_CHANNELS:
+            pixels = x.permute(0, 2, 3, 1)
+            x = fused.norm_linear(pixels, norm_of(self.norm1), self.fc1.weight, self.fc1.bias)
+            x = x.permute(0, 3, 1, 2)
+        else:
+            x = self.fc1(self.norm1(x))
+        x = self.conv.apply_to(x, silu=True)
+        mixer, proxies = self.mixer, None
+        if mixer.proxy_dim <= fused.MOST_PROXIES and is_plain(mixer.from_proxy):
+            back = mixer.from_proxy
+            proxies = (mixer.mixed(x).permute(0, 2, 3, 1), back.weight, back.bias)
+        else:
+            x = x + mixer(x)
+        y = fused.response(
+            x.permute(0, 2, 3, 1),
+            proxies,
+            norm_of(self.norm2),
+            (self.grn.weight, self.grn.bias, self.grn.eps),
+            (self.fc2.weight, self.fc2.bias),
+        )
+        return y.permute(0, 3, 1, 2)
 
 
 class GSPN2Block(nn.Module):
@@ -85,12 +112,12 @@ class GSPN2Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, branch = self.halves(x)
-        return x + branch
+        return x if branch is None else x + branch
 
-    def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The two whose sum is the block's output, for the input x or x + other (see `FFN.halves`)."""
         x = self.lpu(x, other)
-        halves: tuple[Tensor, Tensor] = self.ffn.halves(x, self.tail(self.gspn(x)))
+        halves: tuple[Tensor, Tensor | None] = self.ffn.halves(x, self.tail(self.gspn(x)))
         return halves
 
 
@@ -110,6 +137,12 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
+        bias = self.conv1.bias
+        if fused.at_work(x) and is_plain(self.norm1, self.act) and bias is not None:
+            pixels = x.to(fused.active_dtype(x)).permute(0, 2, 3, 1)
+            first = (self.conv1.weight, bias)
+            y = fused.stem(pixels, first, self.conv1.stride[0], norm_of(self.norm1))
+            return self.norm2(self.conv2(y.permute(0, 3, 1, 2)))
         x = self.act(self.norm1(self._first(x)))
         return self.norm2(self.conv2(x))
 

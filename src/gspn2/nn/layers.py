@@ -6,10 +6,14 @@ linear layers and norms then read (B, H, W, C) memory as it lies.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import fused
 from ..ops.depthwise import depthwise, under_transforms
 
 
@@ -99,6 +103,20 @@ class LPU(nn.Module):
         return self.conv.apply_to(x, other, residual=True)
 
 
+def is_plain(*modules: nn.Module) -> bool:
+    """Are these layers the ones they were made as? Others may have been put in their place, an adapter's."""
+    return all(type(module) in (Pointwise, LayerNorm2d, GRN) or _is_gelu(module) for module in modules)
+
+
+def _is_gelu(module: nn.Module) -> bool:
+    return type(module) is nn.GELU and module.approximate == "none"
+
+
+def norm_of(norm: LayerNorm2d) -> tuple[Tensor, Tensor, float]:
+    """Gain, shift and eps."""
+    return norm.weight, norm.bias, norm.eps
+
+
 class GRN(nn.Module):
     """Global response normalization (ConvNeXt V2, arXiv 2301.00808).
 
@@ -171,24 +189,42 @@ def residual_branch(dim: int, layer_scale: float | None, drop_path: float) -> nn
     return tail
 
 
-def _gelu(x: Tensor, act: nn.Module) -> Tensor:
-    """GELU, with an error function of fewer instructions where it is compiled for a GPU.
+# ln Phi(-a) for a >= 0, nearly a parabola: coefficients of a^0 to a^5 (gspn2.backends.fused.parts.gelu).
+_LOG_TAIL = (-0.69317329, -0.79766528, -0.31884247, -0.03592400, 0.0049106410, -0.00032807301)
 
-    Abramowitz and Stegun 7.1.26, off by at most 1.5e-7: the usual one takes longer than its numbers' way from
-    and to memory.
-    """
-    if (
-        not (torch.compiler.is_compiling() and x.is_cuda)
-        or torch.is_grad_enabled()
-        or x.dtype == torch.float64
-    ):
-        return act(x)
-    v = x.float()
-    z = v.abs() * 0.5**0.5
-    t = 1 / (1 + 0.3275911 * z)
-    series = (((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
-    tail = 0.5 * series * t * torch.exp(-z * z)  # Phi(-|v|)
-    return (v * torch.where(v < 0, tail, 1 - tail)).to(x.dtype)
+
+def _tail(a: Tensor) -> Tensor:
+    """Phi(-a) for a >= 0, as exactly as 16 bits deserve: off by 7e-7 / a at most."""
+    c0, c1, c2, c3, c4, c5 = _LOG_TAIL
+    return torch.exp(((((c5 * a + c4) * a + c3) * a + c2) * a + c1) * a + c0)
+
+
+class _Gelu(torch.autograd.Function):
+    """GELU in few instructions: the error function takes longer than its numbers' way from and to memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        v = x.float()
+        a = v.abs().clamp(max=16)
+        return (v.clamp(min=0) - a * _tail(a)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        v = x.float()
+        tail = _tail(v.abs().clamp(max=16))
+        slope = torch.where(v < 0, tail, 1 - tail) + v * torch.exp(-0.5 * v * v) * (2 * math.pi) ** -0.5
+        return (dy.float() * slope).to(x.dtype)
+
+
+def _gelu(x: Tensor, act: nn.Module) -> Tensor:
+    """`act`, in fewer instructions where it is GELU of 16 bits, compiled for a GPU."""
+    in_16_bits = x.dtype in (torch.bfloat16, torch.float16)
+    if torch.compiler.is_dynamo_compiling() and x.is_cuda and in_16_bits and _is_gelu(act):
+        y: Tensor = _Gelu.apply(x)
+        return y
+    return act(x)
 
 
 class FFN(nn.Module):
@@ -217,9 +253,24 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, branch = self.halves(x)
-        return x + branch
+        return x if branch is None else x + branch
 
-    def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The two whose sum is FFN(x), or FFN(x + other): an LPU that follows adds them itself."""
+    def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The two whose sum is FFN(x), or FFN(x + other): an LPU that follows adds them itself.
+
+        None: the first one is all.
+        """
         x = self.lpu(x, other)
+        if fused.at_work(x) and is_plain(self.norm, self.fc1, self.fc2, self.act):
+            return self._fused_halves(x)
         return x, self.tail(self.fc2(_gelu(self.fc1(self.norm(x)), self.act)))
+
+    def _fused_halves(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`halves` after the LPU, by operators that keep activations from memory."""
+        first, second = (self.fc1.weight, self.fc1.bias), (self.fc2.weight, self.fc2.bias)
+        if self.norm.normalized_shape[0] > fused.MOST_CHANNELS:
+            hidden = fused.linear_gelu(self.norm(x).permute(0, 2, 3, 1), *first)
+            return x, self.tail(self.fc2(hidden.permute(0, 3, 1, 2)))
+        whole = all(isinstance(part, DropPath) and not part.training for part in self.tail)
+        y = fused.ffn(x.permute(0, 2, 3, 1), norm_of(self.norm), first, second, whole).permute(0, 3, 1, 2)
+        return (y, None) if whole else (x, self.tail(y))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import DIRECTIONS, propagate
+from ..ops import fused
 from ..ops.packed import propagate_packed
 from .layers import Pointwise, pointwise
 
@@ -184,9 +185,15 @@ class Mixer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._compiled_packed():
+        y = self.mixed(x)
+        summed = torch.compiler.is_dynamo_compiling() and y.is_cuda and self.proxy_dim <= _MOST_SUMMED
+        return self._sums(y) if summed else self.from_proxy(y)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """The proxies after propagation: (B, dim, H, W) -> (B, proxy_dim, H, W)."""
+        if self._packs(x):
             rows = self._operand_rows(self._merge(x.shape[2], x.shape[3]))
-            y = propagate_packed(
+            return propagate_packed(
                 self._packed(x, *rows, aligned=x.is_cuda),
                 self.proxy_dim,
                 self.groups,
@@ -195,22 +202,20 @@ class Mixer(nn.Module):
                 self.sizes[0] > 0,
                 self.backend,
             )
-            return self._sums(y) if x.is_cuda and self.proxy_dim <= _MOST_SUMMED else self.from_proxy(y)
-        y = propagate(
+        return propagate(
             *self.operands(x),
             directions=self.directions,
             chunk=self.chunk,
             backend=self.backend,
             keep_hidden=self.keep_hidden,
         )
-        return self.from_proxy(y)
 
-    def _compiled_packed(self) -> bool:
-        """Is this being compiled, and all in one tensor? Then the operator takes it as one argument."""
+    def _packs(self, x: Tensor) -> bool:
+        """Is this compiled or fused, and all in one tensor? Then the operator takes it as one argument."""
         return (
             # Of torch.compile alone: exported programs keep to the operator that their readers know.
             # (is_exporting is True in everything that PyTorch 2.11 compiles.)
-            torch.compiler.is_dynamo_compiling()
+            (torch.compiler.is_dynamo_compiling() or fused.at_work(x))
             and self.operands_from == "input"
             and self.sizes[1] > 0
             and not self.padding
@@ -226,6 +231,8 @@ class Mixer(nn.Module):
         proxy_bias = self.to_proxy.bias if self.to_proxy.bias is not None else bias.new_zeros(self.proxy_dim)
         weight, bias = torch.cat([self.to_proxy.weight, weight]), torch.cat([proxy_bias, bias])
         rows = weight.shape[0]
+        if rows <= fused.MOST_OUTPUTS and fused.at_work(x):
+            return fused.narrow_linear(x.permute(0, 2, 3, 1), weight, bias)
         if aligned and rows % _VECTOR:
             missing = -rows % _VECTOR
             weight, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing))

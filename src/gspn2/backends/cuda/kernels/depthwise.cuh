@@ -2,32 +2,17 @@
 //
 // Images are channels_last, (B, H, W, C) in memory with an even C. A thread owns two neighbouring channels and a tile of
 // TALL x WIDE pixels. Macros:
-//   STORAGE    of images: 0 float32, 1 bfloat16, 2 float16
-//   WEIGHTS    of weights and bias, the same codes
+//   STORAGE    of images, WEIGHTS of weights and bias: see pairs.cuh
 //   SIDE       of the kernel, odd
 //   CHANNELS   of the images: with it known, an access is an address and a constant
 //   PAIRS      of channels in a block
 //   TALL, WIDE pixels of a tile
 //   SECOND     1: the input is the sum of two images
 #pragma once
-#include "ptx.cuh"
+#include "pairs.cuh"
 
 constexpr int TAPS = SIDE * SIDE, REACH = SIDE / 2;
 constexpr int ROWS = TALL + SIDE - 1, COLUMNS = WIDE + SIDE - 1;  // of the input of a tile
-
-#if STORAGE == 0
-typedef float2 pair_t;
-#else
-typedef u32 pair_t;
-#endif
-
-#if WEIGHTS == 0
-typedef float weight_t;
-#elif WEIGHTS == 1
-typedef __nv_bfloat16 weight_t;
-#else
-typedef __half weight_t;
-#endif
 
 // `depthwise.py` packs this structure; the two must agree. Null: absent.
 struct Params {
@@ -45,45 +30,6 @@ struct Params {
   int flip;                // weights turned by 180 degrees: the gradient of the input
   int none;
 };
-
-__device__ __forceinline__ pair_t no_pair() {
-#if STORAGE == 0
-  return make_float2(0.f, 0.f);
-#else
-  return 0u;
-#endif
-}
-
-__device__ __forceinline__ float2 widen(pair_t v) {
-#if STORAGE == 0
-  return v;
-#elif STORAGE == 1
-  return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
-#else
-  return make_float2(__half2float(__ushort_as_half((unsigned short)(v & 0xffffu))),
-                     __half2float(__ushort_as_half((unsigned short)(v >> 16))));
-#endif
-}
-
-__device__ __forceinline__ pair_t narrow(float2 v) {
-#if STORAGE == 0
-  return v;
-#elif STORAGE == 1
-  return (u32)__bfloat16_as_ushort(__float2bfloat16_rn(v.x)) | (u32)__bfloat16_as_ushort(__float2bfloat16_rn(v.y)) << 16;
-#else
-  return (u32)__half_as_ushort(__float2half_rn(v.x)) | (u32)__half_as_ushort(__float2half_rn(v.y)) << 16;
-#endif
-}
-
-__device__ __forceinline__ float widen_weight(weight_t v) {
-#if WEIGHTS == 0
-  return v;
-#elif WEIGHTS == 1
-  return __bfloat162float(v);
-#else
-  return __half2float(v);
-#endif
-}
 
 __device__ __forceinline__ void multiply_add(float2& sum, float2 a, float2 b) {
   sum.x = fmaf(a.x, b.x, sum.x);
