@@ -1,5 +1,5 @@
-"""Images made up on the spot, whose class is a matter of global context: Pathfinder and a maze; and mazes of
-which every pixel has a class, the flood.
+"""Images made up on the spot, whose class is a matter of global context: Pathfinder and a maze. For the
+comparison they also come with an answer for pixels instead of one for the image.
 
 Both come in blocks, each from a seed of its own, so that the first images of a set do not depend on how many
 follow. Classes are equally frequent, and the distance of the two marks, which a classifier could otherwise
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -60,32 +59,48 @@ def parse_task(data: str) -> Task:
     return Task(match[1], canvas, size)
 
 
-def generate(
-    task: Task, count: int, seed: int, levels: tuple[float, float] | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images (count, size, size) and labels (count,): 1 where the two marks are joined.
-
-    Args:
-        task, count, seed: which, how many.
-        levels: difficulty of the first and behind the last image of a pathfinder, from 0 (contours of two
-            dashes and nothing else) to 1 (the longest ones and all distractors); None for a mixture of the
-            upper half.
-    """
+def generate(task: Task, count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (count, size, size) and labels (count,): 1 where the two marks are joined."""
     make: Callable[[Generator, int, int, int], tuple[NDArray[np.uint8], NDArray[np.int64]]]
+    make = _pathfinder if task.kind == "pathfinder" else _maze
     images = np.empty((count, task.size, task.size), np.uint8)
     labels = np.empty(count, np.int64)
     for number, start in enumerate(range(0, count, BLOCK)):
         rng = np.random.default_rng(derive_seed(seed, task.kind, task.canvas, number))
-        if task.kind == "pathfinder":
-            share = (start + BLOCK / 2) / max(count, BLOCK)
-            level = None if levels is None else levels[0] + share * (levels[1] - levels[0])
-            make = partial(_pathfinder, level=level)
-        else:
-            make = _maze
         made, truth = make(rng, BLOCK, task.canvas, task.size // task.canvas)
         end = min(start + BLOCK, count)
         images[start:end], labels[start:end] = made[: end - start], truth[: end - start]
     return images, labels
+
+
+def answered(
+    task: Task, count: int, seed: int, levels: tuple[float, float] | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images (count, size, size) and the answer for every pixel, of the same shape: 0 none, 1 no, 2 yes.
+
+    "pathfinder" has its answer, are the marks joined, at the marks alone; "flood" says for all floor of a
+    maze of two parts whether it can be reached from a mark.
+
+    Args:
+        task, count, seed: which, how many.
+        levels: difficulty of the first image and behind the last one, from 0 (contours of two dashes and
+            nothing else, no walls but between the two parts) to 1 (the longest contours, all distractors, all
+            walls); None for a mixture of the upper half.
+    """
+    images = np.empty((count, task.size, task.size), np.uint8)
+    classes = np.empty_like(images)
+    for number, start in enumerate(range(0, count, BLOCK)):
+        rng = np.random.default_rng(derive_seed(seed, task.kind, task.canvas, number))
+        end = min(start + BLOCK, count)
+        level = None
+        if levels is not None:
+            level = levels[0] + (start + end) / (2 * count) * (levels[1] - levels[0])
+        if task.kind == "pathfinder":
+            made, truth = _at_marks(rng, BLOCK, task.canvas, task.size // task.canvas, level)
+        else:
+            made, truth = _flood(rng, BLOCK, task.canvas, task.size // task.canvas, level)
+        images[start:end], classes[start:end] = made[: end - start], truth[: end - start]
+    return images, classes
 
 
 # -- Pathfinder: are two dots the ends of the same dashed contour? (the idea: arXiv 1805.08315)
@@ -97,8 +112,23 @@ _THICK, _DOT = 0.8, 2.6
 
 
 def _pathfinder(
-    rng: Generator, count: int, canvas: int, scale: int, level: float | None
+    rng: Generator, count: int, canvas: int, scale: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    images, labels, _ = _marked(rng, count, canvas, scale, None)
+    return images, labels
+
+
+def _at_marks(
+    rng: Generator, count: int, canvas: int, scale: int, level: float | None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    images, labels, marks = _marked(rng, count, canvas, scale, level)
+    return images, np.where(marks, 1 + labels[:, None, None], 0).astype(np.uint8)
+
+
+def _marked(
+    rng: Generator, count: int, canvas: int, scale: int, level: float | None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
+    """Images, labels, and where the marks are."""
     longest, short = round(canvas / 7.0), max(3, round(canvas / 21.0))
     distractors = round(canvas / 10)
     # A length for each block: short contours are what a model learns first, long ones build on them.
@@ -123,9 +153,11 @@ def _pathfinder(
     for dashes, fit in zip(drawn, fits, strict=True):
         for k in range(dashes.shape[1]):
             _draw(images, dashes[:, k, 0], dashes[:, k, 1], _THICK, scale, fit)
+    marks = np.zeros_like(images)
     for end in range(2):
-        _draw(images, dots[:, end], dots[:, end], _DOT, scale, np.ones(count, bool))
-    return (images * 255).round().astype(np.uint8), labels.astype(np.int64)
+        _draw(marks, dots[:, end], dots[:, end], _DOT, scale, np.ones(count, bool))
+    images = np.maximum(images, marks)
+    return (images * 255).round().astype(np.uint8), labels.astype(np.int64), marks > 0.5
 
 
 def _ends(dashes: Floats) -> Floats:
@@ -304,32 +336,20 @@ def _place(images: NDArray[np.uint8], mark: NDArray[np.int64], side: int, cell: 
             images[n, top + dy, left + dx] = 255
 
 
-def flood(task: Task, count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Mazes (count, size, size) of two parts, with a mark in one of them, and a class for every pixel.
-
-    Classes (count, size, size): 0 for a wall, 1 for floor that cannot be reached from the mark, 2 for floor
-    that can.
-    """
-    images = np.empty((count, task.canvas, task.canvas), np.uint8)
-    classes = np.empty_like(images)
-    for number, start in enumerate(range(0, count, BLOCK)):
-        rng = np.random.default_rng(derive_seed(seed, "flood", task.canvas, number))
-        end = min(start + BLOCK, count)
-        made, truth = _flood(rng, BLOCK, task.canvas)
-        images[start:end], classes[start:end] = made[: end - start], truth[: end - start]
-    scale = task.size // task.canvas
-    return images.repeat(scale, 1).repeat(scale, 2), classes.repeat(scale, 1).repeat(scale, 2)
-
-
-def _flood(rng: Generator, count: int, canvas: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _flood(
+    rng: Generator, count: int, canvas: int, scale: int, level: float | None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    walls = rng.uniform(0.5, 1) if level is None else level
     cell = int(rng.choice([cell for cell in _CELLS if (canvas - 1) // cell >= 5]))
     side = (canvas - 1) // cell
     kept, region = _cut(rng, _spanning_trees(rng, count, side), side)
+    first, second = _edges(side)
+    kept |= (region[:, first] == region[:, second]) & (rng.random(kept.shape) > walls)
     mark = rng.integers(0, side * side, (count, 1))
     reached = (1 + (region == np.take_along_axis(region, mark, 1))).astype(np.uint8)
     images, classes = _floor(kept, reached, canvas, cell)
     _place(images, mark[:, 0], side, cell, (canvas - (cell * side + 1)) // 2)
-    return images, classes
+    return images.repeat(scale, 1).repeat(scale, 2), classes.repeat(scale, 1).repeat(scale, 2)
 
 
 def _floor(

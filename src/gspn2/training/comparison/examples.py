@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tasks import BLOCK, Task, flood, generate
+from ..tasks import BLOCK, Task, answered
 from .images import Source, digits
 
 COLUMNS, SIDE, GAP = 8, 128, 6
@@ -23,10 +23,11 @@ def draw(path: Path) -> None:
     rows: list[list[NDArray[np.uint8]]] = []
     half = COLUMNS // 2
     for size in (64, 128):
-        pixels, labels = generate(Task("pathfinder", size, size), 32, seed=1)
-        rows.append([*pixels[labels == 0][:half], *pixels[labels == 1][:half]])
+        pixels, classes = answered(Task("pathfinder", size, size), 32, seed=1)
+        joined = classes.max((1, 2)) == 2
+        rows.append([*pixels[~joined][:half], *pixels[joined][:half]])
         # A block has cells of one size.
-        pixels, classes = flood(Task("flood", size, size), half * BLOCK, seed=1)
+        pixels, classes = answered(Task("flood", size, size), half * BLOCK, seed=1)
         rows.append(
             [it[n] for n in range(0, half * BLOCK, BLOCK) for it in (pixels, classes * np.uint8(127))]
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import replacing
 from ..rng import derive_seed
-from ..tasks import Task, flood, generate
+from ..tasks import Task, answered
 from ..transforms import DIGITS_MEAN, DIGITS_STD, TASK_MEAN, TASK_STD
 
 SHARD = 2048
@@ -67,10 +67,9 @@ class Source(NamedTuple):
     @property
     def labels(self) -> tuple[type[np.generic], tuple[int, ...]]:
         """Type and shape of the labels."""
-        side = self.task.size
-        return (
-            (np.uint8, (self.images, side, side)) if self.task.kind == "flood" else (np.int64, (self.images,))
-        )
+        if self.task.kind == "digits":
+            return np.int64, (self.images,)
+        return np.uint8, (self.images, self.task.size, self.task.size)
 
     @property
     def shards(self) -> range:
@@ -137,10 +136,8 @@ def _make_shard(source: Source, number: int, pixels: Path, labels: Path) -> None
 def _made(source: Source, start: int, end: int, seed: int) -> Arrays:
     if source.task.kind == "digits":
         return digits(source, end - start, seed)
-    if source.task.kind == "flood":
-        return flood(source.task, end - start, seed)
     levels = (start / source.images, end / source.images) if source.split == "train" else None
-    return generate(source.task, end - start, seed, levels)
+    return answered(source.task, end - start, seed, levels)
 
 
 def digits(source: Source, count: int, seed: int) -> Arrays:

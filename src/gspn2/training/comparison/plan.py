@@ -90,8 +90,8 @@ class Run:
 
     @property
     def classes(self) -> int:
-        """Of the task."""
-        return 10 if self.task == DIGITS else 2
+        """Of an image; 0 where it has none (`dense`)."""
+        return 0 if self.dense else 10
 
     def steps(self, settings: Settings) -> int:
         """Of this run."""
@@ -110,8 +110,8 @@ class Run:
 
     @property
     def dense(self) -> bool:
-        """Is there an answer for every pixel?"""
-        return self.task == FLOOD
+        """Are there answers for pixels instead of one for the image?"""
+        return self.task != DIGITS
 
     @property
     def transfers(self) -> dict[str, Task]:

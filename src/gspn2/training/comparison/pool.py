@@ -21,8 +21,9 @@ from .images import Source, making, workers
 from .lanes import Lanes
 from .plan import Run, Settings
 
-LANES = 1
-"""Runs of a process. The GPU takes turns between processes, which hides what they do on the CPU."""
+LANES = 3
+"""Runs of a process. Their streams share the GPU, processes take turns at it; a few of both hide what a run
+does on the CPU. Nine runs on an H200 made 191 steps a second in three processes, 163 in nine."""
 LOOK_SECONDS = 0.2
 OnWord = Callable[[Run, str, str, int], None]
 

@@ -22,14 +22,14 @@ from ..series import read_checkpoint
 from ..state import count_parameters, learner_tensors, restore_learner
 from .contenders import CONTENDERS, build
 from .images import Images, poses
-from .plan import PATHFINDER, Run, Settings
+from .plan import Run, Settings
 from .trainer import Block, Trainer
 
 SAVE_SECONDS = 60.0
 LOOKS = 5
 """Points of the training loss for each test, and as often a look at the clock of the whole run."""
 EASIEST, HARDEST = 0.1, 0.75
-"""Pathfinder: the share of the images that training begins with, and that of the steps until it has all."""
+"""The share of the images that training begins with, and that of the steps until it has all."""
 Say = Callable[..., None]
 
 
@@ -55,9 +55,7 @@ def make_trainer(
         seed=run.seed,
         amp=settings.amp,
     )
-    model = build(
-        CONTENDERS[run.contender], run.size, derive_seed(run.seed, "weights"), run.classes, run.dense
-    )
+    model = build(CONTENDERS[run.contender], run.size, derive_seed(run.seed, "weights"), run.classes)
     amp = amp_dtype(settings.amp, device)
     trainer = Trainer(config, model, images, device, amp, block, settings.batch_size)
     return trainer, count_parameters(model)
@@ -170,13 +168,13 @@ class SingleRun:
         return Block(torch.stack(chosen), torch.stack(turns), torch.tensor(rates))
 
     def _chosen(self, step: int, draws: torch.Tensor) -> torch.Tensor:
-        """Numbers of images, out of all, or of those that are not too hard yet and more often of the hardest.
+        """Numbers of images, of those that are not too hard yet and more often of the hardest of them.
 
-        Pathfinder's images come from easy to hard. Without easy ones first, no model learns anything in a
-        few thousand steps.
+        Images come from easy to hard, but for the digits. Without easy ones first, no model learns anything
+        in a thousand steps.
         """
         share = 1.0
-        if self.run.task == PATHFINDER:
+        if self.run.dense:
             progress = min(1.0, step / (HARDEST * self.total))
             share = EASIEST + (1 - EASIEST) * progress**2
             draws = draws.sqrt()
