@@ -36,7 +36,13 @@ def _where(on: Result) -> list[str]:
     python = [f"Python {on['python']}", f"PyTorch {on['torch']}"]
     if "device" in on:
         tools = [f"{name} {on[name]}" for name in ("cuda-core", "nvidia-cuda-nvrtc") if on.get(name)]
-        return [f"one {on['device']}", f"driver {on['driver']}", f"CUDA {on['cuda']}", *python, *tools]
+        return [
+            f"{on.get('gpus', 'one')} {on['device']}",
+            f"driver {on['driver']}",
+            f"CUDA {on['cuda']}",
+            *python,
+            *tools,
+        ]
     tools = [f"{name} {on[name]}" for name in ("numba", "timm") if name in on]
     return [on["processor"], f"{on['threads']} threads", on["system"], *python, *tools]
 

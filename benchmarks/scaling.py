@@ -106,6 +106,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> int:
         "batch_per_gpu": arguments.batch,
         "dtype": "bfloat16",
         "rounds": arguments.rounds,
+        "targets": EFFICIENCY,
         "cases": [],
     }
     if "losses" in arguments.parts:

@@ -10,8 +10,8 @@ A document asks for a table with a pair of lines; what is between them is genera
 
 Names: operator, operator-compact, memory, start, models, models-compact, technology; they need
 benchmarks/results/cpu/NAME.json. And h200/NAME for a section of gpu.py, h200/summary, h200/summary-compact,
-from benchmarks/results/h200/*.json; until there are such files the place says so. A table says under itself
-on what, when and how it was measured.
+h200/scaling, from benchmarks/results/h200/*.json; until there are such files the place says so. A table says
+under itself on what, when and how it was measured.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from typing import Any
 
 import gpu_tables
 import markdown_table as md
+import scaling_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GPUS = ("h200",)
+SCALING = "scaling"
 Result = dict[str, Any]
 
 OPEN = re.compile(r"<!-- benchmark:(\S+) -->")
@@ -205,8 +207,13 @@ def table(name: str) -> str:
         if gpu == "summary" and picture.exists():
             text += f"\n![{gpu_tables.PICTURE}](images/{picture.name})\n"
         return text
+    if gpu == SCALING and folder in GPUS:
+        path = RESULTS / folder / f"{gpu}.json"
+        if not path.exists():
+            return scaling_table.ABSENT
+        return _made(name, {gpu: path}, lambda results: scaling_table.make(results[gpu]))
     if name not in TABLES:
-        known = [*TABLES, *(f"{gpu}/{name}" for gpu in GPUS for name in gpu_tables.NAMES)]
+        known = [*TABLES, *(f"{gpu}/{name}" for gpu in GPUS for name in (*gpu_tables.NAMES, SCALING))]
         raise TableError(f"no table is called {name!r}, only {', '.join(known)}")
     path = RESULTS / "cpu" / f"{name.removesuffix('-compact')}.json"
     if not path.exists():

@@ -85,7 +85,7 @@ def project(tmp_path: Path) -> Path:
     """A project of a generator, its results and two documents: README.md without tables, docs/speed.md."""
     results = tmp_path / "benchmarks" / "results" / "cpu"
     results.mkdir(parents=True)
-    for name in ("tables.py", "gpu_tables.py", "markdown_table.py"):
+    for name in ("tables.py", "gpu_tables.py", "scaling_table.py", "markdown_table.py"):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
     for name, result in RESULTS.items():
         (results / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **result}))
@@ -122,6 +122,7 @@ def test_documents_are_in_step_with_the_results() -> None:
     [
         ("README.md", {"operator-compact", "models-compact", "h200/summary-compact"}),
         ("docs/models.md", {"models"}),
+        ("docs/training.md", {"h200/scaling"}),
         ("docs/backends.md", {"operator", "h200/summary", "h200/propagate", "h200/gspn1", "h200/memory"}),
     ],
 )
@@ -363,6 +364,44 @@ def test_the_summary_has_every_target_with_the_range_that_was_measured(project: 
     assert tables(project, "--check").returncode == 1
     assert tables(project).returncode == 0
     assert "(images/h200_speed.svg)" in document.read_text()
+
+
+def scaling_case(gpus: int, how: str, images: float, **more: object) -> dict[str, object]:
+    efficiency = images / gpus / 2000.0
+    case = {"gpus": gpus, "compiled": True, "how": how, "ms": 128.0, "images_per_s": images}
+    return {**case, "efficiency": efficiency, "peak_bytes": 20_400_000_000, **more}
+
+
+def scaling_result(project: Path, *cases: dict[str, object], same: bool = True) -> None:
+    path = project / "benchmarks" / "results" / "h200" / "scaling.json"
+    path.parent.mkdir(exist_ok=True)
+    about = {"model": "gspn2_tiny", "pixels": 224, "batch_per_gpu": 256, "dtype": "bfloat16"}
+    losses = {"batch": 32, "steps": 6, "relative_difference": 2.1e-6, "same": same}
+    made = {"machine": {**GPU_MACHINE, "gpus": 2}, "targets": {"4": 0.92}, "complete": True, **about}
+    path.write_text(json.dumps({**made, "losses": losses, "cases": cases}))
+
+
+def test_the_table_of_several_gpus_tells_what_was_not_measured_or_missed(project: Path) -> None:
+    document = ask_for(project, "h200/scaling")
+    assert tables(project).returncode == 0
+    assert "*Not measured yet: `torchrun" in document.read_text()
+    scaling_result(project, scaling_case(1, "alone", 2000.0), scaling_case(2, "shares", 3900.0))
+    assert tables(project, "--check").returncode == 1
+    assert tables(project).returncode == 0
+    rows = document.read_text().splitlines()
+    assert "| 1 | compiled | - | 128 | 2000 | 100.0% | 20.4 GB |" in rows
+    assert "| 2 | compiled | shares (`--shard`) | 128 | 3900 | 97.5% | 20.4 GB |" in rows
+    text = joined(document)
+    for fact in (
+        "2 NVIDIA H200",
+        "Asked for at 4 GPUs: 92.0%; not measured.",
+        "they differ by 2e-06 at most",
+    ):
+        assert fact in text
+    scaling_result(project, scaling_case(4, "replicas", 7200.0, met=False), same=False)
+    assert tables(project).returncode == 0
+    assert "| 7200 | 90.0% (missed) | 20.4 GB |" in document.read_text()
+    assert "other losses (a failure)" in joined(document)
 
 
 def test_a_gpu_table_without_results_says_so(project: Path) -> None:
