@@ -148,10 +148,11 @@ def test_what_is_launched_at_once_is_what_propagate_launches(monkeypatch: pytest
     monkeypatch.setattr(cuda, "why_not", lambda problem: None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     scan._ready.cache_clear()
-    geometry, size = scan.Geometry(16, 2, ("up", "left"), 4, 80), scan.Size(2, 6, 9)
-    proxy, packed = aligned(2, 54, 16), aligned(2, 54, 80)
+    geometry, size = scan.Geometry(16, 2, ("up", "left"), 4, 24, 80), scan.Size(2, 6, 9)
+    proxy, packed = aligned(2, 54, 24), aligned(2, 54, 80)
     y = aligned(2, 54, 16)
-    monkeypatch.setattr(torch, "empty_like", lambda like: y.as_strided(like.shape, like.stride()))
+    monkeypatch.setattr(Tensor, "new_empty", lambda like, *shape: y)
+    monkeypatch.setattr(torch, "empty_like", lambda like: y.as_strided(like.shape, (54 * 16, 1, 9 * 16, 16)))
     assert scan.launched(proxy, packed, geometry, size) is not None
     x, logits, lam, gate = scan.views(proxy, packed, geometry, size)
     problem = Problem(geometry.directions, 4, True, 2, 16, 2, 6, 9, torch.float32, "cuda")
@@ -159,7 +160,7 @@ def test_what_is_launched_at_once_is_what_propagate_launches(monkeypatch: pytest
     half = len(made) // 2
     assert made[:half] == made[half:] != []
     assert ran[:half] == ran[half:]
-    other = aligned(2 * 54 * 16 + 16)[16:].view(2, 54, 16)
+    other = aligned(2 * 54 * 24 + 16)[16:].view(2, 54, 24)
     assert scan.launched(other, packed, geometry, size) is None, "not aligned"
     scan._ready.cache_clear()
 
@@ -212,7 +213,8 @@ def test_a_mixer_on_a_gpu_in_few_launches_is_the_mixer(
     x = torch.randn(2, grid[0] * grid[1], 128, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         assert mixer._quick(x)
-        assert torch.equal(mixer(x, **{GRID: grid}), mixer.tokens(x, grid))
+        found, right = mixer(x, **{GRID: grid}).float(), mixer.tokens(x, grid).float()
+    assert (found - right).norm() < 4e-3 * right.norm()
 
 
 @pytest.mark.gpu

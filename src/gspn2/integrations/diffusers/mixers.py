@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from gspn2.functional import DIRECTIONS
-from gspn2.nn import Pointwise, TokenMixer
+from gspn2.nn import Mixer, Pointwise, TokenMixer
 from gspn2.ops.eager import plain
 
 from .scan import Geometry, Size, propagate
 
+_VECTOR = 8
+"""Elements of 16 bits in 16 bytes: pixels begin where vectors do."""
 GRID = "gspn2_grid"
 """The key in `cross_attention_kwargs` under which rows and columns of the token grid travel."""
 
@@ -33,9 +37,19 @@ class AttentionMixer(nn.Module):
     def __init__(self, dim: int, proxy_dim: int, **mixer: Any) -> None:
         super().__init__()
         self.tokens = TokenMixer(dim, proxy_dim, **mixer)
-        # The weights will not change any more, and a CUDA graph may read what was made from them.
-        self.fixed = False
-        self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._fixed = False
+        self._kept: dict[tuple[int, int], tuple[Any, Prepared]] = {}
+
+    @property
+    def fixed(self) -> bool:
+        """The weights will not change any more, and a CUDA graph may read what was made from them."""
+        return self._fixed
+
+    @fixed.setter
+    def fixed(self, value: bool) -> None:
+        if value != self._fixed:
+            self._fixed = value
+            self._kept.clear()
 
     def forward(
         self,
@@ -65,56 +79,68 @@ class AttentionMixer(nn.Module):
             return self._inference(hidden_states, grid)
         return self.tokens(hidden_states, grid)
 
+    def _parts(self) -> tuple[Any, Any, Any, Any]:
+        """The mixer and its projections, past `nn.Module.__getattr__`, which takes longer than a check."""
+        mixer: Any = self._modules["tokens"]._modules["mixer"]  # type: ignore[union-attr]
+        parts = mixer._modules
+        return mixer, parts["to_proxy"], parts["to_operands"], parts["from_proxy"]
+
     def _quick(self, x: Tensor) -> bool:
         """Can `_inference` stand for the mixer: no gradients, and nothing that has to see its parts?"""
-        mixer = self.tokens.mixer
+        if torch.is_grad_enabled() or not x.is_cuda or not plain(x):
+            return False
+        mixer, *projections = self._parts()
+        merge = mixer._parameters["merge"]
         return (
-            not torch.is_grad_enabled()
-            and x.is_cuda
+            type(merge) is Parameter
+            and x.dtype == merge.dtype
             and x.is_contiguous()
-            and x.dtype == mixer.merge.dtype
             and mixer.operands_from == "proxy"
             and all(mixer.sizes)
-            and all(map(_bare, (mixer.to_proxy, mixer.to_operands, mixer.from_proxy)))
+            and _bare(projections[0])
+            and _bare(projections[1])
+            and _bare(projections[2])
             and not torch.is_autocast_enabled("cuda")
-            and plain(x, mixer.merge, *mixer.to_operands._parameters.values())
         )
 
     def _inference(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The mixer in four launches: at small sizes a step waits for the host, which is to be no slower with
-        mixers than with attention.
-
-        The operands' rows, scaled by `merge` and the size, are kept for as long as the weights are the same.
-        """
-        mixer = self.tokens.mixer
+        mixers than with attention."""
+        mixer, _, _, from_proxy = self._parts()
         height, width = grid
         if x.shape[1] != height * width:
             return self.tokens(x, grid)  # which says what is wrong
-        weight, bias = self._rows(height, width)
-        proxy = _linear(x, mixer.to_proxy)
-        packed = F.linear(proxy, weight, bias)
-        geometry = Geometry(
-            mixer.proxy_dim, mixer.groups, mixer.directions, mixer.chunk, sum(mixer.sizes) + mixer.padding
-        )
-        mixed = propagate(proxy, packed, geometry, Size(x.shape[0], height, width), mixer.backend)
-        return _linear(mixed, mixer.from_proxy)
+        ready = self._prepared(height, width)
+        proxy = F.linear(x, ready.to_proxy, ready.proxy_bias)
+        packed = F.linear(proxy, ready.to_operands)
+        mixed = propagate(proxy, packed, ready.geometry, Size(x.shape[0], height, width), mixer.backend)
+        return F.linear(mixed, from_proxy._parameters["weight"], from_proxy._parameters["bias"])
 
-    def _rows(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the operands' projection at a size."""
-        mixer = self.tokens.mixer
-        sources = (mixer.merge, mixer.to_operands.weight, mixer.to_operands.bias)
+    def _prepared(self, height: int, width: int) -> Prepared:
+        """What a size and `merge` make of the weights, kept for as long as those are the same."""
+        kept = self._kept.get((height, width))
+        if self._fixed and kept is not None:
+            return kept[1]
+        mixer, to_proxy, to_operands, _ = self._parts()
+        sources = (
+            mixer._parameters["merge"],
+            *to_proxy._parameters.values(),
+            *to_operands._parameters.values(),
+        )
         capturing = sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
         # A graph has to own what it reads and to see weights that were changed, and in inference mode tensors
         # do not tell of changes.
-        if (capturing and not self.fixed) or any(it.is_inference() for it in sources):
-            return mixer._operand_rows(mixer._merge(height, width))
-        state = tuple((it._version, it.data_ptr(), it.dtype) for it in sources)
-        key = (height, width, mixer.chunk, state)
-        if key not in self._kept:
-            if not self.fixed:
+        if (capturing and not self._fixed) or any(it is not None and it.is_inference() for it in sources):
+            return Prepared.of(mixer, height, width)
+        state = (
+            mixer.chunk,
+            [None if it is None else (it._version, it.data_ptr(), it.dtype) for it in sources],
+        )
+        if kept is None or kept[0] != state:
+            if not self._fixed:
                 self._kept.clear()
-            self._kept[key] = mixer._operand_rows(mixer._merge(height, width))
-        return self._kept[key]
+            kept = self._kept[height, width] = state, Prepared.of(mixer, height, width)
+        return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": {}}
@@ -127,14 +153,53 @@ class AttentionMixer(nn.Module):
             nn.init.zeros_(projection.bias)
 
 
+class Prepared(NamedTuple):
+    """The projections of a mixer at a size, so that only the first of them has a bias.
+
+    Its output has a column of ones, whose weights are the biases of the operands: cuBLAS takes up to twice as
+    long for a product of so few columns if it has to add a bias.
+
+    Args:
+        to_proxy: (geometry.proxy, dim).
+        proxy_bias: (geometry.proxy,).
+        to_operands: (geometry.record, geometry.proxy), the gate's rows scaled by `merge` and the size.
+        geometry: of the propagation.
+    """
+
+    to_proxy: Tensor
+    proxy_bias: Tensor
+    to_operands: Tensor
+    geometry: Geometry
+
+    @staticmethod
+    def of(mixer: Mixer, height: int, width: int) -> Prepared:
+        """From the weights as they are now."""
+        operands, biases = mixer._operand_rows(mixer._merge(height, width))
+        channels = mixer.proxy_dim
+        more = 1 + -(channels + 1) % _VECTOR
+        weight, bias = mixer.to_proxy.weight, mixer.to_proxy.bias
+        bias = weight.new_zeros(channels) if bias is None else bias
+        ones = F.pad(bias.new_ones(1), (0, more - 1))
+        geometry = Geometry(
+            channels, mixer.groups, mixer.directions, mixer.chunk, channels + more, operands.shape[0]
+        )
+        return Prepared(
+            F.pad(weight, (0, 0, 0, more)),
+            torch.cat([bias, ones]),
+            F.pad(torch.cat([operands, biases[:, None]], dim=1), (0, more - 1)),
+            geometry,
+        )
+
+
 def _bare(projection: nn.Module) -> bool:
     """Is its product all there is to it: no adapter in its place, no parametrization, no hooks?"""
-    return type(projection) is Pointwise and not (projection._forward_pre_hooks or projection._forward_hooks)
-
-
-def _linear(x: Tensor, projection: nn.Module) -> Tensor:
-    # Past `nn.Module.__getattr__`, which takes a tenth of the host's time here.
-    return F.linear(x, projection._parameters["weight"], projection._parameters["bias"])  # type: ignore[arg-type]
+    weights = projection._parameters
+    return (
+        type(projection) is Pointwise
+        and not (projection._forward_pre_hooks or projection._forward_hooks)
+        and type(weights["weight"]) is Parameter
+        and type(weights["bias"]) in (Parameter, NoneType)
+    )
 
 
 class UNetMixers(ModelMixin, ConfigMixin):

@@ -26,6 +26,7 @@ class Geometry(NamedTuple):
         channels: that are propagated, C.
         groups: of taps, G.
         directions, chunk: as for `gspn2.propagate`.
+        proxy: elements of a pixel in the tensor whose first C are propagated.
         record: elements of a pixel in the packed tensor: lam (D C), gate (D C), logits (D G 3), padding.
     """
 
@@ -33,6 +34,7 @@ class Geometry(NamedTuple):
     groups: int
     directions: tuple[str, ...]
     chunk: int | None
+    proxy: int
     record: int
 
 
@@ -48,8 +50,8 @@ def propagate(proxy: Tensor, packed: Tensor, geometry: Geometry, size: Size, bac
     """The sum of the gated scans, (B, H * W, C).
 
     Args:
-        proxy: (B, H * W, C), contiguous.
-        packed: (B, H * W, record), contiguous.
+        proxy: (B, H * W, geometry.proxy), contiguous.
+        packed: (B, H * W, geometry.record), contiguous.
         geometry: see there.
         size: see there.
         backend: as for `gspn2.propagate`.
@@ -60,19 +62,19 @@ def propagate(proxy: Tensor, packed: Tensor, geometry: Geometry, size: Size, bac
             return y
     x, logits, lam, gate = views(proxy, packed, geometry, size)
     y = ops.propagate(x, logits, lam, gate, geometry.directions, geometry.chunk, True, backend)
-    return y.as_strided(proxy.shape, proxy.stride())
+    return y.permute(0, 2, 3, 1).reshape(size.batch, size.height * size.width, geometry.channels)
 
 
 def launched(proxy: Tensor, packed: Tensor, geometry: Geometry, size: Size) -> Tensor | None:
     """As `propagate`, by the kernels themselves; None where they do not take it as it lies."""
-    y, index = torch.empty_like(proxy), proxy.get_device()
-    start, item = packed.data_ptr(), packed.itemsize
-    addresses = [proxy.data_ptr(), *(start + item * it for it in _offsets(geometry)), y.data_ptr()]
-    if not proxy.numel() or (addresses[0] | start | addresses[-1]) & (ALIGNMENT - 1):
+    index = proxy.get_device()
+    ready = _ready(geometry, size, proxy.dtype, index)
+    y = proxy.new_empty(size.batch, size.height * size.width, geometry.channels)
+    x, start, end = proxy.data_ptr(), packed.data_ptr(), y.data_ptr()
+    if ready is None or (x | start | end) & (ALIGNMENT - 1):
         return None
-    call = _ready(geometry, size, proxy.dtype, index)
-    if call is None:
-        return None
+    call, logits, lam, gate = ready
+    addresses = [x, start + logits, start + lam, start + gate, end]
     if driver.current_device() == index:
         call.run(addresses, proxy)
     else:
@@ -81,7 +83,6 @@ def launched(proxy: Tensor, packed: Tensor, geometry: Geometry, size: Size) -> T
     return y
 
 
-@lru_cache(maxsize=64)
 def _offsets(geometry: Geometry) -> tuple[int, int, int]:
     """Elements of a pixel before its logits, lam and gate: the order in which kernels take them."""
     per_channel = len(geometry.directions) * geometry.channels
@@ -92,9 +93,9 @@ def views(
     proxy: Tensor, packed: Tensor, geometry: Geometry, size: Size
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (B, C, H, W), logits (B, D, G, 3, H, W), lam and gate (B, D, C, H, W), without a copy."""
-    (batch, height, width), (channels, groups, directions, _, record) = size, geometry
+    (batch, height, width), (channels, groups, directions, _, step, record) = size, geometry
     pixels, scans = height * width, len(directions)
-    x = proxy.as_strided((batch, channels, height, width), (pixels * channels, 1, width * channels, channels))
+    x = proxy.as_strided((batch, channels, height, width), (pixels * step, 1, width * step, step))
     logits, lam, gate = (packed.storage_offset() + it for it in _offsets(geometry))
     image, row = pixels * record, width * record
     per_channel = (batch, scans, channels, height, width), (image, channels, 1, row, record)
@@ -108,19 +109,39 @@ def views(
 
 
 @lru_cache(maxsize=256)
-def _ready(geometry: Geometry, size: Size, dtype: torch.dtype, index: int) -> Call | None:
-    """The launch for tensors that are aligned as PyTorch's allocator does it; None if CUDA declines it."""
-    pixels = size.height * size.width
-    # Only their layout matters.
-    proxy = torch.empty(size.batch, pixels, geometry.channels, dtype=dtype, device="meta")
-    packed = torch.empty(size.batch, pixels, geometry.record, dtype=dtype, device="meta")
-    x, logits, lam, gate = views(proxy, packed, geometry, size)
-    names, channels, height, width = geometry.directions, geometry.channels, size.height, size.width
+def _ready(
+    geometry: Geometry, size: Size, dtype: torch.dtype, index: int
+) -> tuple[Call, int, int, int] | None:
+    """The launch for tensors that are aligned as PyTorch's allocator does it.
+
+    Beside it: bytes of a pixel before its logits, lam and gate. None if there is nothing to launch, or CUDA
+    declines it.
+    """
+    (batch, height, width), pixels = size, size.height * size.width
+    channels = geometry.channels
     problem = Problem(
-        names, geometry.chunk, True, size.batch, channels, geometry.groups, height, width, dtype, "cuda"
+        geometry.directions,
+        geometry.chunk,
+        True,
+        batch,
+        channels,
+        geometry.groups,
+        height,
+        width,
+        dtype,
+        "cuda",
     )
-    if cuda.why_not(problem) is not None:
+    if not batch or cuda.why_not(problem) is not None:
         return None
-    tensors = {"x": x, "taps": logits, "lam": lam, "gate": gate, "y": torch.empty_like(x)}
+    # Only their layout matters.
+    proxy, packed, y = (
+        torch.empty(batch, pixels, elements, dtype=dtype, device="meta")
+        for elements in (geometry.proxy, geometry.record, channels)
+    )
+    x, logits, lam, gate = views(proxy, packed, geometry, size)
+    image = y.as_strided(x.shape, (pixels * channels, 1, width * channels, channels))
+    tensors = {"x": x, "taps": logits, "lam": lam, "gate": gate, "y": image}
     with torch.cuda.device(index):
-        return Call(problem, tensors, index)
+        call = Call(problem, tensors, index)
+    first, second, third = (packed.itemsize * it for it in _offsets(geometry))
+    return call, first, second, third
