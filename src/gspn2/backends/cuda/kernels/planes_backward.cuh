@@ -20,14 +20,15 @@
 //               segment by the block that owns it
 //   CLUSTER     1: more than one block in a cluster
 //   WEIGHTS     1: instead of three logits there are two weights, made by planes_backward_weights.cu
-//   CHAIN       1: of SHARED, each channel adds to sums of those before it: planes_backward_chain.cuh; 0: it leaves a part
+//   CHAIN       1: of SHARED, a channel adds to sums of those before it: planes_backward_chain.cuh; 0: it leaves a part
 // Knobs: 0 direction (its index among the scans), 1 threads of a block's part of a line (a power of two, or whole
 //   warps), 2 elements of a row in scratch planes, 3 blocks of a line, 4 places that each of them owns, 5 channels of
 //   a cluster, 6 sums of a group (CHAIN), 7 first plane, 8 first flag (CHAIN), 9 planes that there is room for the states
 //   of (OWN_STATES).
-// Scratch: 0 lower halves of partial sums of dx, with 16-bit storage, 1 WEIGHTS and then flags (CHAIN), 2 float32 gradients of shared
-//   weights, one part for each cluster of a group or each of its sums: [parts][B][G][3][H][row], if there is more than one;
-//   planes_backward_taps.cu adds them; 3 states that segments begin with, or all (`states_of`), where OWN_STATES.
+// Scratch: 0 lower halves of partial sums of dx, with 16-bit storage, 1 WEIGHTS, then flags (CHAIN), 2 float32 gradients
+//   of shared weights, one part for each cluster of a group or each of its sums: [parts][B][G][3][H][row], if there is
+//   more than one; planes_backward_taps.cu adds them; 3 states that segments begin with, or all (`states_of`), where
+//   OWN_STATES.
 #pragma once
 #include "common.cuh"
 

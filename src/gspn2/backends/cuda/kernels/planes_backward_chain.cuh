@@ -1,5 +1,5 @@
-// The gradient of taps that many channels share, as a sum that goes from channel to channel: of the CHAINS sums of a group,
-// channel c adds to sum c % CHAINS what it has, after channel c - CHAINS has. So a few sums are all that is in memory, and
+// The gradient of taps that many channels share, as sums that go from channel to channel: of K sums of a group, channel c
+// adds what it has to sum c % K, after channel c - K has. So a few sums are all that is in memory, and
 // what a channel reads the one before has just written: it is in the cache. Blocks come in the order of channels, and
 // wait only for those before them.
 //

@@ -100,7 +100,8 @@ __device__ __forceinline__ const unsigned char* source_of(const Params& p, int o
   if (op == X) return plane_of(p.x, b, 0, c, 0);
   if (HAS_LAM && op == LAM) return plane_of(p.lam, b, d, c, 0);
 #if WEIGHTS
-  if (op < DY) return (unsigned char*)p.scratch[1] + (((long long)b * p.groups + group) * 2 + op - TAPS) * p.height * p.knobs[2] * SIZE;
+  const long long pair = ((long long)b * p.groups + group) * 2;
+  if (op < DY && op >= TAPS) return (unsigned char*)p.scratch[1] + (pair + op - TAPS) * p.height * p.knobs[2] * SIZE;
 #endif
   if (op < DY) return plane_of(p.taps, b, d, group, op - TAPS);
   if (op == DY) return plane_of(p.dy, b, 0, c, 0);

@@ -4,5 +4,6 @@
 
 KERNEL(256, 1) planes_backward_start(CONSTANT_PARAMS p) {
   const int stride = (int)(gridDim.x * blockDim.x);
-  for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < p.knobs[0]; i += stride) ((u32*)p.scratch[1])[p.knobs[1] + i] = 0;
+  u32* flags = (u32*)p.scratch[1] + p.knobs[1];
+  for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < p.knobs[0]; i += stride) flags[i] = 0;
 }
