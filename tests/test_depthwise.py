@@ -26,11 +26,11 @@ def _images(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape).to(dtype).to(memory_format=torch.channels_last)
 
 
-def _emulate(options: tuple[Any, ...], **tensors: Tensor | None) -> None:
+def _emulate(options: tuple[Any, ...], multiprocessors: int = 3, **tensors: Tensor | None) -> None:
     """Runs a plan's launch; the tensors by the names of `Params` in the kernel."""
     x = tensors["x"]
     assert x is not None
-    device = Device(multiprocessors=3)
+    device = Device(multiprocessors=multiprocessors)
     launch, arguments, groups = depthwise.plan(tuple(x.shape), options, device)  # type: ignore[arg-type]
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if options[-1][-1]:
@@ -109,6 +109,28 @@ def test_kernel_on_tensor_cores(
     torch.testing.assert_close(y.double(), right, rtol=tolerance, atol=1e-4)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    # The same; then several times 16 strips for a block.
+    [((1, 40, 29, 5), torch.float16), ((9, 8, 5, 19), torch.bfloat16)],
+)
+def test_kernel_of_weight_gradients_on_tensor_cores(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(depthwise, "_on_tensor_cores", lambda *_: True)
+    x, dy = _images(*shape, dtype=dtype), _images(*shape, dtype=dtype)
+    sums = torch.empty(50, shape[1])
+    options = (dtype, torch.float32, 7, (False, False, False, False, True))
+    _emulate(options, multiprocessors=1, x=x, dy=dy, y=sums)
+    weight = torch.zeros(shape[1], 1, 7, 7, dtype=torch.float64, requires_grad=True)
+    F.conv2d(x.double(), weight, padding=3, groups=shape[1]).backward(dy.double())
+    assert weight.grad is not None
+    torch.testing.assert_close(sums[:-1].t().double(), weight.grad.flatten(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums[-1].double(), dy.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+
+
 def test_tensor_cores_take_much_work_of_16_bits() -> None:
     flags = (False, True, False, False, False)
     takes = depthwise._on_tensor_cores
@@ -119,7 +141,7 @@ def test_tensor_cores_take_much_work_of_16_bits() -> None:
     assert not takes((32, 92, 7, 7), (torch.bfloat16, torch.float32, 7, flags))
     for refused in range(5):
         some = tuple(number == refused for number in range(5))
-        assert takes((32, 96, 7, 7), (torch.float16, torch.float16, 7, some)) == (refused in (1, 2))  # type: ignore[arg-type]
+        assert takes((32, 96, 7, 7), (torch.float16, torch.float16, 7, some)) == (refused in (1, 2, 4))  # type: ignore[arg-type]
 
 
 @needs_compiler

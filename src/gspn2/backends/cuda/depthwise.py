@@ -83,8 +83,8 @@ def forward(
     index = x.get_device()
     flags = (residual, silu, flip, other is not None, False)
     options = (x.dtype, weight.dtype, weight.shape[2], flags)
-    if _on_tensor_cores(x.shape, options) and x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.channels_last)
+    if _on_tensor_cores(x.shape, options):
+        x = _aligned(x)
     loaded, _ = _ready(tuple(x.shape), options, index)
     _run(loaded, (x, None, weight, bias, y, None, other), index)
     return y
@@ -101,7 +101,10 @@ def weight_gradient(dy: Tensor, x: Tensor, side: int, other: Tensor | None = Non
         )
     index = x.get_device()
     flags = (False, False, False, other is not None, True)
-    loaded, groups = _ready(tuple(x.shape), (x.dtype, torch.float32, side, flags), index)
+    options = (x.dtype, torch.float32, side, flags)
+    if _on_tensor_cores(x.shape, options):
+        x, dy = _aligned(x), _aligned(dy)
+    loaded, groups = _ready(tuple(x.shape), options, index)
     partial = torch.empty(groups, taps + 1, channels, dtype=torch.float32, device=x.device)
     _run(loaded, (x, dy, None, None, None, partial, other), index)
     sums = partial.sum(0)
@@ -118,7 +121,7 @@ def plan(shape: tuple[int, int, int, int], options: Options, device: Device) -> 
         device: the GPU.
     """
     if _on_tensor_cores(shape, options):
-        return *_plan_tensor(shape, options, device), 1
+        return _plan_tensor(shape, options, device)
     batch, channels, height, width = shape
     storage, weights, side, (residual, silu, flip, second, gradient) = options
     tall, wide = _tile(height, width, side, most=not (gradient and side > 3 and storage == torch.float32))
@@ -158,39 +161,49 @@ def plan(shape: tuple[int, int, int, int], options: Options, device: Device) -> 
 def _on_tensor_cores(shape: Sequence[int], options: Options) -> bool:
     """Does the kernel of band matrices take it, and is there enough of it? (depthwise_tensor.cu)"""
     batch, channels, _, width = shape
-    storage, _, side, (residual, _, _, second, gradient) = options
+    storage, _, side, (residual, _, _, second, _) = options
     return (
         side == 7
         and storage in (torch.bfloat16, torch.float16)
         and channels % 8 == 0
-        and not (residual or second or gradient)
+        and not (residual or second)
         and batch * -(-width // _STRIP) >= 2 * _STRIPS
     )
 
 
-def _plan_tensor(shape: tuple[int, int, int, int], options: Options, device: Device) -> tuple[Launch, bytes]:
+def _plan_tensor(
+    shape: tuple[int, int, int, int], options: Options, device: Device
+) -> tuple[Launch, bytes, int]:
     batch, channels, height, width = shape
-    storage, weights, side, (_, silu, flip, _, _) = options
+    storage, weights, side, (_, silu, flip, _, gradient) = options
     slices = -(-channels // _SLICE)
-    groups = -(-batch * -(-width // _STRIP) // _STRIPS)
+    strips = -(-batch * -(-width // _STRIP) // _STRIPS)
     # Every part goes through the rows around it once more: no more of them than keep the GPU busy.
-    parts = max(1, min(height // (2 * side), -(-2 * device.multiprocessors // (slices * groups))))
+    parts = max(1, min(height // (2 * side), -(-2 * device.multiprocessors // (slices * strips))))
     rows = -(-height // parts)
     parts = -(-height // rows)
-    defines = (
+    defines = [
         ("STORAGE", _STORAGE[storage]),
         ("WEIGHTS", _STORAGE[weights]),
         ("SIDE", side),
         ("CHANNELS", channels),
         ("PAIRS", _SLICE // 2),
         ("SECOND", 0),
-        ("SILU", int(silu)),
-    )
-    kernel = Kernel("depthwise_tensor.cu", "depthwise_tensor", defines)
-    arguments = _FORMAT.pack(*(0,) * _ADDRESSES, batch, height, width, rows, slices, groups, int(flip), 0)
-    # Two rows of inputs and two of outputs, of 16 bits; an input strip is read with 8 columns around it.
+    ]
+    # Two rows of inputs and two of outputs or gradients, of 16 bits; a strip is read with 8 columns more.
     shared = 2 * 2 * _SLICE * _STRIPS * (2 * _STRIP + _STRIP)
-    return Launch(kernel, parts * groups * slices, _SLICE // 2 * 32, shared), arguments
+    groups = strips
+    if gradient:
+        kernel = Kernel("depthwise_weights_tensor.cu", "depthwise_weights_tensor", tuple(defines))
+        # A block a multiprocessor, which leaves one set of sums: as few as that, with equal shares.
+        rounds = -(-strips * parts * slices // device.multiprocessors)
+        groups = -(-strips * parts // rounds)
+        grid = groups * slices
+    else:
+        kernel = Kernel("depthwise_tensor.cu", "depthwise_tensor", (*defines, ("SILU", int(silu))))
+        grid = parts * groups * slices
+    arguments = _FORMAT.pack(*(0,) * _ADDRESSES, batch, height, width, rows, slices, groups, int(flip), 0)
+    return Launch(kernel, grid, _SLICE // 2 * 32, shared), arguments, groups
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
@@ -201,10 +214,11 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         ((3, 96, 5, 5), (bf16, full, 7, (False, True, False, False, False))),
         ((256, 64, 56, 56), (bf16, full, 3, (True, False, False, True, False))),
         ((256, 96, 56, 56), (bf16, full, 7, (False, False, False, False, True))),
+        ((3, 96, 5, 5), (bf16, full, 7, (False, False, False, False, True))),
         ((256, 64, 56, 56), (bf16, full, 3, (False, False, False, True, True))),
     ]
-    # The gradient of 49 weights takes all registers there are, and one or two more.
-    hot = (True, True, True, False, True)
+    # The gradients of 49 weights take all registers there are, and a few more.
+    hot = (True, True, True, False, False, True)
     return [
         (plan(shape, options, Device())[0].kernel, flag)
         for (shape, options), flag in zip(calls, hot, strict=True)
@@ -263,3 +277,8 @@ def _channels_last(x: Tensor) -> Tensor:
     """Dense channels_last memory at an address of whole pairs of channels."""
     x = x.contiguous(memory_format=torch.channels_last)
     return x if x.data_ptr() % (2 * x.itemsize) == 0 else x.clone(memory_format=torch.channels_last)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """At an address of whole vectors of 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)

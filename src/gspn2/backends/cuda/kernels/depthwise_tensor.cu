@@ -12,14 +12,9 @@
 //
 // Macros beside those of depthwise.cuh (STORAGE is 1 or 2; TALL, WIDE and PAIRS are not used):
 //   SILU  1: the result goes through x sigmoid(x)
-#define TALL 1
-#define WIDE 1
-#include "depthwise.cuh"
+#include "depthwise_strips.cuh"
 
-constexpr int STRIPS = 16, STRIP = 8, REACHED = 16;  // strips of a block; columns of a strip, and of its input with two more
-constexpr int SLICE = 32, WARPS = SLICE / 2;         // channels of a block
-constexpr int PLANE = STRIPS * REACHED / 2;          // words of a channel of an input row; of a pair of an output row
-constexpr int INPUT = SLICE * PLANE, OUTPUT = WARPS * PLANE;
+constexpr int OUTPUT = WARPS * PLANE;  // words of an output row: (pair of channels, strip, column)
 
 struct Sum {
   float of[4];
@@ -37,22 +32,6 @@ __device__ __forceinline__ float silu(float v) {
 #else
   return v;
 #endif
-}
-
-// Strip `number` of all: its image and first column; none: beyond the last one.
-struct Strip {
-  long long image;
-  int column;
-  bool none;
-};
-
-__device__ __forceinline__ Strip strip_of(const Params& p, int number) {
-  const int across = (p.width + STRIP - 1) / STRIP, image = number / across;
-  Strip s;
-  s.image = image;
-  s.column = (number - image * across) * STRIP;
-  s.none = image >= p.batch;
-  return s;
 }
 
 __device__ __forceinline__ u32 weight_bits(const Params& p, int channel, int row, int column) {
@@ -82,13 +61,7 @@ __device__ __forceinline__ void fetch(uint4 (&pixels)[2], const Params& p, const
 __device__ __forceinline__ void keep_row(u32* input, const uint4 (&pixels)[2], int warp, int lane) {
   const int eight = lane % 4, pair = lane / 4;
   u32* to = input + eight * 8 * PLANE + ((warp + eight) * 8 + pair) % PLANE;
-  const u32 a[4] = {pixels[0].x, pixels[0].y, pixels[0].z, pixels[0].w};
-  const u32 b[4] = {pixels[1].x, pixels[1].y, pixels[1].z, pixels[1].w};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    to[2 * k * PLANE] = (a[k] & 0xffffu) | b[k] << 16;
-    to[(2 * k + 1) * PLANE] = a[k] >> 16 | (b[k] & 0xffff0000u);
-  }
+  keep_pairs<PLANE>(to, pixels[0], pixels[1]);
 }
 
 // A row of the output of the warp's channels: (pair of channels, strip, pixel), turned by 8 words for each 4 pairs.
