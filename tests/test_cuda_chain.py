@@ -9,7 +9,9 @@ from cuda_emulator import compiler, run_plan
 from cuda_emulator.emulator import Inputs, case_of
 from cuda_emulator.problems import BF16, FP16, Small, truth
 from gspn2.backends.cuda.geometry import Device
+from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.variants import planes_backward
+from gspn2.backends.problem import DIRECTIONS, Problem
 from helpers import max_error, relative_l2
 
 TOLERANCE = {torch.float32: (3e-6, 3e-6), BF16: (2.5e-3, 1.02 * 2**-8), FP16: (4e-4, 1.02 * 2**-11)}
@@ -52,3 +54,26 @@ def test_chain(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
             roundings = 1 + (name == "dtaps" and small.hidden)
             assert max_error(found[0][name], tensor) <= roundings * largest, name
             assert relative_l2(found[0][name], tensor) <= roundings * l2, name
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "groups", "bare", "directions"),
+    [
+        (16, 8, 1, False, DIRECTIONS),
+        (1, 80, 1, True, DIRECTIONS),
+        (1, 80, 80, False, DIRECTIONS),
+        (1, 2176, 544, False, ("down", "left")),
+    ],
+)
+def test_memory_of_training(
+    batch: int, channels: int, groups: int, bare: bool, directions: tuple[str, ...]
+) -> None:
+    """What a step takes beside its inputs is at most 1.25 times these and the gradients."""
+    problem = Problem(directions, None, True, batch, channels, groups, 1024, 1024, BF16, "cuda")
+    case = imagined(problem, "planes", Device(), backward=True, lam=not bare, gate=not bare)
+    image = batch * channels * 2**21
+    scans = len(directions)
+    given = image + scans * (2 * (not bare) * image + 3 * batch * groups * 2**21)  # x, or dx, and the others
+    inputs, outputs = given + image, given + image
+    scratch = sum(planes_backward.plan(case).scratch)
+    assert outputs + scratch <= 1.25 * (inputs + given)
