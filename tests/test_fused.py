@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import gspn2.models  # noqa: F401  (registers them with timm)
 from cuda_emulator import compiler, run_launch
@@ -168,6 +169,18 @@ def test_a_fused_model_is_the_same_function(options: dict[str, Any], monkeypatch
         torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-5)
     assert {"ffn", "norm_linear", "stem", "response"} <= set(called)
     assert ("linear_gelu" in called) == ("dims" in options)
+
+
+def test_counted_like_what_they_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("test_gspn2", dims=(16, 32, 48, 160)).eval().to("meta")
+    x = torch.empty(1, 3, 64, 64, device="meta")
+    counts = []
+    for at_work in (False, True):
+        monkeypatch.setattr(fused, "at_work", lambda x, answer=at_work: answer)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
 
 
 def test_layers_that_were_replaced_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from ..ops import depthwise  # noqa: F401  (registers it)
+from ..ops import depthwise, fused, packed  # noqa: F401  (registers them)
 
 # One state element takes three taps and lam * x, and its contribution to the output one gate.
 _PROPAGATE_MACS = 5
@@ -22,6 +22,18 @@ def _propagate_flops(
 ) -> int:
     batch, channels, height, width = x_shape
     return 2 * _PROPAGATE_MACS * len(directions) * batch * channels * height * width
+
+
+@register_flop_formula(torch.ops.gspn2.propagate_packed)
+def _packed_flops(
+    packed_shape: Any, channels: int, groups: int, directions: Any, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _PROPAGATE_MACS * len(directions) * math.prod(packed_shape[:3]) * channels
+
+
+@register_flop_formula(torch.ops.gspn2.propagate_packed_backward)
+def _packed_backward_flops(dy_shape: Any, packed_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 3 * _packed_flops(packed_shape, *args)
 
 
 @register_flop_formula(torch.ops.gspn2.propagate_backward)
@@ -44,6 +56,38 @@ def _depthwise_weights_flops(
     dy_shape: Any, x_shape: Any, other: Any, side: int, *args: Any, **kwargs: Any
 ) -> int:
     return 2 * math.prod(x_shape) * side**2
+
+
+@register_flop_formula(torch.ops.gspn2.fused_ffn)
+def _ffn_flops(
+    x_shape: Any, gain: Any, shift: Any, eps: float, w1_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    return 4 * math.prod(x_shape) * w1_shape[0]
+
+
+@register_flop_formula(torch.ops.gspn2.fused_norm_linear)
+def _norm_linear_flops(
+    x_shape: Any, gain: Any, shift: Any, eps: float, w_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * math.prod(x_shape) * w_shape[0]
+
+
+@register_flop_formula([torch.ops.gspn2.fused_narrow_linear, torch.ops.gspn2.fused_linear_gelu])
+def _linear_flops(x_shape: Any, w_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x_shape) * w_shape[0]
+
+
+@register_flop_formula(torch.ops.gspn2.fused_stem)
+def _stem_flops(
+    x_shape: Any, w_shape: Any, b: Any, stride: int, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
+
+
+@register_flop_formula(torch.ops.gspn2.fused_response)
+def _response_flops(x_shape: Any, y_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    proxies = 0 if y_shape is None else y_shape[-1]
+    return 2 * math.prod(x_shape) * (out_shape[-1] + proxies)
 
 
 def count_parameters(model: nn.Module) -> int:
