@@ -1,9 +1,10 @@
-"""Fixtures of the operator's tests."""
+"""Fixtures that several tests share."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before PyTorch is loaded, here and in the processes that tests start: threads that wait for each other give
 # their core to the tests beside them instead of turning on it.
@@ -31,6 +32,32 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as those of tests only get slower on more, the more so beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of class folders of noisy images."""
+    from training_helpers import make_images
+
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate's state belongs to the process; precision may change between tests."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

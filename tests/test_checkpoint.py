@@ -23,14 +23,7 @@ from gspn2.training.checkpoint import (
 )
 from gspn2.training.transforms import Preprocess
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more, the more so beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from gspn2.cli.main import COMMANDS, main
@@ -20,13 +19,7 @@ from gspn2.cli.main import COMMANDS, main
 SMALL = ["--model", "test_efficientnet", "--image-size", "32", "--batch-size", "8", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more, the more so beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

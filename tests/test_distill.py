@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,33 +19,18 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 import diffusion_helpers as tiny
+from distill_helpers import listed, losses, settings
 from gspn2.cli.main import main
 from gspn2.integrations.diffusers import UNetMixers, mount, unmount
-from gspn2.integrations.diffusers.distill import DistillConfig, batches_of, distill
+from gspn2.integrations.diffusers.distill import batches_of, distill
 from gspn2.integrations.diffusers.distillation import Batch, Distiller, twin
 from gspn2.integrations.diffusers.pairs import buckets, fitted
-from gspn2.integrations.diffusers.sources import Options, find_source, list_pictures
 from gspn2.training.errors import DataError, Interrupted, UserError
 
 SIZES = {"wide": (48, 96), "square": (64, 64), "high": (100, 60), "other": (70, 66)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Its state belongs to the process; precision may change between tests."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +49,7 @@ def folders(tmp_path_factory):
 
 
 def config(folders, out, name="sdxl", **changes):
-    settings = {"resolution": 64, "steps": 6, "batch_size": 2, "warmup": 1, "sample_every": 0, "lr": 3e-3}
-    return DistillConfig(
-        folders / name, folders / "data", out, device="cpu", **{**settings, "save_every": 4, **changes}
-    )
-
-
-def losses(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def listed(data, kept, **options):
-    chosen = Options(**options)
-    return list_pictures(find_source(str(data), chosen), str(data), chosen, kept, lambda count: None)
+    return settings(folders / name, folders / "data", out, **{"steps": 6, "save_every": 4, **changes})
 
 
 def test_a_twin_shares_every_tensor_and_no_module():
@@ -227,7 +199,7 @@ def test_buckets_and_crops(folders):
     assert {(w, h) for h, w in sizes} == set(sizes)
     with pytest.raises(ValueError, match="multiple of 32, got 100"):
         buckets(100, 32)
-    pairs = [fitted(picture, buckets(128, 32)) for picture in listed(folders / "data", folders).pictures]
+    pairs = [fitted(picture, buckets(128, 32)) for picture in listed(folders / "data", folders)[1].pictures]
     assert [pair.caption for pair in pairs] == ["a high", "a other", "a square", "a wide"]
     for pair in pairs:
         assert pair.original == SIZES[pair.caption.removeprefix("a ")]

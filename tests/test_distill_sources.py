@@ -8,7 +8,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -19,32 +18,17 @@ import datasets
 from PIL import Image
 
 import diffusion_helpers as tiny
+from distill_helpers import listed, losses, settings
 from gspn2.cli.main import main
-from gspn2.integrations.diffusers.distill import DistillConfig, distill
+from gspn2.integrations.diffusers.distill import distill
 from gspn2.integrations.diffusers.pairs import fitted, pixels_of
-from gspn2.integrations.diffusers.sources import Options, find_source, list_pictures
 from gspn2.training.errors import DataError, UserError
 from gspn2.training.samples import read_source
 
 SIZES = {"a": (48, 96), "b": (64, 64), "c": (100, 60), "d": (70, 66)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Its state belongs to the process."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_accelerate")
 
 
 def encoded(image, kind="PNG", **options):
@@ -105,19 +89,8 @@ def sources(root):
     }
 
 
-def listed(data, kept, **options):
-    chosen = Options(**options)
-    source = find_source(str(data), chosen)
-    return source, list_pictures(source, str(data), chosen, kept, lambda count: None)
-
-
 def config(root, data, out, **changes):
-    settings = {"resolution": 64, "steps": 5, "batch_size": 2, "warmup": 1, "sample_every": 0, "lr": 3e-3}
-    return DistillConfig(root / "pipeline", data, out, device="cpu", **{**settings, **changes})
-
-
-def losses(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return settings(root / "pipeline", data, out, **changes)
 
 
 @pytest.fixture(scope="module")

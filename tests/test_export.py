@@ -21,14 +21,7 @@ from gspn2.training.checkpoint import read_checkpoint
 from gspn2.training.export import check_onnx, export
 from training_helpers import make_images, settings
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more, the more so beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gspn2(*words: str) -> list[str]:

@@ -31,19 +31,7 @@ from gspn2.training import (
 )
 from training_helpers import assert_same_run, make_images, run_killed, settings
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more, the more so beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -27,19 +27,7 @@ from gspn2.training.samples import stratified_split
 from gspn2.training.transforms import preprocess_for
 from training_helpers import make_images, settings
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more, the more so beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_folder_is_split_by_class_and_stays_so(folder):

@@ -29,27 +29,15 @@ from gspn2.training import (
 from gspn2.training.checkpoint import read_checkpoint
 from gspn2.training.export import export
 from gspn2.training.recipes import recipe_settings
-from training_helpers import assert_same_run, make_images
+from training_helpers import assert_same_run
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more, the more so beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(data: Path, out: Path, **changes) -> TrainConfig:
     """The ImageNet recipe in small. Each process draws for itself what to drop, so nothing is dropped."""
     settings = {**recipe_settings("test"), "epochs": 2, "image_size": (32, 32), "drop_path": 0.0}
     return TrainConfig(**{**settings, "data": str(data), "out": str(out), "device": "cpu", **changes})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -139,53 +127,55 @@ def assert_alike(out: Path, expected: Path) -> None:
         assert ours.test_loss == pytest.approx(theirs.test_loss, rel=2e-4)
 
 
-@pytest.fixture(scope="module")
-def together(folder, tmp_path_factory):
-    """Runs of two processes: `copies` (DDP), which is interrupted, then legs of one launch, to save time."""
-    root = tmp_path_factory.mktemp("together")
-    copies = recipe(folder, root / "copies")
+def test_two_processes_train_like_one_and_resume_copies_and_shards(folder, alone, tmp_path):
+    """`copies` (DDP) is interrupted and resumed; `parts` is `whole` (FSDP), interrupted and resumed.
+
+    One test, and all but the first run in one launch: starting processes takes most of the time.
+    """
+    copies = recipe(folder, tmp_path / "copies")
     assert run_together((copies, False, 3)) == [143, 143], "one is asked to stop, both do"
-    _, info = load_checkpoint(root / "copies" / "last.safetensors")
+    _, info = load_checkpoint(tmp_path / "copies" / "last.safetensors")
     assert 3 <= info.step < 6
     # Everything that touches parameters is on: clipping, average, MESA, recomputed activations.
-    whole = recipe(folder, root / "whole", shard=True, grad_checkpointing=True, accumulate=2)
-    parts = dataclasses.replace(whole, out=str(root / "parts"))
+    whole = recipe(folder, tmp_path / "whole", shard=True, grad_checkpointing=True, accumulate=2)
+    parts = dataclasses.replace(whole, out=str(tmp_path / "parts"))
     legs = [(copies, True, NEVER), (whole, False, NEVER), (parts, False, 3), (parts, True, NEVER)]
     assert run_together(*legs) == [0, 0]
-    return root
 
-
-def test_two_processes_train_like_one_and_resume(together, alone):
-    assert_alike(together / "copies", alone.out)
-    summary = json.loads((together / "copies" / "summary.json").read_text())
+    assert_alike(tmp_path / "copies", alone.out)
+    summary = json.loads((tmp_path / "copies" / "summary.json").read_text())
     assert summary["environment"]["processes"] == 2
 
-
-def test_shards_train_like_copies_and_resume_to_the_same_bits(together, alone):
-    assert_alike(together / "whole", alone.out)
-    assert_same_run(together / "parts", together / "whole")
-    tensors, expected = (load_file(out / "last.safetensors") for out in (together / "whole", alone.out))
+    assert_alike(tmp_path / "whole", alone.out)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    tensors, expected = (load_file(out / "last.safetensors") for out in (tmp_path / "whole", alone.out))
     assert {name: it.shape for name, it in tensors.items()} == {k: v.shape for k, v in expected.items()}
 
+    goes_on_alone(tmp_path / "parts-stopped", alone.out)
+    is_evaluated_and_exported(tmp_path / "whole", tmp_path / "exported")
 
-def test_shards_go_on_in_one_process_and_are_evaluated_and_exported(together, alone, tmp_path):
-    stopped = together / "parts-stopped"
+
+def goes_on_alone(stopped: Path, expected: Path) -> None:
+    """What two processes began in shares, one ends."""
     _, info = read_checkpoint(stopped / "last.safetensors")
     assert info.step < 6
     assert info.state["environment"]["sharded"]
     told = []
-    alone_now = dataclasses.replace(info.config, shard=False, out=str(stopped))
-    train(alone_now, on_event=told.append, resume=True)
+    here = dataclasses.replace(info.config, shard=False, out=str(stopped))
+    train(here, on_event=told.append, resume=True)
     assert any("sharded is False, was True" in str(event) for event in told)
-    assert_alike(stopped, alone.out)
+    assert_alike(stopped, expected)
 
-    model, info = load_checkpoint(together / "whole" / "last.safetensors")
+
+def is_evaluated_and_exported(run: Path, out: Path) -> None:
+    """The last state of a sharded run is a checkpoint like any other."""
+    model, info = load_checkpoint(run / "last.safetensors")
     evaluation = evaluate(model, eval_loader(load_data(info.config).test))
-    last = read_history(together / "whole")[-1]
+    last = read_history(run)[-1]
     assert (evaluation.top1, evaluation.loss) == (last.top1, pytest.approx(last.test_loss, rel=1e-5))
-    export(model, info, tmp_path)
-    model_again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert all(map(torch.equal, model_again.state_dict().values(), model.state_dict().values()))
+    export(model, info, out)
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
 def test_accumulation_changes_no_loss(folder, alone, tmp_path):

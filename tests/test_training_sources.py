@@ -30,24 +30,12 @@ from gspn2.training.shards import shard_index
 from gspn2.training.tasks import generate, parse_task
 from training_helpers import assert_same_run, make_images, run_killed, settings
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more, the more so beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GSPN2_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"))
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
