@@ -89,9 +89,15 @@ __device__ __forceinline__ unsigned char* plane_of(const View& v, int b, int d, 
 __device__ __forceinline__ unsigned char* lower_sums_of(const Params& p, int b, int c) {
   return (unsigned char*)p.scratch[0] + ((long long)b * p.channels + c) * p.height * p.knobs[2] * SIZE;
 }
-// The same of the states in scratch memory, which has room for those of some planes.
+// The same of the states in scratch memory, which has room for those of some planes. What a tile of a walk has of a plane lies
+// together, its rows one after the other: [tiles][height][elements of a row in a tile].
 __device__ __forceinline__ unsigned char* states_of(const Params& p, int b, int c, int half) {
-  const long long plane = (long long)p.height * p.knobs[2];
+#if HORIZONTAL && defined(PIECE)
+  constexpr int COUNT = PIECE / SIZE;
+  const long long plane = (long long)p.height * ((p.width + COUNT - 1) / COUNT * COUNT);
+#else
+  const long long plane = 0;
+#endif
   const long long number = (long long)b * p.channels + c - p.knobs[7];
   return (unsigned char*)p.scratch[3] + ((long long)half * p.knobs[9] + number) * plane * SIZE;
 }
@@ -116,7 +122,10 @@ __device__ __forceinline__ int source_pitch(const Params& p, int op) {
   if (op < DY) return WEIGHTS ? p.knobs[2] : (int)p.taps.h;
   if (op == DY) return (int)p.dy.h;
   if (HAS_GATE && op == GATE) return (int)p.gate.h;
-  if (HAS_HIDDEN && op < SUM) return OWN_STATES ? p.knobs[2] : (int)p.y.h;
+#if OWN_STATES
+  if (HAS_HIDDEN && op < SUM) return PIECE / SIZE;
+#endif
+  if (HAS_HIDDEN && op < SUM) return (int)p.y.h;
   return op == SUM ? (int)p.dx.h : p.knobs[2];
 }
 

@@ -59,6 +59,11 @@ __device__ __forceinline__ bool is_fetched(const Params& p, int op) {
   return FORWARD ? op < DY : is_state(op) ? READS_STATES && (OWN_STATES || op == HIDDEN) : is_read(p, op);
 }
 
+// From the first element of an operand's plane to that of column `left`, the first of a tile, in row 0.
+__device__ __forceinline__ long long before_tile(const Params& p, int op, int left) {
+  return (long long)left * (OWN_STATES && is_state(op) ? p.height : 1) * SIZE;
+}
+
 // Goes over the vectors of a warp's rows, with consecutive lanes on consecutive ones: body(at, row of the plane,
 // vector), where at(n) is where the vector lies in a unit that has n rows before the warp's.
 template <typename Body>
@@ -84,14 +89,14 @@ __device__ __forceinline__ void fetch_around(const Params& p, const Work& w, con
   if (t.lane < 2 * VECTORS) {
     const int r = t.lane < VECTORS ? 0 : 33, v = t.lane % VECTORS, row = first + r;
     const bool there = has_row(row) && v * EACH < columns_of(w, tile);
-    copy_async_wide(to + unit_at(op) + vector_at(r, v), at_row(from, max(row, 0), pitch) + (left + v * EACH) * SIZE,
+    copy_async_wide(to + unit_at(op) + vector_at(r, v), at_row(from + before_tile(p, op, left), max(row, 0), pitch) + v * 16,
                     there ? 16 : 0);
   }
-  const int column = REVERSED ? left + COLUMNS : left - 4 / SIZE;
+  const int column = REVERSED ? left + COLUMNS : left - 4 / SIZE, within = OWN_STATES ? column & (COLUMNS - 1) : 0;
   for (int r = t.lane; r < 34; r += 32) {
     const bool there = has_row(first + r) && column >= 0 && column < w.lines;
     copy_async<4>(to + ENTERING + (op - HIDDEN) * 34 * 4 + 4 * r,
-                  at_row(from, max(first + r, 0), pitch) + column * SIZE, there ? 4 : 0);
+                  at_row(from + before_tile(p, op, column - within), max(first + r, 0), pitch) + within * SIZE, there ? 4 : 0);
   }
 }
 
@@ -106,7 +111,7 @@ __device__ __forceinline__ void fetch(const Params& p, const Work& w, const Thre
     const int begin = scanned ? t.begin : is_state(op) ? t.own_begin - 1 : t.own_begin;
     const int end = scanned ? t.end : is_state(op) ? min(t.places, t.own_end + 1) : t.own_end;
     unsigned char* to = tile_at(w, tile) + unit_at(op);
-    const unsigned char* from = plane_at(p, w, t, op) + left * SIZE;
+    const unsigned char* from = plane_at(p, w, t, op) + before_tile(p, op, left);
     const int pitch = source_pitch(p, op);
     for_vectors(t, [&](auto at, int row, int v) {
       const bool there = row >= begin && row < end && v * EACH < columns;

@@ -58,8 +58,8 @@ __device__ __forceinline__ void walk_vector(const Params& p, const Work& w, Thre
 __device__ __forceinline__ void write_states(const Params& p, const Work& w, const Thread& t, int tile) {
 #pragma unroll
   for (int half = 0; half < 4 / SIZE; half++) {
-    unsigned char* to = states_of(p, t.b, t.channel, half) + left_of(w, tile) * SIZE;
-    write_unit(w, t, tile, half ? LOWER : UPPER, to, p.knobs[2]);
+    unsigned char* to = states_of(p, t.b, t.channel, half) + (long long)left_of(w, tile) * p.height * SIZE;
+    write_unit(w, t, tile, half ? LOWER : UPPER, to, COLUMNS);
   }
 }
 

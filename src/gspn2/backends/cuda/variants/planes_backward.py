@@ -107,7 +107,7 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             reasons += planes_backward_pieces.reasons(direction, cut)
             flags += problem.batch * problem.channels * cut[-1].strips * (_chains(case) > 0)
             if len(cut) > 1:
-                states = 4 * room * problem.height * _row(case)
+                states = 4 * room * problem.height * planes_backward_pieces.row_of_states(case, cut)
             if _sums_channels(case):
                 number = _chains(case) or problem.channels // problem.groups
                 parts = max(parts, number)

@@ -143,13 +143,21 @@ def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
 
 def best(case: Case, walks: list[Walk]) -> tuple[Pieces, ...] | None:
     """The walks as they are cut; None if one of them fits in no way."""
-    found = []
-    for walk in walks:
-        cut = min(pieces(case, walk), key=lambda cut: _rank(case, cut), default=None)
-        if cut is None:
-            return None
-        found.append(cut)
-    return tuple(found)
+    # The last is the longest. States lie as tiles do: all walks have the same.
+    for last in sorted(pieces(case, walks[-1]), key=lambda cut: _rank(case, cut)):
+        found = [last]
+        for walk in walks[:-1]:
+            fitting = (cut for cut in pieces(case, walk) if cut.piece == last.piece)
+            found += sorted(fitting, key=lambda cut: _rank(case, cut))[:1]
+        if len(found) == len(walks):
+            return (*found[1:], last)
+    return None
+
+
+def row_of_states(case: Case, cuts: tuple[Pieces, ...]) -> int:
+    """Elements that a row of states takes in scratch memory: whole tiles, of all walks alike."""
+    columns = cuts[-1].piece // case.itemsize
+    return -(-case.problem.width // columns) * columns
 
 
 def launches(case: Case, index: int, cuts: tuple[Pieces, ...], flag: int, room: int) -> list[Launch]:
