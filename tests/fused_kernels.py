@@ -90,7 +90,7 @@ def check_stem(channels: int, inputs: int, stride: int) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    for channels, rows in ((64, 70), (48, 70)):
+    for channels, rows in ((64, 70), (40, 70)):
         check_linear(channels, rows)
         check_response(channels, rows // 2)
     check_stem(32, 3, 2)

@@ -144,7 +144,7 @@ def _ffn(
     b2: Tensor,
     residual: bool,
 ) -> Tensor:
-    if _takes(x, *w1.shape) and x.shape[-1] <= MOST_CHANNELS and w1.shape[0] % 64 == 0:
+    if _takes(x, *w1.shape) and x.shape[-1] <= MOST_CHANNELS and w1.shape[0] % 32 == 0:
         from ..backends.fused import launch
 
         w1, w2 = w1.contiguous(), w2.contiguous()
@@ -179,7 +179,7 @@ def _linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 def _stem(x: Tensor, w: Tensor, b: Tensor, stride: int, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-    if _takes(x, 16) and w.shape[0] % 8 == 0 and x.shape[-1] <= MOST_INPUTS:
+    if _takes(x, w.shape[0]) and x.shape[-1] <= MOST_INPUTS:
         from ..backends.fused import launch
 
         windows = w.permute(0, 2, 3, 1).contiguous().flatten(1)

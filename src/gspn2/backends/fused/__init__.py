@@ -15,8 +15,8 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
 _BULK_COPIES = (9, 0)
-_GRANULE = 16
-"""Channels come in multiples of this: tensor cores' inner dimension, and whole vectors of memory."""
+_GRANULE = 8
+"""Channels come in multiples of this: whole vectors of memory."""
 
 
 def takes(x: Tensor, *channels: int, bulk: bool = False, sources: bool = False) -> bool:

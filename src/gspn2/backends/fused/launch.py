@@ -34,6 +34,7 @@ def ffn(
     rows, channels = x.shape
     y = torch.empty_like(x)
     tile, hidden, warps, stages = FFN[channels > 64]
+    hidden = hidden if w1.shape[0] % hidden == 0 else HIDDEN
     first, second = split(channels)
     ffn_kernel[(triton.cdiv(rows, tile),)](
         x, y, gain, shift, w1, b1, w2, b2, rows, eps,
@@ -45,6 +46,10 @@ def ffn(
 
 FFN = {False: (64, 64, 4, 1), True: (64, 64, 4, 2)}
 """Rows and hidden activations of a tile, warps and stages, for up to 64 channels and for more."""
+
+
+HIDDEN = 32
+"""Of which the hidden activations are a multiple."""
 
 
 def norm_linear(x: Tensor, gain: Tensor, shift: Tensor, eps: float, w: Tensor, b: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def narrow_linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     tile, warps, stages = NARROW
     narrow_linear_kernel[(triton.cdiv(rows, tile),)](
         x, y, w, b, rows,
-        C=channels, N=outputs, TILE=tile, INPUTS=next(k for k in (64, 32, 16) if channels % k == 0),
+        C=channels, N=outputs, TILE=tile, INPUTS=next((k for k in (64, 32) if channels % k == 0), 64),
         OUTPUTS=max(16, triton.next_power_of_2(outputs)), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y

@@ -55,7 +55,7 @@ def narrow_linear_kernel(
     C: tl.constexpr,
     N: tl.constexpr,
     TILE: tl.constexpr,
-    INPUTS: tl.constexpr,  # at a time, a divisor of C
+    INPUTS: tl.constexpr,  # at a time
     OUTPUTS: tl.constexpr,  # N rounded up to a power of two
     STAGES: tl.constexpr,
 ):
@@ -67,8 +67,9 @@ def narrow_linear_kernel(
     sums = tl.zeros((TILE, OUTPUTS), tl.float32)
     for k in tl.range(0, C, INPUTS, num_stages=STAGES):
         column = k + tl.arange(0, INPUTS)
-        a = tl.load(x + row[:, None] * C + column[None, :], mask=live[:, None], other=0.0)
-        part = tl.load(w + output[:, None] * C + column[None, :], mask=wanted[:, None], other=0.0)
+        there = (column < C)[None, :]
+        a = tl.load(x + row[:, None] * C + column[None, :], mask=live[:, None] & there, other=0.0)
+        part = tl.load(w + output[:, None] * C + column[None, :], mask=wanted[:, None] & there, other=0.0)
         sums = tl.dot(a, tl.trans(part), sums)
     sums += tl.load(b + output, mask=wanted, other=0.0).to(tl.float32)[None, :]
     to = y + start * N + row[:, None] * N + output[None, :]
