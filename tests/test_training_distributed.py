@@ -36,7 +36,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def recipe(data: Path, out: Path, **changes) -> TrainConfig:
     """The ImageNet recipe in small. Each process draws for itself what to drop, so nothing is dropped."""
-    settings = {**recipe_settings("test"), "epochs": 2, "image_size": (32, 32), "drop_path": 0.0}
+    small = {"depths": (1, 2), "dims": (8, 16), "chunk": (4, 0)}
+    settings = {**recipe_settings("test"), "epochs": 2, "model_args": small, "drop_path": 0.0}
     return TrainConfig(**{**settings, "data": str(data), "out": str(out), "device": "cpu", **changes})
 
 
