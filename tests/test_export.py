@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -158,6 +159,14 @@ def test_program_of_torch_export_runs_at_any_size(run, tmp_path):
     for shape in ((1, 3, 32, 32), (3, 3, 17, 90)):
         images = torch.randn(shape)
         assert torch.allclose(loaded(images), model(images), atol=1e-6), shape
+
+
+def test_program_takes_the_size_of_the_training_where_it_is_too_small_for_any_size(run, tmp_path):
+    model, info = load_checkpoint(run.out)
+    small = dataclasses.replace(info, preprocess=dataclasses.replace(info.preprocess, image_size=(4, 4)))
+    written = export(model, small, tmp_path, ["torch"])
+    images = torch.randn(3, 3, 4, 4)
+    assert torch.allclose(torch.export.load(written["torch"]).module()(images), model(images), atol=1e-6)
 
 
 def test_timm_folder_has_card_config_and_plain_weights(run, tmp_path):

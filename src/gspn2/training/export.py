@@ -98,8 +98,11 @@ def _write_programs(
 
     size = (info.preprocess.in_chans, *info.preprocess.image_size)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    dynamic = not cfg.get("fixed_input_size", False)
     try:
-        program = export_program(model, size, dynamic=not cfg.get("fixed_input_size", False))
+        program = export_program(model, size, dynamic=dynamic)
+        fixed = "torch" in formats and dynamic and not _takes(program, size)
+        kept = export_program(model, size, dynamic=False) if fixed else program
     except Exception as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(f"{info.config.model}: torch.export cannot take it: {reason}") from error
@@ -108,13 +111,25 @@ def _write_programs(
         with replacing(out / PROGRAM) as temporary:
             # The writer wants the ending that the file will have.
             named = temporary.with_suffix(".pt2")
-            torch.export.save(program, named)
+            torch.export.save(kept, named)
             named.replace(temporary)
         written["torch"] = out / PROGRAM
     if "onnx" in formats:
         export_onnx(program, out / ONNX)
         written["onnx"] = out / ONNX
     return written
+
+
+def _takes(program: torch.export.ExportedProgram, size: tuple[int, ...]) -> bool:
+    """Does a program for all sizes take this one?
+
+    Not where a model shrinks an image to a single row or column: programs set sizes of 1 apart.
+    """
+    try:
+        program.module()(torch.zeros(1, *size))
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def check_onnx(
