@@ -284,8 +284,8 @@ def _cost(model: nn.Module, setting: Setting, device: torch.device) -> tuple[int
 PART = Part(
     "models",
     "Backbones",
-    "Random weights, channels_last. Inference in bfloat16 (float32 on a CPU), compiled models as CUDA graphs; "
-    "training with mixed precision: forward, loss, backward and a step of AdamW. Images per second, and the "
+    "Random weights, channels_last. Inference in bfloat16 (float32 on a CPU), compiled models as CUDA "
+    "graphs; training with mixed precision: forward, loss, backward and a step of AdamW. Images per second, and the "
     "allocator's peak.",
     cases,
 )
