@@ -18,11 +18,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import diffusion_helpers as tiny
-from cuda_emulator import KernelError, compiler, run_launch
+from cuda_emulator import KernelError, compiler, run_launch, run_plan
 from cuda_emulator.memory import Memory
-from gspn2.backends import Problem, cuda
+from gspn2.backends import DIRECTIONS, Problem, cuda
 from gspn2.backends.cuda import driver, launch
-from gspn2.backends.cuda.geometry import Device
+from gspn2.backends.cuda.geometry import Case, Device, View
+from gspn2.backends.cuda.plan import choose
 from gspn2.cli.main import main
 from gspn2.integrations.diffusers import execution, fused, mixers, mount, scan
 from gspn2.integrations.diffusers.mixers import GRID, AttentionMixer
@@ -165,6 +166,34 @@ def test_what_is_launched_at_once_is_what_propagate_launches(monkeypatch: pytest
     scan._ready.cache_clear()
 
 
+@needs_compiler
+@pytest.mark.parametrize(("height", "width", "chunk"), [(9, 13, None), (8, 6, 4)])
+def test_two_threads_a_vector_are_the_planners_kernel(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, chunk: int | None
+) -> None:
+    """To the last bit, in the emulator, which finds races and what is out of bounds."""
+    torch.manual_seed(0)
+    device = Device(multiprocessors=8)
+    geometry, size = scan.Geometry(16, 1, DIRECTIONS, chunk, 24, 144), scan.Size(1, height, width)
+    pixels = height * width
+    proxy, packed = torch.randn(1, pixels, 24).bfloat16(), torch.randn(1, pixels, 144).bfloat16()
+    x, logits, lam, gate = scan.views(proxy, packed, geometry, size)
+    tensors = {"x": x, "taps": logits, "lam": lam, "gate": gate, "y": torch.empty_like(x)}
+    problem = Problem(DIRECTIONS, chunk, True, 1, 16, 1, height, width, torch.bfloat16, "cuda")
+    case = Case(problem, device, {name: View.of(it) for name, it in tensors.items()}, False)
+    monkeypatch.setattr(scan, "choose", lambda case: choose(case, "pixels"))
+    found = scan.two_threads_a_vector(case)
+    assert found is not None
+    assert found.launches[0].block >= 2 * max(height, width)
+    ys = []
+    for plan in (found, choose(case, "pixels")):
+        y = torch.full_like(x, torch.nan)
+        run_plan(plan, problem, {**tensors, "y": y}, device=device)
+        ys.append(y)
+    assert torch.equal(*ys)
+    assert scan.two_threads_a_vector(Case(problem, Device(multiprocessors=4), case.views, False)) is None
+
+
 def test_an_adapter_on_a_mixer_is_seen() -> None:
     mixer = AttentionMixer(16, 8)
     parts = mixer.tokens.mixer
@@ -205,12 +234,12 @@ def test_graphs_are_told_apart_by_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("options", [{}, {"chunk": 4, "groups": 2}, {"directions": ("up", "left")}])
-@pytest.mark.parametrize("grid", [(8, 8), (13, 9), (64, 48)])
+@pytest.mark.parametrize(("grid", "dim"), [((8, 8), 128), ((13, 9), 128), ((64, 64), 1280), ((96, 128), 640)])
 def test_a_mixer_on_a_gpu_in_few_launches_is_the_mixer(
-    grid: tuple[int, int], options: dict[str, Any]
+    grid: tuple[int, int], dim: int, options: dict[str, Any]
 ) -> None:
-    mixer = AttentionMixer(128, 16, **options).cuda().bfloat16()
-    x = torch.randn(2, grid[0] * grid[1], 128, device="cuda", dtype=torch.bfloat16)
+    mixer = AttentionMixer(dim, dim // 8, **options).cuda().bfloat16()
+    x = torch.randn(1 + (dim == 128), grid[0] * grid[1], dim, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         assert mixer._quick(x)
         found, right = mixer(x, **{GRID: grid}).float(), mixer.tokens(x, grid).float()

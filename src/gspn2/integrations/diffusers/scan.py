@@ -7,16 +7,28 @@ are made a line before and lie as they always do, so all of that is the same fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gspn2 import ops
 from gspn2.backends import Problem, cuda
-from gspn2.backends.cuda import driver
+from gspn2.backends.cuda import driver, params
+from gspn2.backends.cuda.geometry import Case, Plan, View
 from gspn2.backends.cuda.launch import ALIGNMENT, Call
+from gspn2.backends.cuda.plan import choose
+from gspn2.backends.cuda.variants import pixels_forward
+from gspn2.backends.cuda.variants.pixels_layout import (
+    MOST_THREADS,
+    Tiling,
+    blocks_of,
+    roles_of,
+    rounded,
+    vector_of,
+)
 
 
 class Geometry(NamedTuple):
@@ -111,7 +123,7 @@ def views(
 @lru_cache(maxsize=256)
 def _ready(
     geometry: Geometry, size: Size, dtype: torch.dtype, index: int
-) -> tuple[Call, int, int, int] | None:
+) -> tuple[_Launches, int, int, int] | None:
     """The launch for tensors that are aligned as PyTorch's allocator does it.
 
     Beside it: bytes of a pixel before its logits, lam and gate. None if there is nothing to launch, or CUDA
@@ -142,6 +154,67 @@ def _ready(
     image = y.as_strided(x.shape, (pixels * channels, 1, width * channels, channels))
     tensors = {"x": x, "taps": logits, "lam": lam, "gate": gate, "y": image}
     with torch.cuda.device(index):
-        call = Call(problem, tensors, index)
+        case = Case(problem, driver.device(index), {name: View.of(it) for name, it in tensors.items()}, False)
+        plan = two_threads_a_vector(case)
+        call = Call(problem, tensors, index) if plan is None else _Planned(plan, problem, tensors, index)
     first, second, third = (packed.itemsize * it for it in _offsets(geometry))
     return call, first, second, third
+
+
+class _Launches(Protocol):
+    """What is ready to be launched."""
+
+    def run(self, addresses: list[int], x: Tensor) -> None: ...
+
+
+class _Planned:
+    """As `Call`, of a plan that needs no memory of its own."""
+
+    def __init__(self, plan: Plan, problem: Problem, tensors: Mapping[str, Tensor], index: int) -> None:
+        places = [params.place(name) for name in tensors]
+        self._index = index
+        self._loaded = [
+            driver.Loaded(it, params.pack(problem, tensors, (), it.knobs), places, index)
+            for it in plan.launches
+        ]
+
+    def run(self, addresses: list[int], x: Tensor) -> None:
+        stream = driver.stream(self._index)
+        for loaded in self._loaded:
+            loaded.run(addresses, stream)
+
+
+TAP_LINES = DEPTH = 4
+"""Lines of taps that are normalised together, and lines on their way from memory."""
+WIDTHS = (16, 8)
+"""Bytes of a pixel that a block takes, the most wanted first."""
+
+
+def two_threads_a_vector(case: Case) -> Plan | None:
+    """A plan for the few, small images of a UNet: a line in one block, sums on chip, and twice the threads.
+
+    Its one image leaves multiprocessors with a warp or two, each of which waits for its own arithmetic.
+    Narrower vectors halve that, and narrower blocks leave room for the sums of a larger image, which needs no
+    splits then. The results are the same, bit for bit.
+
+    None where the planner has something else than `pixels` in mind, or where this does not fit: more blocks
+    than multiprocessors, fewer than half as many, or more shared memory than there is.
+    """
+    device, problem = case.device, case.problem
+    if choose(case).variant != "pixels" or problem.groups != 1 or case.itemsize != 2:
+        return None
+    longest = max(problem.height, problem.width)
+    for width in WIDTHS:
+        vector = width // 2
+        if problem.channels * case.itemsize % width or (vector_of(case) or 0) < vector:
+            continue
+        blocks = problem.batch * blocks_of(case, vector, 2)
+        blocks, roles = 4 * blocks, roles_of(case, blocks)
+        runs, threads = (problem.width, problem.height), rounded(2 * longest)
+        tiling = Tiling(vector, 2, 1, roles, 1, runs, threads, 0, TAP_LINES, DEPTH, True)
+        if roles != 4 or not device.multiprocessors * 9 // 20 <= blocks <= device.multiprocessors:
+            continue
+        plan = pixels_forward.plan(case, tiling)
+        if threads <= MOST_THREADS and plan.launches[0].shared <= device.shared_memory:
+            return plan
+    return None
