@@ -26,7 +26,7 @@ _MOST_TILES = 2**32 - 2**20
 _PAIRS = 64
 """Pairs of channels that a block takes at most: more only share its weights."""
 _THREADS = 256
-_STRIPS, _STRIP, _SLICE = 16, 8, 32
+_STRIPS, _STRIP, _SLICE = 16, 8, 16
 """On tensor cores: strips of a block, columns of a strip, channels of a block."""
 _ROUNDS = 4
 """Blocks for each one that the GPU has room for: the last ones to finish are short."""
@@ -195,8 +195,8 @@ def _plan_tensor(
     groups = strips
     if gradient:
         kernel = Kernel("depthwise_weights_tensor.cu", "depthwise_weights_tensor", tuple(defines))
-        # A block a multiprocessor, which leaves one set of sums: as few as that, with equal shares.
-        rounds = -(-strips * parts * slices // device.multiprocessors)
+        # Every block leaves a set of sums: as few blocks as there is room for, with equal shares.
+        rounds = -(-strips * parts * slices // (2 * device.multiprocessors))
         groups = -(-strips * parts // rounds)
         grid = groups * slices
     else:

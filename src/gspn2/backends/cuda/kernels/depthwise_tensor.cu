@@ -57,19 +57,19 @@ __device__ __forceinline__ void fetch(uint4 (&pixels)[2], const Params& p, const
   pixels[1] = exists && b.right ? __ldg(from + CHANNELS / 8) : zero;
 }
 
-// Planes of channels: (channel, strip, pair of pixels), turned by 8 words for each 8 channels, for the sake of the banks.
+// Planes of channels: (channel, strip, pair of pixels).
 __device__ __forceinline__ void keep_row(u32* input, const uint4 (&pixels)[2], int warp, int lane) {
-  const int eight = lane % 4, pair = lane / 4;
-  u32* to = input + eight * 8 * PLANE + ((warp + eight) * 8 + pair) % PLANE;
+  const int eight = lane % EIGHTS, place = (warp * 32 + lane) / EIGHTS;  // strip and pair of pixels
+  u32* to = input + eight * 8 * PLANE + (place + eight * TURN) % PLANE;
   keep_pairs<PLANE>(to, pixels[0], pixels[1]);
 }
 
-// A row of the output of the warp's channels: (pair of channels, strip, pixel), turned by 8 words for each 4 pairs.
+// A row of the output of the warp's channels: (pair of channels, strip, pixel).
 __device__ __forceinline__ void keep_output(u32* output, const Sum& first, const Sum& second, int warp, int lane) {
   const int strip = lane / 4, pixel = lane % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int place = ((strip + 8 * half + warp / 4) * STRIP + pixel) % PLANE;
+    const int place = ((strip + 8 * half) * STRIP + pixel + warp / 4 * TURN) % PLANE;
     const u32 left = narrow(make_float2(silu(first.of[2 * half]), silu(second.of[2 * half])));
     const u32 right = narrow(make_float2(silu(first.of[2 * half + 1]), silu(second.of[2 * half + 1])));
     *(uint2*)(output + warp * PLANE + place) = make_uint2(left, right);
@@ -77,11 +77,11 @@ __device__ __forceinline__ void keep_output(u32* output, const Sum& first, const
 }
 
 __device__ __forceinline__ uint4 kept_output(const u32* output, int pixel, int eight) {
-  const u32* from = output + eight * 4 * PLANE + (pixel + 8 * eight) % PLANE;
+  const u32* from = output + eight * 4 * PLANE + (pixel + eight * TURN) % PLANE;
   return make_uint4(from[0], from[PLANE], from[2 * PLANE], from[3 * PLANE]);
 }
 
-KERNEL(32 * WARPS, 1) depthwise_tensor(CONSTANT_PARAMS p) {
+KERNEL(32 * WARPS, 2) depthwise_tensor(CONSTANT_PARAMS p) {
   u32* shared = (u32*)shared_memory();  // two rows of inputs, two of outputs
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slice = blockIdx.x % p.slices, rest = blockIdx.x / p.slices;
@@ -89,19 +89,20 @@ KERNEL(32 * WARPS, 1) depthwise_tensor(CONSTANT_PARAMS p) {
   const int begin = part * p.slots, end = min(begin + p.slots, p.height);
   const int channel = slice * SLICE + 2 * warp;
   const bool idle = channel >= CHANNELS;
+  const int place = threadIdx.x / EIGHTS;  // strip and column: what this thread brings (two pixels) and writes
 
   Bring bring;
   uint4* written;  // what this thread writes of row 0: 8 channels of a pixel
   bool writes;
   {
-    const int eight = slice * SLICE + lane % 4 * 8;
-    const Strip s = strip_of(p, strips + warp);
-    const int column = s.column - REACH + lane / 4 * 2;
+    const int eight = slice * SLICE + lane % EIGHTS * 8;
+    const Strip s = strip_of(p, strips + place / STRIP);
+    const int column = s.column - REACH + place % STRIP * 2;
     const bool there = !s.none && eight < CHANNELS;
     bring.from = (const uint4*)(p.x + ((s.image * p.height * p.width + column) * CHANNELS + eight) / 2);
     bring.left = there && column >= 0 && column < p.width;
     bring.right = there && column + 1 >= 0 && column + 1 < p.width;
-    const int out = s.column + lane / 4;
+    const int out = s.column + place % STRIP;
     writes = there && out < p.width;
     written = (uint4*)(p.y + ((s.image * p.height * p.width + out) * CHANNELS + eight) / 2);
   }
@@ -137,14 +138,14 @@ KERNEL(32 * WARPS, 1) depthwise_tensor(CONSTANT_PARAMS p) {
       const int done = row - 1 - REACH;  // finished with the row before
       if (row > first && done >= begin && writes)
         __stwb(written + (long long)done * p.width * (CHANNELS / 8),
-               kept_output(shared + 2 * INPUT + (turn ^ 1) * OUTPUT, warp * STRIP + lane / 4, lane % 4));
+               kept_output(shared + 2 * INPUT + (turn ^ 1) * OUTPUT, place, lane % EIGHTS));
       if (row == last) break;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int plane = 2 * warp + c;
         const u32* from = shared + turn * INPUT + plane * PLANE;
-        const int place = (lane / 4 + plane / 8) * 8 + lane % 4 * 2;
-        const uint2 upper = *(const uint2*)(from + place % PLANE), lower = *(const uint2*)(from + (place + 64) % PLANE);
+        const int at = lane / 4 * 8 + lane % 4 * 2 + plane / 8 * TURN;
+        const uint2 upper = *(const uint2*)(from + at % PLANE), lower = *(const uint2*)(from + (at + 64) % PLANE);
         if (row < p.height)
 #pragma unroll
           for (int j = 0; j < SIDE; ++j)

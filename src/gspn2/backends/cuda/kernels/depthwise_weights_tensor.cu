@@ -19,7 +19,7 @@ struct Matrix {
   float of[4];
 };
 
-// What a thread brings: 8 channels of a column of two neighbouring strips, of x and, the first 8 warps, of dy. Places of
+// What a thread brings: 8 channels of a column of two neighbouring strips, of x and, the first half, of dy. Places of
 // row 0 in units of 8 channels; none: nothing is there.
 constexpr u32 NONE = 0xffffffffu;
 struct Bring {
@@ -28,15 +28,15 @@ struct Bring {
 
 __device__ __forceinline__ Bring bring_from(const Params& p, int strips, int slice, int warp, int lane) {
   Bring b;
-  const int eight = slice * SLICE + lane % 4 * 8;
+  const int eight = slice * SLICE + lane % EIGHTS * 8, place = (warp * 32 + lane) / EIGHTS, at = place / STRIP;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const Strip s = strip_of(p, strips + lane / 4 * 2 + i);
-    const int column = s.column - REACH + warp, out = s.column + warp;
+    const Strip s = strip_of(p, strips + place % STRIP * 2 + i);
+    const int column = s.column - REACH + at, out = s.column + at;
     const bool there = !s.none && eight < CHANNELS;
     const long long first = s.image * p.height * p.width;
     b.x[i] = there && column >= 0 && column < p.width ? (u32)(((first + column) * CHANNELS + eight) / 8) : NONE;
-    b.dy[i] = there && warp < STRIP && out < p.width ? (u32)(((first + out) * CHANNELS + eight) / 8) : NONE;
+    b.dy[i] = there && at < STRIP && out < p.width ? (u32)(((first + out) * CHANNELS + eight) / 8) : NONE;
   }
   return b;
 }
@@ -61,10 +61,10 @@ __device__ __forceinline__ void fetch_rows(Rows& rows, const Params& p, const Br
 }
 
 __device__ __forceinline__ void keep_rows(u32* input, const Rows& rows, int warp, int lane) {
-  const int eight = lane % 4, pair = lane / 4;
-  keep_pairs<PLANE>(input + eight * 8 * PLANE + ((warp + eight) * 8 + pair) % PLANE, rows.x[0], rows.x[1]);
-  if (warp < STRIP)
-    keep_pairs<DY_PLANE>(input + INPUT + eight * 8 * DY_PLANE + ((warp + eight) * 8 + pair) % DY_PLANE, rows.dy[0], rows.dy[1]);
+  const int eight = lane % EIGHTS, place = (warp * 32 + lane) / EIGHTS;  // column and pair of strips
+  keep_pairs<PLANE>(input + eight * 8 * PLANE + (place + eight * TURN) % PLANE, rows.x[0], rows.x[1]);
+  if (place < DY_PLANE)
+    keep_pairs<DY_PLANE>(input + INPUT + eight * 8 * DY_PLANE + (place + eight * TURN) % DY_PLANE, rows.dy[0], rows.dy[1]);
 }
 
 // Rows [begin, end) of dy of 16 strips.
@@ -93,7 +93,7 @@ __device__ __forceinline__ void add_rows(Matrix (&sums)[2][SIDE + 1], const Para
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int plane = 2 * warp + c, place = (lane / 4 + plane / 8) * 8 + lane % 4 * 2;
+        const int plane = 2 * warp + c, place = lane / 4 * 8 + lane % 4 * 2 + plane / 8 * TURN;
         const u32* from = shared + turn * (INPUT + DY) + plane * PLANE;
         dy[c][k] = *(const uint2*)(shared + turn * (INPUT + DY) + INPUT + plane * DY_PLANE + place % DY_PLANE);
         multiply_tiles(sums[c][SIDE].of, ONES, ONES, ONES, ONES, dy[c][k]);
@@ -107,7 +107,7 @@ __device__ __forceinline__ void add_rows(Matrix (&sums)[2][SIDE + 1], const Para
   }
 }
 
-KERNEL(32 * WARPS, 1) depthwise_weights_tensor(CONSTANT_PARAMS p) {
+KERNEL(32 * WARPS, 2) depthwise_weights_tensor(CONSTANT_PARAMS p) {
   u32* shared = (u32*)shared_memory();  // two rows of x and dy each
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slice = blockIdx.x % p.slices, group = blockIdx.x / p.slices;
