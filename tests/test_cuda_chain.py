@@ -27,11 +27,15 @@ PROBLEMS = (
 
 
 @pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
-@pytest.mark.parametrize("number", range(len(PROBLEMS)))
+@pytest.mark.parametrize(("number", "parts"), [*((n, 0.0) for n in range(len(PROBLEMS))), (0, 1e9), (3, 1e9)])
 @pytest.mark.usefixtures("threads")
-def test_chain(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images(number: int, parts: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chains, of two channels or all; and where there is memory for a part of each channel."""
     torch.set_num_threads(1)  # small tensors: waking more takes longer than the work
     monkeypatch.setattr(planes_backward, "CHAINED_LINES", 32)
+    monkeypatch.setattr(planes_backward, "PARTS", parts)
+    monkeypatch.setattr(planes_backward, "SUMS", 1e9)
+    monkeypatch.setattr(planes_backward, "LONGEST_CHAIN", 2 + 14 * (number % 2))
     monkeypatch.setattr(planes_backward, "_room_for_states", lambda case: 2)
     small = PROBLEMS[number]
     right = truth(small.case(), small.problem(small.case()))
@@ -43,7 +47,7 @@ def test_chain(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         planned, tensors = case_of(inputs, small.problem(case), Device())
         plan = planes_backward.plan(planned)
         chained = [launch for launch in plan.launches if dict(launch.kernel.defines).get("CHAIN")]
-        assert len({launch.knobs[0] for launch in chained}) == len(small.directions)
+        assert len({launch.knobs[0] for launch in chained}) == (0 if parts else len(small.directions))
         run_plan(plan, small.problem(case), tensors, seed=seed, device=Device())
         found.append(tensors)
     l2, largest = TOLERANCE[small.dtype]

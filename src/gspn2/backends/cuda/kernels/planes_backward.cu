@@ -88,7 +88,7 @@ __device__ __forceinline__ void scan_back(const Params& p, const Work& w, Thread
 #if SPLIT
     if (has_channel(t) && segment > 0) exchange(p, t, carried);
 #endif
-#if SHARED && !CHAIN
+#if SHARED && !DIRECT
     const bool together = p.knobs[5] > 1;
     if (together)
       cluster_meets();

@@ -20,6 +20,8 @@
 //               segment by the block that owns it
 //   CLUSTER     1: more than one block in a cluster
 //   WEIGHTS     1: instead of three logits there are two weights, made by planes_backward_weights.cu
+//   DIRECT      1: of SHARED vertical scans, with one channel in a cluster: gradients of weights go to scratch memory line by
+//               line, instead of waiting in shared memory for the segment's end
 //   CHAIN       1: of SHARED, a channel adds to sums of those before it: planes_backward_chain.cuh; 0: it leaves a part
 // Knobs: 0 direction (its index among the scans), 1 threads of a block's part of a line (a power of two, or whole
 //   warps), 2 elements of a row in scratch planes, 3 blocks of a line, 4 places that each of them owns, 5 channels of
@@ -37,6 +39,9 @@
 #endif
 #ifndef CHAIN
 #define CHAIN 0
+#endif
+#ifndef DIRECT
+#define DIRECT CHAIN
 #endif
 #ifndef WEIGHTS
 #define WEIGHTS 0

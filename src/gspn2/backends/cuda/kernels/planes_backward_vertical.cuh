@@ -172,7 +172,7 @@ __device__ __forceinline__ void write_taps(const Params& p, const Thread& t, con
   write_line(p, t, sinks, TAPS + 2, row, after);
 }
 
-#if CHAIN
+#if DIRECT
 #include "planes_backward_vertical_chain.cuh"
 #elif SHARED
 #include "planes_backward_vertical_shared.cuh"
@@ -254,7 +254,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     const int row = row_of(w.scan, first + s);
     const bool restart = phase == 0;
     phase = restart ? p.chunk - 1 : phase - 1;
-#if CHAIN
+#if DIRECT
     const SumsOfLine sums = read_sums_of_line(p, t, row);  // far ahead of their use
 #endif
     float g[N];
@@ -274,7 +274,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
       if (WANTS_TAPS && !SHARED) tap_gradients(t, dw, weight, da);
     }
     publish(t, shown);
-#if SHARED && !CHAIN
+#if SHARED && !DIRECT
     park(w, t, segment, s, dw);
 #elif !SHARED
     if (WANTS_TAPS) write_taps(p, t, sinks, row, da);
@@ -286,7 +286,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Work& w, Thread
     const Edges from = settle(t, shown);
     carried[0] += from.before;
     carried[N - 1] += from.after;
-#if CHAIN
+#if DIRECT
     write_sums_of_line(p, t, row, sums, dw);
 #elif SHARED
     park_last(w, t, segment, s, dw);

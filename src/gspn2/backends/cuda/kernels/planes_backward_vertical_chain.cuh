@@ -1,4 +1,5 @@
-// The gradient of taps that many channels share, in vertical scans: added, line by line, to what the channel before left.
+// The gradient of taps that channels share, in vertical scans, line by line to scratch memory: a channel's part, or, with
+// CHAIN, added to what the channel before left.
 // Included by planes_backward_vertical.cuh.
 #pragma once
 #include "planes_backward_chain.cuh"
@@ -9,7 +10,7 @@ struct SumsOfLine {
 };
 __device__ __forceinline__ SumsOfLine read_sums_of_line(const Params& p, const Thread& t, int row) {
   SumsOfLine sums = {};
-  if (t.own && t.follows)
+  if (CHAIN && t.own && t.follows)
 #pragma unroll
     for (int k = 0; k < 3; k++) sums.weight[k] = read_sums<N>(part_of(p, t, k) + (long long)row * p.knobs[2] + t.place);
   return sums;

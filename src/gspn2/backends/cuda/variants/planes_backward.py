@@ -29,6 +29,9 @@ WARP = 32
 SCRATCH = 0.25
 """Of the memory of all tensors, what scratch may take: horizontal scans take fewer planes at once for it."""
 
+LOOSE = 0.75
+"""The same where parts and sums alone are more than that."""
+
 MOST_WAVES = 3
 """Launches that they are cut into at most: with fewer planes multiprocessors would be idle."""
 
@@ -45,10 +48,13 @@ WEIGHING = 4
 """Channels of a group at least for which weights are made once."""
 
 CHAINED_LINES = 512
-"""Lines at least where channels add to each other's sums: each is some lines behind the one before."""
+"""Of large images: gradients of shared taps are not summed in clusters, and channels may form chains."""
 
-LONGEST_CHAIN = 32
-"""Channels that add to one sum at most."""
+LONGEST_CHAIN = 16
+"""Channels that add to one sum; twice as many where such sums would be more than `SUMS` of all tensors."""
+
+PARTS, SUMS = 0.28, 0.08
+"""Of the memory of all tensors, what parts of gradients may take: more are summed by chains."""
 
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
@@ -117,7 +123,8 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             line = 4 * cut.kept
             segments = -(-cut.sizes.lines // cut.segment)
             kept = max(kept, problem.batch * problem.channels * segments * line)
-        chains = _chains(case) if _is_chained(case, cut) else 0
+        direct = _is_direct(case, cut.sizes, cut.strips, cut.together, cut.width)
+        chains = _chains(case) * direct
         knobs = (
             index,
             cut.width,
@@ -129,7 +136,8 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             0,
             first_flag + flags,
         )
-        launches += _weights(case, index)
+        if direct:
+            launches += _weights(case, index)
         kernel = Kernel(SOURCE, FUNCTION, _defines(case, cut))
         threads = cut.threads + WARP * (chains > 0)
         launches.append(Launch(kernel, cut.blocks, threads, cut.shared, cut.cluster, knobs))
@@ -181,7 +189,8 @@ def _has_weights(case: Case) -> bool:
     """
     problem = case.problem
     several = len(problem.directions) > 1 and problem.normalize and problem.dtype == torch.bfloat16
-    return several and _chains(case) > 0 and problem.channels // problem.groups >= WEIGHING
+    shared = _sums_channels(case) and problem.channels // problem.groups >= WEIGHING
+    return several and shared and _is_large(case)
 
 
 def _bytes_of_weights(case: Case) -> int:
@@ -339,36 +348,57 @@ def _sums_channels(case: Case) -> bool:
 def _chains(case: Case) -> int:
     """Sums of a group that its channels add to, one after another; 0 where each leaves a part.
 
-    They are few for memory, and more than one as a channel waits for those before it.
+    With many planes parts are faster: what a channel has left is no longer in the cache when the next one
+    comes for it. But they may take too much memory.
     """
     problem = case.problem
-    per_group = problem.channels // problem.groups
-    if not _sums_channels(case) or case.device.capability < (9, 0):
+    if not _sums_channels(case) or not _is_large(case) or case.device.capability < (9, 0):
         return 0
-    chains = max(2, -(-per_group // LONGEST_CHAIN))
-    return chains if min(problem.height, problem.width) >= CHAINED_LINES and per_group > chains else 0
+    per_group, planes = problem.channels // problem.groups, problem.batch * problem.channels
+    if 6 * planes <= PARTS * _tensors(case):  # in numbers of storage for each pixel
+        return 0
+    chains = -(-per_group // LONGEST_CHAIN)
+    if 6 * chains * problem.batch * problem.groups > SUMS * _tensors(case):
+        chains = -(-chains // 2)
+    return chains if per_group > chains else 0
 
 
-def _is_chained(case: Case, cut: Cut) -> bool:
-    return cut.width > WARP and cut.together == 1 and _chains(case) > 0
+def _is_large(case: Case) -> bool:
+    return min(case.problem.height, case.problem.width) >= CHAINED_LINES
+
+
+def _is_direct(case: Case, sizes: Sizes, strips: int, together: int, width: int) -> bool:
+    """Do gradients of shared weights go to memory line by line?"""
+    shared = _sums_channels(case) and _is_large(case) and not sizes.horizontal
+    return shared and strips == together == 1 and width > WARP
+
+
+def _tensors(case: Case) -> int:
+    """Numbers that inputs, output and gradients have for each pixel."""
+    problem = case.problem
+    planes = problem.batch * problem.channels
+    found = planes  # the output
+    for name in case.views.keys() - {"y"}:
+        count = 3 * problem.batch * problem.groups if name in ("taps", "dtaps") else planes
+        found += count if name in ("x", "dy", "dx") else count * len(problem.directions)
+    return found
 
 
 def _room_for_states(case: Case) -> int:
     """Planes whose states are in memory at a time: horizontal scans take so many in a launch.
 
-    All of them, if scratch memory then is `SCRATCH` of all tensors.
+    All of them, if scratch memory then is `SCRATCH` of all tensors; `LOOSE`, if it is more in any case.
     """
     problem, planes = case.problem, case.problem.batch * case.problem.channels
-    plane = 4 * problem.height * _row(case)
+    plane, per_group = 4 * problem.height * _row(case), problem.channels // problem.groups
     if plane * planes <= case.device.cache:
         return planes
-    tensors = planes  # the output
-    for name in case.views.keys() - {"y"}:
-        count = 3 * problem.batch * problem.groups if name in ("taps", "dtaps") else planes
-        tensors += count if name in ("x", "dy", "dx") else count * len(problem.directions)
     rest = plane // 2 * planes * _has_partial_sums(case) + _bytes_of_weights(case)
-    rest += 3 * plane * problem.batch * problem.groups * _chains(case)
-    room = int(SCRATCH * tensors * problem.height * problem.width * case.itemsize - rest) // plane
+    rest += 3 * plane * problem.batch * problem.groups * (_chains(case) or _sums_channels(case) * per_group)
+    pixel = problem.height * problem.width * case.itemsize
+    room = (int(SCRATCH * _tensors(case) * pixel) - rest) // plane
+    if room <= 0:
+        room = (int((LOOSE * _tensors(case) - (1 + LOOSE) * planes) * pixel) - rest) // plane
     waves = -(-planes // max(room, -(-planes // MOST_WAVES)))
     return -(-planes // waves)
 
@@ -394,7 +424,7 @@ def _row(case: Case) -> int:
 
 def _units(case: Case, horizontal: bool) -> int:
     """Stages of all operands together, as UNITS in the kernel."""
-    both = 4 + ("lam" in case.views) - (_has_weights(case) and not horizontal)
+    both = 4 + ("lam" in case.views)
     sums = 0 if len(case.problem.directions) == 1 else 1 if case.itemsize == 4 else 2
     back = 1 + ("gate" in case.views) + sums
     return 2 * (both + back + 1) if _has_hidden(case, horizontal) else 2 * both + back
@@ -458,7 +488,7 @@ def _cuts(case: Case, sizes: Sizes) -> Iterator[Cut]:
             continue
         for places in (1, 2) if sizes.horizontal else (each // 4, each // 2, each):
             for segment in _segments(case, sizes.horizontal):
-                for together in {most // strips, 1} if _sums_channels(case) and not _chains(case) else (1,):
+                for together in {most // strips, 1} if _sums_channels(case) and not _is_large(case) else (1,):
                     cut = _fit(case, sizes, strips, together, own, places, segment)
                     if cut is not None:
                         yield cut
@@ -486,12 +516,16 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
     if not sizes.horizontal and not sums and strips == 1 and needed <= 16:
         width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
     threads = max(width, 32)
+    direct = _is_direct(case, sizes, strips, min(most, 1), width)
+    taken = 2 * segment * case.itemsize * (direct and _has_weights(case))  # a tap that is not read
     shared = (
-        _place_bytes(case, sizes.horizontal, segment) * threads * places
+        (_place_bytes(case, sizes.horizontal, segment) - taken) * threads * places
         + 16 * (threads // 32 + 2)
         + 16 * halo
     )
-    shared += BARRIERS * (strips > 1) + BARRIERS * (_chains(case) > 0) + POINTERS * sizes.horizontal
+    shared += (
+        BARRIERS * (strips > 1) + BARRIERS * (direct and _chains(case) > 0) + POINTERS * sizes.horizontal
+    )
     if shared > case.device.shared_memory or threads > THREADS[-1]:
         return None
     together = parts = 1
@@ -596,7 +630,8 @@ def _min_blocks(case: Case, cut: Cut, threads: int) -> int:
 
 def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
     sizes = cut.sizes
-    chained = _is_chained(case, cut)
+    direct = _is_direct(case, cut.sizes, cut.strips, cut.together, cut.width)
+    chained = direct and _chains(case) > 0
     threads = next(number for number in (*THREADS, 640) if number >= cut.threads + WARP * chained)
     return (
         *options(case),
@@ -615,5 +650,6 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("SPLIT", int(cut.strips > 1)),
         ("CLUSTER", int(cut.cluster > 1)),
         ("CHAIN", int(chained)),
-        ("WEIGHTS", int(chained and _has_weights(case))),
+        ("DIRECT", int(direct)),
+        ("WEIGHTS", int(direct and _has_weights(case))),
     )
