@@ -212,10 +212,10 @@ def _weights(case: Case, index: int) -> list[Launch]:
 
 
 def _add_parts(case: Case, index: int, parts: int) -> Launch:
-    """The launch that adds what the clusters of a group made of the gradient of shared taps."""
+    """The launch that adds what the channels of a group, or chains of them, made of the gradient of taps."""
     problem = case.problem
     kernel = Kernel("planes_backward_taps.cu", "planes_backward_taps", options(case))
-    blocks = -(-problem.batch * problem.groups * problem.height * problem.width // 256)
+    blocks = -(-problem.batch * problem.groups * problem.height * problem.width // (4 * 256))
     return Launch(
         kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, knobs=(index, parts, _row(case))
     )
