@@ -424,8 +424,15 @@ def test_the_section_has_means_ranges_pictures_and_curves(tmp_path: Path):
     results[0]["judge"]["digest"] = "b"
     other = {"schema": runner.SCHEMA, **results[0]}
     (tmp_path / "unet-attention-s0.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="different judges"):
+    with pytest.raises(UserError, match="seed 0 by different judges"):
         document.load(tmp_path)
+    for result in results:
+        # Another folder's seed: what is compared is still judged alike.
+        result["judge"]["digest"], result["judge"]["floor"] = "ab"[result["run"]["seed"]], 4.0
+    results[-1]["judge"]["floor"] = 5.0
+    told = document.section(results, set())
+    assert "at a distance of 4.0, 5.0" in told
+    assert "all models of a seed by one" in told
 
 
 # -- the command

@@ -72,11 +72,14 @@ def load(folder: Path) -> list[Result]:
     """The results in a folder, by seed and in the order of `DRAWERS`; none if there is no such folder.
 
     Raises:
-        UserError: a file is no result, or two have been judged by different judges.
+        UserError: a file is no result, or two of a seed have been judged by different judges.
     """
     results = [read(path) for path in sorted(folder.glob("*.json"))]
-    if len({result["judge"]["digest"] for result in results}) > 1:
-        raise UserError(f"{folder}: results of different judges cannot be compared")
+    judges: dict[int, str] = {}
+    for result in results:
+        seed, digest = result["run"]["seed"], result["judge"]["digest"]
+        if judges.setdefault(seed, digest) != digest:
+            raise UserError(f"{folder}: results of seed {seed} by different judges cannot be compared")
     order = list(DRAWERS)
     return sorted(results, key=lambda it: (it["run"]["seed"], order.index(it["run"]["model"])))
 
@@ -146,10 +149,14 @@ def _spread(values: Sequence[float], what: str) -> str:
 
 
 def _reference(results: Sequence[Result]) -> str:
-    judge = _ended(results)[0]["judge"]
+    judges = list({it["judge"]["digest"]: it["judge"] for it in _ended(results)}.values())
+    floor = _values(f"{it['floor']:.1f}" for it in judges)
+    noise = _values(f"{it['noise']:.0f}" for it in judges)
+    accuracy = _values(f"{100 * it['accuracy']:.1f}%" for it in judges)
+    own = " Seeds were judged by classifiers of their own, all models of a seed by one." * (len(judges) > 1)
     return _wrapped(
-        f"For comparison: the training digits themselves are at a distance of {judge['floor']:.1f}, noise at "
-        f"{judge['noise']:.0f}; the classifier tells {100 * judge['accuracy']:.1f}% of the held-out digits."
+        f"For comparison: the training digits themselves are at a distance of {floor}, noise at {noise}; the "
+        f"classifier tells {accuracy} of the held-out digits.{own}"
     )
 
 
