@@ -26,7 +26,7 @@ examples:
   gspn2 learn
   gspn2 learn list
   gspn2 learn --jobs 16
-  gspn2 learn --tasks flood --sizes 64 --contenders gspn2 vit --minutes 5
+  gspn2 learn --tasks maze --sizes 64 --contenders gspn2 vit --minutes 5
   gspn2 learn docs --out benchmarks/results/learning
 
 Every run leaves a JSON file with its curves in --out. Ctrl-C saves the runs that are going on; the same
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Settings()
     parser.epilog = EPILOG
     add_series_arguments(parser, VERBS, "runs/learn", SEEDS, default)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help="pathfinder, flood, digits")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help="pathfinder, maze, digits")
     parser.add_argument(
         "--sizes", nargs="+", type=positive, default=SIZES, metavar="N", help="pixels (default: 64 128)"
     )

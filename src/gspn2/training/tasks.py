@@ -76,16 +76,15 @@ def generate(task: Task, count: int, seed: int) -> tuple[NDArray[np.uint8], NDAr
 def answered(
     task: Task, count: int, seed: int, levels: tuple[float, float] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images (count, size, size) and the answer for every pixel, of the same shape: 0 none, 1 no, 2 yes.
-
-    "pathfinder" has its answer, are the marks joined, at the marks alone; "flood" says for all floor of a
-    maze of two parts whether it can be reached from a mark.
+    """Images (count, size, size) as of `generate`, and what their marks say, of the same shape: 0 where there
+    is no mark, 1 for a mark that is apart from the other, 2 for one that is joined with it.
 
     Args:
         task, count, seed: which, how many.
         levels: difficulty of the first image and behind the last one, from 0 (contours of two dashes and
-            nothing else, no walls but between the two parts) to 1 (the longest contours, all distractors, all
-            walls); None for a mixture of the upper half.
+            nothing else; marks side by side, no walls but between the two parts) to 1 (the longest contours
+            and all distractors; marks anywhere); None for those that models are tested with. Mazes have
+            at most `_WALLS` of the walls that those of `generate` have.
     """
     images = np.empty((count, task.size, task.size), np.uint8)
     classes = np.empty_like(images)
@@ -95,10 +94,9 @@ def answered(
         level = None
         if levels is not None:
             level = levels[0] + (start + end) / (2 * count) * (levels[1] - levels[0])
-        if task.kind == "pathfinder":
-            made, truth = _at_marks(rng, BLOCK, task.canvas, task.size // task.canvas, level)
-        else:
-            made, truth = _flood(rng, BLOCK, task.canvas, task.size // task.canvas, level)
+        make = _marked_contours if task.kind == "pathfinder" else _marked_maze
+        made, labels, marks = make(rng, BLOCK, task.canvas, task.size // task.canvas, level)
+        truth = np.where(marks, 1 + labels[:, None, None], 0)
         images[start:end], classes[start:end] = made[: end - start], truth[: end - start]
     return images, classes
 
@@ -114,18 +112,11 @@ _THICK, _DOT = 0.8, 2.6
 def _pathfinder(
     rng: Generator, count: int, canvas: int, scale: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    images, labels, _ = _marked(rng, count, canvas, scale, None)
+    images, labels, _ = _marked_contours(rng, count, canvas, scale, None)
     return images, labels
 
 
-def _at_marks(
-    rng: Generator, count: int, canvas: int, scale: int, level: float | None
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    images, labels, marks = _marked(rng, count, canvas, scale, level)
-    return images, np.where(marks, 1 + labels[:, None, None], 0).astype(np.uint8)
-
-
-def _marked(
+def _marked_contours(
     rng: Generator, count: int, canvas: int, scale: int, level: float | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
     """Images, labels, and where the marks are."""
@@ -306,16 +297,51 @@ _CELLS = (4, 6, 8, 12)
 _MARK = 3
 _CUTS = 16
 _PAIRS = 24
+_WALLS = 0.7
 
 
 def _maze(rng: Generator, count: int, canvas: int, scale: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     # At least 5 x 5 cells.
     cell = int(rng.choice([cell for cell in _CELLS if (canvas - 1) // cell >= 5]))
+    images, labels, _ = _walled(rng, count, canvas, scale, cell, (0.25, 0.75), 1.0)
+    return images, labels
+
+
+def _marked_maze(
+    rng: Generator, count: int, canvas: int, scale: int, level: float | None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
+    """Images, labels, and where the marks are."""
+    full = 1.0 if level is None else min(1.0, level / 0.7)
+    # Marks are two cells apart at least: near ones need small cells.
+    cells = [cell for cell in _CELLS if (canvas - 1) // cell >= 5 and 2 * cell <= 10 + 40 * full]
+    reach = 0.25 * full, 0.1 + 0.65 * full
+    return _walled(rng, count, canvas, scale, int(rng.choice(cells)), reach, _WALLS * full)
+
+
+def _walled(
+    rng: Generator,
+    count: int,
+    canvas: int,
+    scale: int,
+    cell: int,
+    reach: tuple[float, float],
+    walls: float,
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]:
+    """Images of mazes in two parts, are the marks in the same one, and where they are.
+
+    Args:
+        cell: units from a cell to the next.
+        reach: distance of the marks over the side, its least and its largest.
+        walls: the share that is left of those inside a part.
+    """
     side = (canvas - 1) // cell
     passages = _spanning_trees(rng, count, side)
     kept, region = _cut(rng, passages, side)
     labels = rng.permuted(np.arange(count) % 2)
-    marks = _marks(rng, region, labels, side)
+    marks = _marks(rng, region, labels, side, reach)
+    if walls < 1:
+        first, second = _edges(side)
+        kept |= (region[:, first] == region[:, second]) & (rng.random(kept.shape) > walls)
     images = np.zeros((count, canvas, canvas), np.uint8)
     margin = (canvas - (cell * side + 1)) // 2
     for dy in range(cell - 1):
@@ -324,7 +350,8 @@ def _maze(rng: Generator, count: int, canvas: int, scale: int) -> tuple[NDArray[
     _open(images, kept, margin, side, cell)
     for mark in np.moveaxis(marks, 1, 0):
         _place(images, mark, side, cell, margin)
-    return images.repeat(scale, axis=1).repeat(scale, axis=2), labels.astype(np.int64)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    return images, labels.astype(np.int64), images == 255
 
 
 def _place(images: NDArray[np.uint8], mark: NDArray[np.int64], side: int, cell: int, margin: int) -> None:
@@ -334,43 +361,6 @@ def _place(images: NDArray[np.uint8], mark: NDArray[np.int64], side: int, cell: 
     for dy in range(_MARK):
         for dx in range(_MARK):
             images[n, top + dy, left + dx] = 255
-
-
-def _flood(
-    rng: Generator, count: int, canvas: int, scale: int, level: float | None
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    walls = rng.uniform(0.5, 1) if level is None else level
-    cell = int(rng.choice([cell for cell in _CELLS if (canvas - 1) // cell >= 5]))
-    side = (canvas - 1) // cell
-    kept, region = _cut(rng, _spanning_trees(rng, count, side), side)
-    first, second = _edges(side)
-    kept |= (region[:, first] == region[:, second]) & (rng.random(kept.shape) > walls)
-    mark = rng.integers(0, side * side, (count, 1))
-    reached = (1 + (region == np.take_along_axis(region, mark, 1))).astype(np.uint8)
-    images, classes = _floor(kept, reached, canvas, cell)
-    _place(images, mark[:, 0], side, cell, (canvas - (cell * side + 1)) // 2)
-    return images.repeat(scale, 1).repeat(scale, 2), classes.repeat(scale, 1).repeat(scale, 2)
-
-
-def _floor(
-    passages: NDArray[np.bool_], values: NDArray[np.uint8], canvas: int, cell: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images of mazes, 128 where there is floor, and the values (count, cells) of cells on their floor."""
-    count, side = len(passages), (canvas - 1) // cell
-    margin = (canvas - (cell * side + 1)) // 2
-    n, edge = np.nonzero(passages)
-    first = _edges(side)[0][edge]
-    classes = np.zeros((count, canvas, canvas), np.uint8)
-    top, left = (margin + 1 + cell * place for place in np.divmod(np.arange(side * side), side))
-    right = edge < side * (side - 1)
-    for i in range(cell - 1):
-        for j in range(cell - 1):
-            classes[:, top + i, left + j] = values
-        # The wall between two cells that are joined.
-        y = top[first] + np.where(right, i, cell - 1)
-        x = left[first] + np.where(right, cell - 1, i)
-        classes[n, y, x] = values[n, first]
-    return (classes > 0).astype(np.uint8) * np.uint8(128), classes
 
 
 def _edges(side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -435,7 +425,11 @@ def _cut(
 
 
 def _marks(
-    rng: Generator, region: NDArray[np.int64], labels: NDArray[np.int64], side: int
+    rng: Generator,
+    region: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    side: int,
+    reach: tuple[float, float],
 ) -> NDArray[np.int64]:
     """Two cells (count, 2) in the same region or not, at a distance drawn without regard to which."""
     count, cells = region.shape
@@ -445,7 +439,7 @@ def _marks(
     chances = rng.random((count, _PAIRS, cells), np.float32)
     second = np.where(region[:, None] == wanted_region[..., None], chances, np.float32(-1)).argmax(-1)
     distance = np.hypot(first // side - second // side, first % side - second % side)
-    wanted = rng.uniform(0.25, 0.75, (count, 1)) * side
+    wanted = rng.uniform(*reach, (count, 1)) * side
     best = np.where(distance > 1, np.abs(distance - wanted), np.inf).argmin(1)[:, None]
     return np.concatenate((first[n, best], second[n, best]), axis=1)
 

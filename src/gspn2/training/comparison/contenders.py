@@ -160,10 +160,15 @@ def _gspn2(contender: Contender, size: int, classes: int) -> nn.Module:
 def _vit(contender: Contender, size: int, classes: int) -> nn.Module:
     arguments = VIT | {"img_size": size, "dynamic_img_size": True, "num_classes": classes}
 
+    from timm.layers import build_sincos2d_pos_embed
+
     def make(ratio: float) -> nn.Module:
         model = _create("vit_tiny_patch16_224", mlp_ratio=ratio, **arguments)
         # Instead of one linear map of patches, which takes a ViT far longer to learn (arXiv 2106.14881).
         model.patch_embed.proj = Stem(1, DIM, PLACE)  # type: ignore[union-attr]
+        # Sines and cosines to start from: small random ones take long to say where anything is (2205.01580).
+        places = [size // PLACE] * 2
+        model.pos_embed.data.copy_(build_sincos2d_pos_embed(places, DIM)[None])  # type: ignore[operator]
         return model
 
     return _with_equal_parameters(make)

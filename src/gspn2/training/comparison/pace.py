@@ -57,8 +57,8 @@ def measure(
 
 
 def name_of(run: Run) -> str:
-    """What runs that differ in seed or learning rate alone have in common."""
-    return f"{run.task}-{run.size}-{run.contender}"
+    """What runs have in common whose steps are the same work."""
+    return f"{run.contender}-{run.size}{'' if run.dense else '-' + run.task}"
 
 
 def _seconds(run: Run, settings: Settings, device: torch.device, block: int) -> float:

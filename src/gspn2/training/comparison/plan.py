@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..tasks import Task, parse_task
+from ..tasks import CLASSES, Task, parse_task
 from .contenders import CONTENDERS, MAIN
 from .images import DIGITS_TESTS, Source
 
 DIGITS, DIGITS_SIZE = "digits", 32
-PATHFINDER, FLOOD = "pathfinder", "flood"
-TASKS = (PATHFINDER, FLOOD, DIGITS)
+TASKS = (*CLASSES, DIGITS)
 SIZES = (64, 128)
 SEEDS = (0, 1, 2)
 
@@ -65,7 +64,7 @@ class Run:
     """One training.
 
     Args:
-        task: "pathfinder", "flood" or "digits".
+        task: "pathfinder", "maze" or "digits".
         size: pixels, and units of the scene.
         contender: a name out of `CONTENDERS`.
         seed: of weights and order.
@@ -103,10 +102,9 @@ class Run:
         return self._scene(self.size, self.size)
 
     def _scene(self, canvas: int, size: int) -> Task:
-        if self.task != DIGITS:
-            # The same sizes as for `gspn2 train`.
-            parse_task(f"{PATHFINDER}:{canvas}@{size}")
-        return Task(self.task, canvas, size)
+        if self.task == DIGITS:
+            return Task(DIGITS, canvas, size)
+        return parse_task(f"{self.task}:{canvas}@{size}")
 
     @property
     def dense(self) -> bool:
