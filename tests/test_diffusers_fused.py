@@ -121,6 +121,15 @@ def test_a_mixer_in_few_launches_is_the_mixer(options: dict[str, Any]) -> None:
             for grid in ((6, 9), (9, 6)):
                 right = mixer(x, **{GRID: grid})
                 torch.testing.assert_close(mixer._inference(x, grid), right, atol=1e-6, rtol=1e-5)
+        mixer._inference(x, grid)
+        (kept,) = mixer._kept.values()
+        mixer.fixed = True
+        assert mixer._prepared(*grid) is kept[1], "what is up to date is not made again"
+        mixer.fixed = False
+        mixer.tokens.mixer.to_proxy.weight.mul_(1.5)
+        mixer.fixed = True
+        torch.testing.assert_close(mixer._inference(x, grid), mixer.tokens(x, grid), atol=1e-6, rtol=1e-5)
+        mixer.fixed = False
         copied = copy.deepcopy(mixer)
         copied.tokens.mixer.to_operands.bias.add_(1.0)
         torch.testing.assert_close(copied._inference(x, grid), copied(x, **{GRID: grid}))

@@ -47,9 +47,10 @@ class AttentionMixer(nn.Module):
 
     @fixed.setter
     def fixed(self, value: bool) -> None:
-        if value != self._fixed:
-            self._fixed = value
-            self._kept.clear()
+        if value and not self._fixed:
+            state = self._state()
+            self._kept = {size: kept for size, kept in self._kept.items() if kept[0] == state}
+        self._fixed = value
 
     def forward(
         self,
@@ -121,26 +122,28 @@ class AttentionMixer(nn.Module):
         kept = self._kept.get((height, width))
         if self._fixed and kept is not None:
             return kept[1]
-        mixer, to_proxy, to_operands, _ = self._parts()
-        sources = (
-            mixer._parameters["merge"],
-            *to_proxy._parameters.values(),
-            *to_operands._parameters.values(),
-        )
-        capturing = sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        # A graph has to own what it reads and to see weights that were changed, and in inference mode tensors
-        # do not tell of changes.
-        if (capturing and not self._fixed) or any(it is not None and it.is_inference() for it in sources):
+        mixer, state = self._parts()[0], self._state()
+        capturing = mixer._parameters["merge"].is_cuda and torch.cuda.is_current_stream_capturing()
+        # A graph has to own what it reads and to see weights that were changed.
+        if state is None or (capturing and not self._fixed):
             return Prepared.of(mixer, height, width)
-        state = (
-            mixer.chunk,
-            [None if it is None else (it._version, it.data_ptr(), it.dtype) for it in sources],
-        )
         if kept is None or kept[0] != state:
             if not self._fixed:
                 self._kept.clear()
             kept = self._kept[height, width] = state, Prepared.of(mixer, height, width)
         return kept[1]
+
+    def _state(self) -> Any:
+        """What changes with the weights; None for tensors of inference mode, which do not tell."""
+        mixer, to_proxy, to_operands, _ = self._parts()
+        sources = [
+            mixer._parameters["merge"],
+            *to_proxy._parameters.values(),
+            *to_operands._parameters.values(),
+        ]
+        if any(it is not None and it.is_inference() for it in sources):
+            return None
+        return mixer.chunk, [None if it is None else (it._version, it.data_ptr(), it.dtype) for it in sources]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": {}}
