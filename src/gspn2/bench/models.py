@@ -285,7 +285,7 @@ PART = Part(
     "models",
     "Backbones",
     "Random weights, channels_last. Inference in bfloat16 (float32 on a CPU), compiled models as CUDA "
-    "graphs; training with mixed precision: forward, loss, backward and a step of AdamW. Images per second, and the "
-    "allocator's peak.",
+    "graphs; training with mixed precision: forward, loss, backward and a step of AdamW. Images per second, "
+    "and the allocator's peak.",
     cases,
 )
