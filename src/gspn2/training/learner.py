@@ -17,7 +17,7 @@ from .distributed import World, replicated
 from .errors import UserError
 from .losses import MESA_TEMPERATURE, Teacher, divergence, make_loss
 from .rng import derive_seed, seed_everything
-from .sharding import compile_shares, same_buffers, shard
+from .sharding import compile_shares, same_buffers, shard, update_average
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -143,7 +143,9 @@ class Learner:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self.optimizer.step()
-        if self.ema is not None:
+        if self.ema is not None and self.sharded:
+            update_average(self.ema, self.model, step + 1)
+        elif self.ema is not None:
             self.ema.update(self.model, step=step + 1)
         return torch.stack(losses).sum(), norm.detach()
 

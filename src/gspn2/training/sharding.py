@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch._dynamo
@@ -20,6 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .distributed import World
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 _UNITS = {False: ("blocks", "stages"), True: ("stages", "blocks")}
 """Containers whose members are gathered one at a time, by whether the model gets compiled, best first.
@@ -116,6 +120,23 @@ def whole(model: nn.Module) -> Iterator[None]:
         for module in parts:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+@torch.no_grad()
+def update_average(ema: ModelEmaV3, model: nn.Module, step: int) -> None:
+    """`ema.update` of shares: each process averages its own, together with buffers, which are whole."""
+    weight = 1 - ema.get_decay(step)
+    pairs = list(zip(_here(ema.module), _here(model), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], weight=weight)
+    for average, value in pairs:
+        if not average.is_floating_point():
+            average.copy_(value)
+
+
+def _here(model: nn.Module) -> list[Tensor]:
+    values = model.state_dict().values()
+    return [value.to_local() if isinstance(value, DTensor) else value for value in values]
 
 
 def same_buffers(model: nn.Module) -> None:
