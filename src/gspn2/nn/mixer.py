@@ -212,10 +212,11 @@ class Mixer(nn.Module):
 
     def _packs(self, x: Tensor) -> bool:
         """Is this compiled or fused, and all in one tensor? Then the operator takes it as one argument."""
+        few = self.proxy_dim + sum(self.sizes) <= fused.MOST_OUTPUTS
         return (
             # Of torch.compile alone: exported programs keep to the operator that their readers know.
             # (is_exporting is True in everything that PyTorch 2.11 compiles.)
-            (torch.compiler.is_dynamo_compiling() or fused.at_work(x))
+            (torch.compiler.is_dynamo_compiling() or (few and fused.at_work(x)))
             and self.operands_from == "input"
             and self.sizes[1] > 0
             and not self.padding
