@@ -131,28 +131,28 @@ struct HorizontalScan {
       if (ends) words[TAPS - 1][i] = MISSING;
     }
 #endif
-    const bool plain = ordinary(MAKES_WEIGHTS ? largest_logits<SPAN * SIZE / 4>(words) : 0, inside);
+    // Weights first: what is between two lines is on the way of the states. Warps that choose differently have to come
+    // to the same barriers: nothing but the weights is there twice.
+    Place places[SPAN];
+    if (ordinary(MAKES_WEIGHTS ? largest_logits<SPAN * SIZE / 4>(words) : 0, inside)) {
+#pragma unroll
+      for (int e = 0; e < SPAN; ++e) places[e] = unpack<true>(words, e);
+    } else {
+#pragma unroll
+      for (int e = 0; e < SPAN; ++e) places[e] = unpack<false>(words, e);
+    }
     if (restarts.until >= SPAN) {
       // No line of these restarts, and none has to ask.
       restarts.until -= SPAN;
-      if (plain)
-        scan_columns<true, false>(result, words, h, edges, restarts);
-      else
-        scan_columns<false, false>(result, words, h, edges, restarts);
-    } else if (plain) {
-      scan_columns<true, true>(result, words, h, edges, restarts);
+      scan_columns<false>(result, places, h, edges, restarts);
     } else {
-      scan_columns<false, true>(result, words, h, edges, restarts);
+      scan_columns<true>(result, places, h, edges, restarts);
     }
   }
 
-  template <bool ORDINARY, bool RESTARTS>
-  __device__ __forceinline__ void scan_columns(Results& result, const Words& words, float (&h)[CHANNELS][1],
+  template <bool RESTARTS>
+  __device__ __forceinline__ void scan_columns(Results& result, const Place (&places)[SPAN], float (&h)[CHANNELS][1],
                                                Edges& edges, Restarts& restarts) const {
-    // Weights first: what is between two lines is on the way of the states.
-    Place places[SPAN];
-#pragma unroll
-    for (int e = 0; e < SPAN; ++e) places[e] = unpack<ORDINARY>(words, e);
 #pragma unroll
     for (int i = 0; i < SPAN; ++i) {
       const int e = REVERSED ? SPAN - 1 - i : i;
