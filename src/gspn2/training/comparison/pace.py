@@ -43,7 +43,7 @@ def measure(
         command: the command line, for the file.
         tell: takes a name and its seconds.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     out.mkdir(parents=True, exist_ok=True)
     about = {"batch_size": settings.batch_size, "amp": settings.amp, "machine": machine(device, command)}
