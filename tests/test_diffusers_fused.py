@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import diffusion_helpers as tiny
 from cuda_emulator import KernelError, compiler, run_launch, run_plan
 from cuda_emulator.memory import Memory
 from gspn2.backends import DIRECTIONS, Problem, cuda
-from gspn2.backends.cuda import driver, launch
+from gspn2.backends.cuda import driver, launch, params
 from gspn2.backends.cuda.geometry import Case, Device, View
 from gspn2.backends.cuda.plan import choose
 from gspn2.cli.main import main
@@ -138,69 +139,88 @@ def test_a_mixer_in_few_launches_is_the_mixer(options: dict[str, Any]) -> None:
     assert not mixer._quick(x), "on a CPU, and with gradients, the mixer runs as it is"
 
 
-def test_what_is_launched_at_once_is_what_propagate_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same kernels, arguments and addresses, from a plan that was made without the tensors."""
-    made: list[tuple[Any, bytes, Any]] = []
-    ran: list[dict[int, int]] = []
+class Recorded:
+    """What was loaded, without its addresses, and with which addresses it was run."""
 
-    def load(launch: Any, arguments: bytes, places: Any, index: int) -> SimpleNamespace:
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, bytes, Any]] = []
+        self.ran: list[dict[int, int]] = []
+
+    def load(self, launch: Any, arguments: bytes, places: Any, index: int) -> SimpleNamespace:
         told = bytearray(arguments)
         for place in places:
             told[8 * place : 8 * place + 8] = bytes(8)
-        made.append((launch, bytes(told), tuple(places)))
-        run = lambda addresses, stream: ran.append(dict(zip(places, addresses, strict=True)))  # noqa: E731
+        self.made.append((launch, bytes(told), tuple(places)))
+        run = lambda addresses, stream: self.ran.append(dict(zip(places, addresses, strict=True)))  # noqa: E731
         return SimpleNamespace(run=run)
 
-    monkeypatch.setattr(driver, "Loaded", load)
-    monkeypatch.setattr(driver, "device", lambda index: Device())
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+    """A driver that only writes down what it is asked, of a GPU of eight multiprocessors."""
+    found = Recorded()
+    monkeypatch.setattr(driver, "Loaded", found.load)
+    monkeypatch.setattr(driver, "device", lambda index: Device(multiprocessors=8))
     monkeypatch.setattr(driver, "current_device", lambda: -1)
     monkeypatch.setattr(driver, "stream", lambda index: 0)
     monkeypatch.setattr(cuda, "why_not", lambda problem: None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     scan._ready.cache_clear()
+    yield found
+    scan._ready.cache_clear()
+
+
+def test_what_is_launched_at_once_is_what_propagate_launches(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same kernels, arguments and addresses, from a plan that was made without the tensors."""
     geometry, size = scan.Geometry(16, 2, ("up", "left"), 4, 24, 80), scan.Size(2, 6, 9)
-    proxy, packed = aligned(2, 54, 24), aligned(2, 54, 80)
-    y = aligned(2, 54, 16)
+    proxy, packed, y = aligned(2, 54, 24), aligned(2, 54, 80), aligned(2, 54, 16)
     monkeypatch.setattr(Tensor, "new_empty", lambda like, *shape: y)
     monkeypatch.setattr(torch, "empty_like", lambda like: y.as_strided(like.shape, (54 * 16, 1, 9 * 16, 16)))
     assert scan.launched(proxy, packed, geometry, size) is not None
     x, logits, lam, gate = scan.views(proxy, packed, geometry, size)
     problem = Problem(geometry.directions, 4, True, 2, 16, 2, 6, 9, torch.float32, "cuda")
     launch.propagate(x, logits, lam, gate, problem)
+    made, ran = recorded.made, recorded.ran
     half = len(made) // 2
     assert made[:half] == made[half:] != []
     assert ran[:half] == ran[half:]
     other = aligned(2 * 54 * 24 + 16)[16:].view(2, 54, 24)
     assert scan.launched(other, packed, geometry, size) is None, "not aligned"
-    scan._ready.cache_clear()
 
 
 @needs_compiler
-@pytest.mark.parametrize(("height", "width", "chunk"), [(9, 13, None), (8, 6, 4)])
 def test_two_threads_a_vector_are_the_planners_kernel(
-    monkeypatch: pytest.MonkeyPatch, height: int, width: int, chunk: int | None
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit, in the emulator, which finds races and what is out of bounds."""
+    """To the last bit, in the emulator, which finds races and stray accesses; and it is launched."""
     torch.manual_seed(0)
     device = Device(multiprocessors=8)
-    geometry, size = scan.Geometry(16, 1, DIRECTIONS, chunk, 24, 144), scan.Size(1, height, width)
-    pixels = height * width
-    proxy, packed = torch.randn(1, pixels, 24).bfloat16(), torch.randn(1, pixels, 144).bfloat16()
+    geometry, size = scan.Geometry(16, 1, DIRECTIONS, None, 24, 144), scan.Size(1, 9, 9)
+    proxy = aligned(1, 81, 24, dtype=torch.bfloat16).normal_()
+    packed = aligned(1, 81, 144, dtype=torch.bfloat16).normal_()
+    y = aligned(1, 81, 16, dtype=torch.bfloat16).fill_(torch.nan)
     x, logits, lam, gate = scan.views(proxy, packed, geometry, size)
-    tensors = {"x": x, "taps": logits, "lam": lam, "gate": gate, "y": torch.empty_like(x)}
-    problem = Problem(DIRECTIONS, chunk, True, 1, 16, 1, height, width, torch.bfloat16, "cuda")
+    image = y.as_strided(x.shape, (81 * 16, 1, 9 * 16, 16))
+    tensors = {"x": x, "taps": logits, "lam": lam, "gate": gate, "y": image}
+    problem = Problem(DIRECTIONS, None, True, 1, 16, 1, 9, 9, torch.bfloat16, "cuda")
     case = Case(problem, device, {name: View.of(it) for name, it in tensors.items()}, False)
     monkeypatch.setattr(scan, "choose", lambda case: choose(case, "pixels"))
+    assert scan.two_threads_a_vector(case) is None, "a size that has not been run"
+    monkeypatch.setitem(scan.WIDTHS, (16, 9), 16)
     found = scan.two_threads_a_vector(case)
     assert found is not None
-    assert found.launches[0].block >= 2 * max(height, width)
-    ys = []
-    for plan in (found, choose(case, "pixels")):
-        y = torch.full_like(x, torch.nan)
-        run_plan(plan, problem, {**tensors, "y": y}, device=device)
-        ys.append(y)
-    assert torch.equal(*ys)
-    assert scan.two_threads_a_vector(Case(problem, Device(multiprocessors=4), case.views, False)) is None
+    usual = torch.full_like(image, torch.nan)
+    run_plan(found, problem, tensors, device=device)
+    run_plan(choose(case, "pixels"), problem, {**tensors, "y": usual}, device=device)
+    assert torch.equal(image, usual)
+
+    monkeypatch.setattr(Tensor, "new_empty", lambda like, *shape: y)
+    assert scan.launched(proxy, packed, geometry, size) is y
+    assert [made[0] for made in recorded.made] == list(found.launches)
+    right = {params.place(name): it.data_ptr() for name, it in tensors.items()}
+    assert recorded.ran == [right]
 
 
 def test_an_adapter_on_a_mixer_is_seen() -> None:
@@ -214,10 +234,10 @@ def test_an_adapter_on_a_mixer_is_seen() -> None:
     assert not mixers._bare(parts.to_proxy)
 
 
-def aligned(*shape: int) -> Tensor:
+def aligned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory as the allocator of CUDA hands it out."""
-    memory = torch.zeros(torch.Size(shape).numel() + 32)
-    start = -memory.data_ptr() % 128 // 4
+    memory = torch.zeros(torch.Size(shape).numel() + 64, dtype=dtype)
+    start = -memory.data_ptr() % 128 // dtype.itemsize
     return memory[start : start + torch.Size(shape).numel()].view(shape)
 
 
@@ -243,7 +263,9 @@ def test_graphs_are_told_apart_by_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("options", [{}, {"chunk": 4, "groups": 2}, {"directions": ("up", "left")}])
-@pytest.mark.parametrize(("grid", "dim"), [((8, 8), 128), ((13, 9), 128), ((64, 64), 1280), ((96, 128), 640)])
+@pytest.mark.parametrize(
+    ("grid", "dim"), [((8, 8), 128), ((13, 9), 128), ((64, 64), 1280), ((128, 128), 640)]
+)
 def test_a_mixer_on_a_gpu_in_few_launches_is_the_mixer(
     grid: tuple[int, int], dim: int, options: dict[str, Any]
 ) -> None:
