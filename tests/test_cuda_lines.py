@@ -35,6 +35,7 @@ PROBLEMS = (
     Small(37, 76, channels=2, directions=("down", "right", "up"), chunk=9),
     Small(293, 40, channels=2, directions=("right", "down", "left"), chunk=19, dtype=BF16),
     Small(139, 24, channels=2, directions=("left",), gate=False, chunk=50, dtype=FP16),
+    Small(69, 256, channels=2, directions=("up",), normalize=False, gate=False, chunk=50, dtype=BF16),
 )
 
 
@@ -42,7 +43,9 @@ def features(number: int, layout: Layout) -> set[tuple[object, ...]]:
     """What a layout has that others do not: together they are all branches of the kernel."""
     rows, columns = layout.rows, layout.columns
     found: set[tuple[object, ...]] = {("problem", number), ("channels", number, layout.channels)}
-    if rows is not None:
+    if rows is not None and rows.warps:
+        found |= {("strips", layout.case.itemsize, layout.cluster), ("strips of a block", rows.warps)}
+    elif rows is not None:
         found |= {
             ("rows over", layout.cluster, layout.split),
             ("places", layout.case.itemsize, rows.places, rows.lines),
@@ -97,6 +100,7 @@ def name(layout: Layout) -> str:
     parts = [f"{layout.cluster}x{layout.threads}"] + ["pairs"] * (layout.channels > 1)
     parts += ["split"] if layout.split else []
     parts += [f"rows-{rows.places}-{rows.ring}"] if rows else []
+    parts += [f"strips-{rows.warps}"] if rows and rows.warps else []
     parts += [f"columns-{columns.piece}-{columns.buffers}"] if columns else []
     return "-".join(parts)
 
@@ -115,6 +119,8 @@ def test_the_layouts_cover_the_kernel() -> None:
     assert {kind[1] for kind in found if kind[0] == "ring"} >= {3, 4, 6}
     assert {kind[2] for kind in found if kind[0] == "piece"} == {32, 64, 128}
     assert {kind[1] for kind in found if kind[0] == "buffers"} == {1, 2}
+    assert {kind[1:] for kind in found if kind[0] == "strips"} >= {(2, 2), (2, 4), (2, 8), (4, 2)}
+    assert {kind[1] for kind in found if kind[0] == "strips of a block"} == {1, 2, 4}
     assert {kind[1:] for kind in found if kind[0] == "warps rest"} >= {(True, False), (False, True)}
 
 
@@ -224,6 +230,37 @@ def imagined_case(height: int, width: int) -> Case:
     taps = torch.empty(1, 4, 1, 3, height, width, dtype=BF16, device="meta")
     problem = replace(Problem.of(x, taps, DIRECTIONS, None, True), device="cuda")
     return imagined(problem, "planes", Device())
+
+
+def test_warps_share_long_rows_of_few_planes() -> None:
+    """The layouts that were fastest on an H200: blocks of a cluster, warps of each, lines and ring."""
+    expected = {
+        (8, 1024, BF16): (8, 2, 8, 4),
+        (8, 1024, torch.float32): (8, 2, 8, 4),
+        (32, 1024, BF16): (8, 2, 8, 3),
+        (16, 512, BF16): (4, 2, 8, 4),
+        (8, 2048, BF16): (8, 4, 8, 4),
+        (8, 2048, torch.float32): (8, 4, 4, 4),
+    }
+    for (planes, width, dtype), found in expected.items():
+        layout = scan_of_planes(planes, width, dtype)
+        rows = layout.rows
+        assert rows is not None
+        assert (layout.cluster, rows.warps, rows.lines, rows.ring) == found
+        assert layout.own_columns == 64
+    for declined in (scan_of_planes(64, 1024, BF16), scan_of_planes(8, 1024, BF16, normalize=True)):
+        assert declined.rows is not None
+        assert not declined.rows.warps
+
+
+def scan_of_planes(planes: int, width: int, dtype: torch.dtype, *, normalize: bool = False) -> Layout:
+    """How square planes are scanned down."""
+    x = torch.empty(1, planes, width, width, dtype=dtype, device="meta")
+    taps = torch.empty(1, 1, planes, 3, width, width, dtype=dtype, device="meta")
+    problem = replace(Problem.of(x, taps, ("down",), None, normalize), device="cuda")
+    layout = lines.best_layout(imagined(problem, "planes", Device(), gate=False))
+    assert layout is not None
+    return layout
 
 
 def test_long_lines_are_taken() -> None:

@@ -4,7 +4,8 @@
 //   THREADS    of a block
 //   CLUSTER    blocks of a cluster (1: none). They share the lines of a plane, one plane after another; but rows
 //              (down, up) are scanned a plane a block unless VSPLIT
-//   VSPLIT     1: rows are cut over the blocks, too
+//   VSPLIT     1: rows are cut over the blocks, too; 2: over their warps, which then never meet
+//   VHALO      with VSPLIT 2: places beyond a warp's own on either side
 //   PAIR       1: only down and up, at the same time: each block of a cluster of two scans in one of these directions
 //   PREPARED   1: weights come from scratch memory (lines_weights.cu) instead of being made from logits
 //   CHANNELS   neighbouring ones, of one group, that a thread scans side by side: taps are read and normalised once
@@ -24,13 +25,17 @@ constexpr int WARPS = THREADS / 32;
 constexpr int OWN = 1 + HAS_LAM + HAS_GATE;       // tensors of a channel: x, lam, gate, in this order
 constexpr int TAPS = PREPARED ? 2 : 3;
 constexpr int TENSORS = TAPS + CHANNELS * OWN;    // taps, then those of each channel
-constexpr int HALO = CLUSTER > 1 && !PAIR ? 16 : 0;       // places beyond a block's own, and lines between exchanges
+constexpr int BLOCK_STRIPS = VSPLIT == 2 ? WARPS : 1, STRIPS = CLUSTER * BLOCK_STRIPS;  // that a line is cut into
+// Places beyond a strip's own, and lines between exchanges.
+constexpr int HALO = CLUSTER > 1 && !PAIR ? (VSPLIT == 2 ? VHALO : 16) : 0;
+static_assert(VSPLIT < 2 || (CLUSTER > 1 && !SUMS), "states are sent within a cluster; sums are read by whole blocks");
 
 // Shared memory: the warps' edges, then what blocks of a cluster send each other, then rings.
 constexpr int EDGES = CHANNELS * 2 * 2 * (WARPS + 2);   // floats: [channel][turn][side][warp]
 constexpr int SIDE = CHANNELS * HALO;                  // floats that come from one side: [channel][row]
-constexpr int HALOS = 2 * 2 * (HALO > 0 ? SIDE : 1);   // [turn][side]
-constexpr int RING = (4 * (EDGES + HALOS) + 32 + 127) / 128 * 128;
+constexpr int HALOS = BLOCK_STRIPS * 2 * 2 * (HALO > 0 ? SIDE : 1);   // [strip][turn][side]
+constexpr int HALO_BARRIERS = BLOCK_STRIPS * 2 * 2;
+constexpr int RING = (4 * (EDGES + HALOS) + 8 * HALO_BARRIERS + 127) / 128 * 128;
 
 __device__ __forceinline__ float* edges() { return (float*)shared_memory(); }
 __device__ __forceinline__ float* halos() { return edges() + EDGES; }
@@ -203,6 +208,8 @@ struct Restarts {
 // Hands the states at the two ends of every warp to its neighbours: put, which meets all threads, then get in the next
 // line. Two turns, as a warp may put those of the next line while its neighbour still gets these: line n is put in turn
 // n % 2. Nobody gets what was put before all have met, so it may be put again.
+// ALONE: the warp has no neighbours; what it holds beyond its own places goes wrong.
+template <bool ALONE>
 struct Edges {
   float* own;  // this warp's first
   int lane, threads;  // threads: those that hold places
@@ -214,8 +221,10 @@ struct Edges {
   __device__ __forceinline__ void start(int of_threads) {
     own = edges() + threadIdx.x / 32 + 1;
     lane = threadIdx.x % 32, threads = of_threads;
-    for (int i = threadIdx.x; i < EDGES; i += threads) edges()[i] = 0.f;
-    barrier();
+    if constexpr (!ALONE) {
+      for (int i = threadIdx.x; i < EDGES; i += threads) edges()[i] = 0.f;
+      barrier();
+    }
   }
   // The states beside this thread's own: of other lanes, or other warps.
   template <int N>
@@ -224,18 +233,20 @@ struct Edges {
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       before[c] = __shfl_up_sync(0xffffffffu, h[c][N - 1], 1), after[c] = __shfl_down_sync(0xffffffffu, h[c][0], 1);
-      if (lane == 0) before[c] = at(c, turn, 1)[-1];
-      if (lane == 31) after[c] = at(c, turn, 0)[1];
+      if (!ALONE && lane == 0) before[c] = at(c, turn, 1)[-1];
+      if (!ALONE && lane == 31) after[c] = at(c, turn, 0)[1];
     }
   }
   template <int N>
   __device__ __forceinline__ void put(const float (&h)[CHANNELS][N], int turn) const {
+    if constexpr (!ALONE) {
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      if (lane == 0) *at(c, turn, 0) = h[c][0];
-      if (lane == 31) *at(c, turn, 1) = h[c][N - 1];
+      for (int c = 0; c < CHANNELS; ++c) {
+        if (lane == 0) *at(c, turn, 0) = h[c][0];
+        if (lane == 31) *at(c, turn, 1) = h[c][N - 1];
+      }
+      barrier();
     }
-    barrier();
   }
   __device__ __forceinline__ void barrier() const {
     if (WARPS > 1)
@@ -248,9 +259,9 @@ struct Edges {
 // Whole warps that hold `places` of a line; the others of the block rest.
 __device__ __forceinline__ int threads_for(int places, int each) { return ((places + each - 1) / each + 31) / 32 * 32; }
 
-// The part of a line that a block of a cluster holds: its own places, and HALO more on either side. What it computes
-// there goes wrong by one place a line, from the outside; after HALO lines the neighbours send the right states,
-// without a barrier: each value comes with its share of a count that the receiver waits for.
+// The part of a line that a block of a cluster holds, or a warp: its own places, and HALO more on either side. What it
+// computes there goes wrong by one place a line, from the outside; after HALO lines the neighbours send the right
+// states, without a barrier: each value comes with its share of a count that the receiver waits for.
 struct Strip {
   int places, own_begin, own_end, begin, end, rank;
 
@@ -258,12 +269,17 @@ struct Strip {
   __device__ __forceinline__ bool owns(int place) const { return place >= own_begin && place < own_end; }
 
 #if CLUSTER > 1
-  template <int N, typename Body>
-  static __device__ __forceinline__ void for_states(float (&h)[CHANNELS][N], float* at, Body body) {
+  // Those of this thread's states, from place `first` on, that a neighbour has beyond its own: all or none.
+  template <int N>
+  __device__ __forceinline__ void send(const float (&h)[CHANNELS][N], int strip, int side, int turn, int first) const {
+    constexpr int WORDS = N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
+    const int set = (strip % BLOCK_STRIPS * 2 + turn) * 2 + side;
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i)
 #pragma unroll
-      for (int e = 0; e < N; ++e) body(at + i * HALO + e, h[i][e]);
+      for (int e = 0; e < N; e += WORDS)
+        store_counted<WORDS>(halos() + set * SIDE + i * HALO + first + e, halo_barriers() + set, strip / BLOCK_STRIPS,
+                             h[i] + e);
   }
 
   // h: the states from `first` on. Places of a thread are all on one side of every border.
@@ -272,29 +288,35 @@ struct Strip {
     const int turn = count & 1;
     const u32 parity = count >> 1 & 1;
     ++count;
-    // What comes from the block before this one is side 0.
-    float* mine = halos() + turn * 2 * SIDE;
-    u64* bar = halo_barriers() + turn * 2;
+    // What comes from the strip before this one is side 0.
+    const int set = (rank % BLOCK_STRIPS * 2 + turn) * 2;
+    const float* mine = halos() + set * SIDE;
+    u64* bar = halo_barriers() + set;
     const bool has_before = own_begin > 0, has_after = own_end < places;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x % (THREADS / BLOCK_STRIPS) == 0) {
       if (has_before) mbarrier_arrive_expect(bar, 4 * SIDE);
       if (has_after) mbarrier_arrive_expect(bar + 1, 4 * CHANNELS * (end - own_end));
     }
     if (has_before && first >= own_begin && first < min(own_begin + HALO, own_end))
-      for_states(h, mine + SIDE + first - own_begin,
-                 [&](float* at, float& state) { store_counted<1>(at, bar + 1, rank - 1, &state); });
-    if (has_after && first >= own_end - HALO && first < own_end)
-      for_states(h, mine + first - (own_end - HALO),
-                 [&](float* at, float& state) { store_counted<1>(at, bar, rank + 1, &state); });
+      send(h, rank - 1, 1, turn, first - own_begin);
+    if (has_after && first >= own_end - HALO && first < own_end) send(h, rank + 1, 0, turn, first - (own_end - HALO));
     if (has_before && first >= begin && first < own_begin) {
       mbarrier_wait(bar, parity);
-      for_states(h, mine + first - begin, [](const float* at, float& state) { state = *at; });
+      receive(h, mine + first - begin);
     }
     if (has_after && first >= own_end && first < end) {
       mbarrier_wait(bar + 1, parity);
-      for_states(h, mine + SIDE + first - own_end, [](const float* at, float& state) { state = *at; });
+      receive(h, mine + SIDE + first - own_end);
     }
     __syncwarp();
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void receive(float (&h)[CHANNELS][N], const float* from) {
+#pragma unroll
+    for (int i = 0; i < CHANNELS; ++i)
+#pragma unroll
+      for (int e = 0; e < N; ++e) h[i][e] = from[i * HALO + e];
   }
 #endif
 };

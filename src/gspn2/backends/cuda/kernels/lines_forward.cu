@@ -15,7 +15,7 @@ KERNEL(THREADS, BLOCKS) lines_forward(CONSTANT_PARAMS p) {
 #if CLUSTER > 1
   const int rank = (int)cluster_rank();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 4; ++i) mbarrier_init(halo_barriers() + i, 1);
+    for (int i = 0; i < HALO_BARRIERS; ++i) mbarrier_init(halo_barriers() + i, 1);
     mbarrier_init_fence();
   }
   cluster_barrier();

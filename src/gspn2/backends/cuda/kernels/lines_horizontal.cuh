@@ -122,7 +122,7 @@ struct HorizontalScan {
 
   // The columns of a span, one after the other; results are added to `result`.
   typedef float Results[CHANNELS][SPAN];
-  __device__ __forceinline__ void scan_span(Results& result, Words& words, float (&h)[CHANNELS][1], Edges& edges,
+  __device__ __forceinline__ void scan_span(Results& result, Words& words, float (&h)[CHANNELS][1], Edges<false>& edges,
                                               Restarts& restarts, bool inside, bool starts, bool ends) const {
 #if !PREPARED
 #pragma unroll
@@ -152,7 +152,7 @@ struct HorizontalScan {
 
   template <bool RESTARTS>
   __device__ __forceinline__ void scan_columns(Results& result, const Place (&places)[SPAN], float (&h)[CHANNELS][1],
-                                               Edges& edges, Restarts& restarts) const {
+                                               Edges<false>& edges, Restarts& restarts) const {
 #pragma unroll
     for (int i = 0; i < SPAN; ++i) {
       const int e = REVERSED ? SPAN - 1 - i : i;
@@ -210,7 +210,7 @@ struct HorizontalScan {
     const int first_row = strip.own_begin - HALO;
     const int threads = threads_for(strip.end - first_row, 1);
     if ((int)threadIdx.x >= threads) return;
-    Edges edges;
+    Edges<false> edges;
     edges.start(threads);
     warp_row = first_row + warp * 32;
     const int row = warp_row + lane;

@@ -192,11 +192,14 @@ struct VerticalScan {
   }
 
   __device__ __forceinline__ void run(const Scan& scan, int rank, [[maybe_unused]] int exchanges) {
-    strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank) : strip_of(scan.places, scan.places, 0);
-    const int first = strip.begin + (int)threadIdx.x * VPLACES;
-    const int threads = threads_for(strip.end - strip.begin, VPLACES);
+    // The first thread of this strip's.
+    const int leader = VSPLIT == 2 ? (int)threadIdx.x / 32 * 32 : 0;
+    strip = VSPLIT ? strip_of(scan.places, p.knobs[2], rank * BLOCK_STRIPS + leader / 32)
+                   : strip_of(scan.places, scan.places, 0);
+    const int first = strip.begin + ((int)threadIdx.x - leader) * VPLACES;
+    const int threads = leader + threads_for(strip.end - strip.begin, VPLACES);
     if ((int)threadIdx.x >= threads) return;
-    Edges edges;
+    Edges<VSPLIT == 2> edges;
     edges.start(threads);
     inside = strip.has(first);
     writes = strip.owns(first);

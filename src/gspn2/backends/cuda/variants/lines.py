@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from ..geometry import Case, Kernel, Launch, Plan, options
 from .planes_layout import LANES, REGISTERS, RESERVED, VECTOR_BYTES, alignment_of
@@ -35,11 +36,18 @@ HALO = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Down and up: `VPLACES`, `VLINES` and `VRING` of the kernel."""
+    """Down and up: `VPLACES`, `VLINES` and `VRING` of the kernel.
+
+    Args:
+        warps: of a block, if rows are cut over these and not over blocks.
+        halo: beyond its own, the places of a block or of such a warp on either side.
+    """
 
     places: int
     lines: int
     ring: int
+    warps: int = 0
+    halo: int = HALO
 
 
 @dataclass(frozen=True)
@@ -89,18 +97,25 @@ class Layout:
 
     @property
     def own_columns(self) -> int:
-        """Columns of a block in vertical scans."""
+        """Columns of a block in vertical scans, or of a warp."""
         width = self.case.problem.width
         if not self.split or self.rows is None:
             return width
         unit = max(self.rows.places, STRIP if _sums(self.case) else 1)
-        return -(-width // (self.cluster * unit)) * unit
+        return -(-width // (self.row_strips * unit)) * unit
+
+    @property
+    def row_strips(self) -> int:
+        """Into which rows are cut."""
+        return self.cluster * max(1, self.rows.warps) if self.rows is not None and self.split else 1
 
     @property
     def row_threads(self) -> int:
         """Those that hold places of a row, in whole warps."""
         if self.rows is None:
             return 0
+        if self.rows.warps:
+            return self.rows.warps * LANES
         halo = 2 * HALO if self.split else 0
         return -(-(self.own_columns + halo) // (self.rows.places * LANES)) * LANES
 
@@ -125,8 +140,10 @@ class Layout:
     def shared(self) -> int:
         """Bytes of shared memory, as `kernels/lines.cuh` cuts it."""
         warps = self.threads // LANES
-        halos = 4 * (self.channels * HALO if self.cluster > 1 and not self.pair else 1)
-        head = 4 * (self.channels * 4 * (warps + 2) + halos) + 32
+        strips = max(1, self.rows.warps) if self.rows is not None else 1
+        halo = self.rows.halo if self.rows is not None and self.rows.warps else HALO
+        halos = 4 * strips * (self.channels * halo if self.cluster > 1 and not self.pair else 1)
+        head = 4 * (self.channels * 4 * (warps + 2) + halos) + 32 * strips
         return -(-head // 128) * 128 + max(self._rows_ring, self._columns_ring)
 
     @property
@@ -176,7 +193,11 @@ class Layout:
             return True
         if self.columns is not None and problem.height - self.own_rows * (self.cluster - 1) < HALO:
             return False
-        return not self.split or problem.width - self.own_columns * (self.cluster - 1) >= HALO
+        if self.rows is None or not self.split:
+            return True
+        held = LANES * self.rows.places if self.rows.warps else problem.width + 2 * HALO
+        last = problem.width - self.own_columns * (self.row_strips - 1)
+        return last >= self.rows.halo and self.own_columns + 2 * self.rows.halo <= held
 
 
 def why_not(case: Case) -> str | None:
@@ -223,7 +244,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         pair: int = 0,
         prepared: int = 0,
     ) -> Macros:
-        macros = {"THREADS": threads, "BLOCKS": blocks, "CLUSTER": cluster, "VSPLIT": split}
+        macros = {"THREADS": threads, "BLOCKS": blocks, "CLUSTER": cluster, "VSPLIT": split, "VHALO": 32}
         return (*macros.items(), ("CHANNELS", channels), ("PAIR", pair), ("PREPARED", prepared))
 
     def rows(threads: int, places: int, lines: int, ring: int) -> Macros:
@@ -240,6 +261,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         kernels += [
             (*scan, *cut(128, 1, 0), *rows(128, most, 2, 4), *no_columns),
             (*scan, *cut(160, 8, 1), *rows(160, least, 8, 6), *no_columns),
+            (*scan, *cut(64, 8, 2), *rows(64, 4, 8, 4), *no_columns),
             (*scan, *cut(256, 1, 0), *no_rows, *columns(32, 2)),
             (*scan, *cut(288, 4, 0), *no_rows, *columns(64, 2)),
             (*four, *cut(256, 1, 0), *rows(256, most, 2, 4), *columns(32, 2)),
@@ -275,7 +297,8 @@ def plan_of(*layouts: Layout) -> Plan:
                 ("BLOCKS", layout.blocks),
                 ("CLUSTER", layout.cluster),
                 ("CHANNELS", layout.channels),
-                ("VSPLIT", int(layout.split)),
+                ("VSPLIT", int(layout.split) + (rows.warps > 0)),
+                ("VHALO", rows.halo),
                 ("PAIR", int(layout.pair)),
                 ("PREPARED", int(layout.prepared)),
                 ("SUMS", int(_sums(case)) * (2 if len(layouts) > 1 else 1)),
@@ -339,7 +362,7 @@ def layouts(case: Case) -> Iterator[Layout]:
             for channels in _channels(case):
                 # Rows of planes of their own keep all blocks busy.
                 planes = cluster if _vertical(case) and not split else 1
-                for rows in _rows(case):
+                for rows in (*_rows(case), *(_strips(case) if split and channels == 1 else ())):
                     for columns in _columns(case):
                         layout = Layout(case, cluster, split, channels, planes, rows, columns)
                         if layout.fits():
@@ -422,12 +445,19 @@ def _rank(layout: Layout) -> tuple[float, ...]:
         score += [abs(layout.columns.buffers - (1 if once else 2)), abs(layout.columns.piece - piece)]
     if layout.rows is not None:
         own = layout.own_columns
-        if not busy and not sums:
+        # Long rows of few planes: the time of a line is all that counts, and weights are there.
+        strips = not (sums or problem.normalize) and 4 * planes <= processors and problem.width > 256
+        score.append(float(strips != (layout.rows.warps > 0)))
+        if layout.rows.warps:
+            score += [abs(own / 64 - 1), abs(layout.rows.warps - 2), -layout.rows.lines]
+        elif not busy and not sums:
             score.append(abs(own / 128 - 1) if problem.width > 256 else layout.cluster)
         lanes = LANES if pairs else LANES * (8 if sums else 1 if planes >= 3 * processors else 4)
         places = min(VECTOR_BYTES // case.itemsize, max(4 // case.itemsize, own // lanes))
         few = layout.rows.lines * 24 > problem.height or (sums and layout.rows.lines > 2)
         ring = 3 if few else 6 if busy and not sums else 4
+        if layout.rows.warps == 2 and layout.grid > processors:
+            ring = 3
         score += [abs(layout.rows.places - places), abs(layout.rows.ring - ring)]
     return tuple(score)
 
@@ -448,6 +478,15 @@ def _rows(case: Case) -> Iterator[Rows | None]:
                 if ring > 3 and (ring - 1) * lines >= case.problem.height:
                     break
                 yield Rows(places, lines, ring)
+
+
+def _strips(case: Case) -> Iterator[Rows]:
+    """Rows for warps that never meet, in a single direction down or up."""
+    if _sums(case) or not _vertical(case):
+        return
+    if alignment_of(case) >= 4 * case.itemsize and case.problem.width % 4 == 0:
+        for lines, ring, warps in product((8, 4), (4, 3), (1, 2, 4)):
+            yield Rows(4, lines, ring, warps, 2 * HALO)
 
 
 def _columns(case: Case) -> Iterator[Columns | None]:
