@@ -139,9 +139,8 @@ class Stem(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         bias = self.conv1.bias
         if fused.at_work(x) and is_plain(self.norm1, self.act) and bias is not None:
-            pixels = x.to(fused.active_dtype(x)).permute(0, 2, 3, 1)
             first = (self.conv1.weight, bias)
-            y = fused.stem(pixels, first, self.conv1.stride[0], norm_of(self.norm1))
+            y = fused.stem(x.permute(0, 2, 3, 1), first, self.conv1.stride[0], norm_of(self.norm1))
             return self.norm2(self.conv2(y.permute(0, 3, 1, 2)))
         x = self.act(self.norm1(self._first(x)))
         return self.norm2(self.conv2(x))

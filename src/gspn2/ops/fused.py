@@ -52,6 +52,7 @@ def at_work(x: Tensor) -> bool:
     """
     return (
         x.is_cuda
+        and torch.version.cuda is not None
         and not torch.is_grad_enabled()
         and x.stride(1) == 1
         and active_dtype(x) in (torch.bfloat16, torch.float16)
@@ -73,24 +74,28 @@ def ffn(
     residual: bool,
 ) -> Tensor:  # (B, H, W, C)
     """linear(GELU(linear(LayerNorm(x)))), plus x if `residual`."""
+    x = x.to(active_dtype(x))
     y: Tensor = torch.ops.gspn2.fused_ffn(x, *norm, *_cast(x, *first, *second), residual)
     return y
 
 
 def norm_linear(x: Tensor, norm: tuple[Tensor, Tensor, float], w: Tensor, b: Tensor) -> Tensor:
     """linear(LayerNorm(x)): (B, H, W, C) -> (B, H, W, N)."""
+    x = x.to(active_dtype(x))
     y: Tensor = torch.ops.gspn2.fused_norm_linear(x, *norm, *_cast(x, w, b))
     return y
 
 
 def narrow_linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """linear(x), for any small number of outputs: (B, H, W, C) -> (B, H, W, N), dense."""
+    x = x.to(active_dtype(x))
     y: Tensor = torch.ops.gspn2.fused_narrow_linear(x, *_cast(x, w, b))
     return y
 
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """GELU(linear(x)): (B, H, W, C) -> (B, H, W, N)."""
+    x = x.to(active_dtype(x))
     y: Tensor = torch.ops.gspn2.fused_linear_gelu(x, *_cast(x, w, b))
     return y
 
@@ -102,6 +107,7 @@ def stem(
     norm: tuple[Tensor, Tensor, float],  # gain (C,), shift (C,), eps
 ) -> Tensor:  # (B, ceil(H / stride), ceil(W / stride), C)
     """GELU(LayerNorm(convolution(x))), with a border of one zero."""
+    x = x.to(active_dtype(x))
     w, b = _cast(x, *convolution)
     y: Tensor = torch.ops.gspn2.fused_stem(x, w, b, stride, *norm)
     return y
@@ -115,7 +121,9 @@ def response(
     linear: tuple[Tensor, Tensor],  # weight (N, C), bias (N,)
 ) -> Tensor:  # (B, H, W, N)
     """linear(GRN(LayerNorm(x + linear(y)))): the end of a GSPN module (`gspn2.nn.GRN`)."""
+    x = x.to(active_dtype(x))
     y, wp, bp = (None, None, None) if proxies is None else proxies
+    y = None if y is None else y.to(x.dtype)
     w, b = _cast(x, *linear)
     result: Tensor = torch.ops.gspn2.fused_response(x, y, wp, bp, *norm, *grn, w, b)
     return result
@@ -130,7 +138,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), shift.to(x.dtype), eps)
+    # Autocast would return float32.
+    return F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), shift.to(x.dtype), eps).to(x.dtype)
 
 
 def _ffn(
