@@ -16,6 +16,7 @@ from gspn2.training import (
 )
 from gspn2.training.log import RunLog
 from gspn2.training.schedule import learning_rate
+from gspn2.training.sharding import units
 from gspn2.training.transforms import preprocess_for
 
 
@@ -98,3 +99,14 @@ def test_fixed_size_models_are_made_for_the_image():
     assert model(torch.zeros(1, 1, 48, 32)).shape == (1, 10)
     with pytest.raises(UserError, match="does not take 50 x 32"):
         build_model(config, dataclasses.replace(preprocess_for(config), image_size=(50, 32)), 10)
+
+
+@pytest.mark.parametrize(("compiled", "kind"), [(False, "GSPN2Block"), (True, "GSPN2Stage")])
+def test_every_block_or_stage_is_a_unit_of_its_own(compiled, kind):
+    """Compiled, a stage runs its blocks without calling them: hooks of theirs would gather nothing."""
+    config = TrainConfig(model="test_gspn2")
+    model = build_model(config, preprocess_for(config), 10)
+    found = units(model, compiled)
+    assert {type(unit).__name__ for unit in found} == {kind}
+    assert found == [module for module in model.modules() if type(module).__name__ == kind]
+    assert units(torch.nn.Linear(2, 2), compiled) == []
