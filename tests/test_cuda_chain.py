@@ -33,6 +33,7 @@ def test_large_images(number: int, parts: float, monkeypatch: pytest.MonkeyPatch
     """With chains, of two channels or all; and where there is memory for a part of each channel."""
     torch.set_num_threads(1)  # small tensors: waking more takes longer than the work
     monkeypatch.setattr(planes_backward, "CHAINED_LINES", 32)
+    monkeypatch.setattr(planes_backward, "COLUMNS", 1)
     monkeypatch.setattr(planes_backward, "PARTS", parts)
     monkeypatch.setattr(planes_backward, "SUMS", 1e9)
     monkeypatch.setattr(planes_backward, "LONGEST_CHAIN", 2 + 14 * (number % 2))

@@ -50,6 +50,9 @@ WEIGHING = 4
 CHAINED_LINES = 512
 """Of large images: gradients of shared taps are not summed in clusters, and channels may form chains."""
 
+COLUMNS = 64
+"""Their widths are multiples of it."""
+
 LONGEST_CHAIN = 16
 """Channels that add to one sum; twice as many where such sums would be more than `SUMS` of all tensors."""
 
@@ -243,6 +246,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         many | {"SEGMENT": 4, "THREADS": 160, "MIN_BLOCKS": 2, "SHARED": 1, "SPLIT": 1, "CLUSTER": 1},
         many | {"SEGMENT": 4, "THREADS": 320, "SHARED": 1, "HAS_HIDDEN": 1, "CHAIN": 1},
         many | {"SEGMENT": 6, "THREADS": 320, "SHARED": 1, "CHAIN": 1, "WEIGHTS": 1},
+        many | {"SHARED": 1, "DIRECT": 1, "WEIGHTS": 1},
     ]
     cold = [
         many | {"PLACES": 8, "THREADS": 32, "MIN_BLOCKS": 1, "WIDE": 0},
@@ -364,7 +368,9 @@ def _chains(case: Case) -> int:
 
 
 def _is_large(case: Case) -> bool:
-    return min(case.problem.height, case.problem.width) >= CHAINED_LINES
+    """Do gradients of shared taps go other ways than in small images? Whole tiles, as has been measured."""
+    height, width = case.problem.height, case.problem.width
+    return min(height, width) >= CHAINED_LINES and width % COLUMNS == 0
 
 
 def _is_direct(case: Case, sizes: Sizes, strips: int, together: int, width: int) -> bool:
