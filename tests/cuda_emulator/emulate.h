@@ -86,7 +86,6 @@ EMULATED u32 max_halves(u32 a, u32 b) {
   return high | ((a & 0xffffu) > (b & 0xffffu) ? a & 0xffffu : b & 0xffffu);
 }
 EMULATED void prefetch(const void*) {}
-EMULATED void bulk_prefetch(const void*, u32) {}
 EMULATED uint4 load_stream(const void* p) { return global_load((const uint4*)p, "load_stream"); }
 EMULATED void store_stream(void* p, uint4 v) { global_store((uint4*)p, v, "store_stream"); }
 

@@ -121,10 +121,6 @@ __device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
 
 // Starts bringing the 128 bytes around p into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-// The same for a run of bytes, a multiple of 16 and aligned to 16 (sm_90).
-__device__ __forceinline__ void bulk_prefetch(const void* p, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-}
 
 // 16-byte streams: read once, written once; kept out of the way of what is used again -----------------------
 

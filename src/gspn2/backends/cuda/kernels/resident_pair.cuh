@@ -1,13 +1,14 @@
 // Small images of two channels that share their taps, as dense records: what forward and backward have in common.
 //
-// A record is what a mixer makes of a pixel: lam, gate and taps are views of one tensor (B, H, W, record), dense, in that
-// order, maybe behind x. A warp copies bundles of pixels as they are, whole cache lines, with those of x (if it is not in
-// the record) and in backward of dy, through a ring of its own, and puts them in order from there, a pixel a lane. No warp
-// waits for another before all are done, and the rings run ahead into the next image.
+// A record is what a mixer makes of a pixel: lam, gate and taps are views of one tensor (B, H, W, record), dense, in
+// that order, maybe behind x. A warp copies bundles of pixels as they are, whole cache lines, with those of x (if it
+// is not in the record) and in backward of dy, through a ring of its own, and puts them in order from there, a pixel
+// a lane. No warp waits for another before all are done, and the rings run ahead into the next image.
 //
-// A thread has the same pixels before and after the scans, and keeps in registers what only it needs then: ROUNDS bundles
-// of a warp are loops of constant length. In order, in float32 and scan coordinates, are only the sources of the scans,
-// which these replace by their states: pairs of lam x (and in backward of gate dy), and weights (resident_pair_scan.cuh).
+// A thread has the same pixels before and after the scans, and keeps in registers what only it needs then: ROUNDS
+// bundles of a warp are loops of constant length. In order, in float32 and scan coordinates, are only the sources of
+// the scans, which these replace by their states: pairs of lam x (and in backward of gate dy), and weights
+// (resident_pair_scan.cuh).
 //
 // Macros: THREADS, BLOCKS, SCANS, DIRECTIONS, PLACES as in resident.cuh; WHOLE as in resident_line.cuh
 //         RECORD_X   x comes first in a record
@@ -23,10 +24,6 @@
 #define BUNDLE 32                // pixels
 #define PART (SCANS / PASSES)    // directions of a pass
 #define SOURCES (1 + BACKWARD)   // planes of pairs of a direction
-#define SCANNERS (SOURCES * PART)  // scans of a pass
-#ifndef PREFETCH
-#define PREFETCH 2
-#endif
 #if FIXED
 #define FULL (HEIGHT * WIDTH % BUNDLE == 0)  // no bundle is short
 #else
@@ -46,8 +43,8 @@
 
 // Reading ---------------------------------------------------------------------------------------------------------
 
-// What a warp reads, in the order in which it needs it: for each task of the block, in each pass, ROUNDS bundles, of which
-// the last may be short, or nothing.
+// What a warp reads, in the order in which it needs it: for each task of the block, in each pass, ROUNDS bundles, of
+// which the last may be short, or nothing.
 struct Stream {
   unsigned char* slots;  // of this warp
   u32 pixel;             // of all images: the first of the bundle that is read next
@@ -80,14 +77,16 @@ __device__ __forceinline__ void find_image(const Params& p, Stream& s) {
   s.pixel = (u32)s.task * pixels_of(p) + begin;
 }
 
-// This lane's part of a bundle's pixels of WORDS words on their way. All images have less than 2^32 words (the plan's promise).
+// This lane's part of a bundle's pixels of WORDS words on their way. All images have less than 2^32 words (the plan's
+// promise).
 template <int WORDS>
 __device__ __forceinline__ void copy_pixels(unsigned char* to, const u32* data, const Stream& s) {
   const int lane = threadIdx.x & 31, mine = lane * COPY, bytes = min(s.left, BUNDLE) * 4 * WORDS;
   const unsigned char* from = (const unsigned char*)(data + (s.pixel * WORDS + lane * (COPY / 4)));
 #pragma unroll
   for (int o = 0; o < 4 * WORDS * BUNDLE; o += 32 * COPY)
-    if (FULL && o + 32 * COPY <= 4 * WORDS * BUNDLE ? s.left > 0 : mine + o < bytes) copy_async<COPY>(to + mine + o, from + o);
+    if (FULL && o + 32 * COPY <= 4 * WORDS * BUNDLE ? s.left > 0 : mine + o < bytes)
+      copy_async<COPY>(to + mine + o, from + o);
 }
 
 // Starts reading the warp's next bundle into a slot: bundle `round` of an image.
@@ -110,37 +109,12 @@ __device__ __forceinline__ void read_bundle(const Params& p, Stream& s, unsigned
 
 // Starts reading.
 __device__ __forceinline__ Stream stream_of(const Params& p, unsigned char* shared) {
-  Stream s = {shared + p.knobs[RING_AT] + (int)threadIdx.x / 32 * (RING * SLOT), 0, 0, (int)blockIdx.x, 0, 0, records_of(p) != nullptr};
+  unsigned char* slots = shared + p.knobs[RING_AT] + (int)threadIdx.x / 32 * (RING * SLOT);
+  Stream s = {slots, 0, 0, (int)blockIdx.x, 0, 0, records_of(p) != nullptr};
   find_image(p, s);
 #pragma unroll
   for (int slot = 0; slot < RING; slot++) read_bundle(p, s, s.slots + slot * SLOT, slot);
   return s;
-}
-
-// Brings what will be read of a task, from pixel `first` of the image on, into the second-level cache, ahead of the rings.
-// Warps ask that do not scan, if there are any.
-__device__ __forceinline__ void prefetch_task(const Params& p, int task, int first) {
-  constexpr int SCANNING = 32 * SCANNERS < THREADS ? 32 * SCANNERS : 0, ASKING = THREADS - SCANNING;
-  const int pixels = pixels_of(p) - first;
-  if (records_of(p) == nullptr || task >= p.knobs[TASKS] || pixels <= 0) return;
-  const long long from = (long long)task * pixels_of(p) + first;
-#if PREFETCH == 1
-  if (threadIdx.x != THREADS - 32) return;
-  bulk_prefetch((const u32*)p.taps.data - RECORD_TAPS + from * RECORD_WORDS, pixels * 4 * RECORD_WORDS);
-  if (!RECORD_X) bulk_prefetch((const u32*)p.x.data + from, pixels * 4);
-  if (BACKWARD) bulk_prefetch((const u32*)p.dy.data + from, pixels * 4);
-#elif PREFETCH == 2
-  const int mine = (int)threadIdx.x - SCANNING;
-  if (mine < 0) return;
-  const auto ask = [&](const u32* data, int words) {
-    const unsigned char* run = (const unsigned char*)(data + from * words);
-#pragma unroll 1
-    for (int o = mine * 128; o < pixels * 4 * words; o += ASKING * 128) prefetch(run + o);
-  };
-  ask((const u32*)p.taps.data - RECORD_TAPS, RECORD_WORDS);
-  if (!RECORD_X) ask((const u32*)p.x.data, 1);
-  if (BACKWARD) ask((const u32*)p.dy.data, 1);
-#endif
 }
 
 __device__ __forceinline__ u32 pair_at(const View& v, int b, int d, int row, int column) {
@@ -234,7 +208,8 @@ __device__ __forceinline__ bool has_round(const Params& p, int round) {
 }
 
 // The operands of this thread's pixel of a round. The slot is given back.
-__device__ __forceinline__ Operands read_pixel(const Params& p, Stream& s, int b, const Pixel& pixel, int round, int first) {
+__device__ __forceinline__ Operands read_pixel(const Params& p, Stream& s, int b, const Pixel& pixel, int round,
+                                               int first) {
   unsigned char* slot = s.slots + s.used;
   if (!s.dense)
     fill_slot(p, slot, b, pixel.row, pixel.column);
@@ -325,7 +300,8 @@ __device__ __forceinline__ void halve(const u32 (&taps)[3 * PART / 2], u32 (&hal
 // Packed weights from halves of the logits, by the hardware's tanh. Its error is small beside 1, but not beside small
 // sigmoids: `fine` becomes false where all three are, or one is a NaN.
 __device__ __forceinline__ u32 quick_weights(const Taps& half, bool has_before, bool has_after, bool& fine) {
-  const float before = has_before ? 1.f + tanh_fast(half.before) : 0.f, after = has_after ? 1.f + tanh_fast(half.after) : 0.f;
+  const float before = has_before ? 1.f + tanh_fast(half.before) : 0.f;
+  const float after = has_after ? 1.f + tanh_fast(half.after) : 0.f;
   // A little more than 1: whatever rounding does to the others, something is left for this one.
   const float sum = before + after + (1.00000381f + tanh_fast(half.here));
   fine = fine && sum >= 0.5f;
@@ -335,7 +311,8 @@ __device__ __forceinline__ u32 quick_weights(const Taps& half, bool has_before, 
 #endif
 
 // The weights of a pixel's directions as words.
-__device__ __forceinline__ void weigh(const Params& p, const Operands& o, const Pixel& pixel, int first, u32 (&weights)[PART]) {
+__device__ __forceinline__ void weigh(const Params& p, const Operands& o, const Pixel& pixel, int first,
+                                      u32 (&weights)[PART]) {
   bool fine = true;
 #if STORAGE == 1
   u32 halves[3 * PART / 2];
@@ -365,11 +342,12 @@ __device__ __forceinline__ float2 product(u32 word, u32 factor) {
                      FACTOR ? widen_high(word) * widen_high(factor) : widen_high(word));
 }
 
-// Lanes read whole groups of places, and adjoints of a place reckon with the weights behind it: they are zero behind the
-// end of a line.
+// Lanes read whole groups of places, and adjoints of a place reckon with the weights behind it: they are zero behind
+// the end of a line.
 __device__ __forceinline__ void clear_planes(const Params& p, unsigned char* shared) {
 #if !WHOLE
-  for (int i = threadIdx.x * 16; i < p.knobs[RING_AT]; i += THREADS * 16) *(uint4*)(shared + i) = make_uint4(0, 0, 0, 0);
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x * 16; i < p.knobs[RING_AT]; i += THREADS * 16) *(uint4*)(shared + i) = zero;
   __syncthreads();
 #endif
 }

@@ -1,13 +1,14 @@
 // Backward of small images of two channels with shared taps, as dense records (resident_pair.cuh).
 //
-// The state h and its adjoint g do not depend on each other: each is scanned by warps of its own at the same time, h from
-// lam x, g from gate dy. What follows from both is no scan and is done by the threads that have these pixels:
-//   dlam = g x,  dgate = h dy,  dx = sum over directions of lam g,  dw_k[i, j] = sum over channels of g[i, j] h[i-1, j+k]
-// and the gradient of logits from dw. There are lam and gate, every gradient is asked for, and dx, dlam, dgate and dtaps are
-// dense, aligned to the vectors that are written here.
+// The state h and its adjoint g do not depend on each other: each is scanned by warps of its own at the same time,
+// h from lam x, g from gate dy. What follows from both is no scan and is done by the threads that have these pixels:
+//   dlam = g x,  dgate = h dy,  dx = sum over directions of lam g,
+//   dw_k[i, j] = sum over channels of g[i, j] h[i-1, j+k]
+// and the gradient of logits from dw. There are lam and gate, every gradient is asked for, and dx, dlam, dgate and
+// dtaps are dense, aligned to the vectors that are written here.
 //
-// Memory takes whole cache lines at full speed, pieces of them at a fraction of it: gradients of a first pass wait in scratch
-// memory, written as threads lie and so in whole lines, until the second writes those of all directions.
+// Whole cache lines are written faster than pieces of them: gradients of a first pass wait in scratch memory, written
+// as threads lie and so in whole lines, until the second writes those of all directions.
 //
 // Scratch: 0 (two passes) [block][round][WAITING][thread] words
 #define BACKWARD 1
@@ -74,18 +75,21 @@ __device__ __forceinline__ Taps logit_gradients(const Kept& kept, int k, u32 wei
 
 // Of one direction: dlam and dgate as words, dx added to a sum, and the gradients of the taps.
 __device__ __forceinline__ Taps direction_gradients(const Params& p, const unsigned char* shared, int first, int k,
-                                                    const Pixel& pixel, const Kept& kept, u32& dlam, u32& dgate, float (&dx)[2]) {
+                                                    const Pixel& pixel, const Kept& kept, u32& dlam, u32& dgate,
+                                                    float (&dx)[2]) {
   const Axis axis = axis_at(p, first, k);
   const Spot spot = spot_of(axis, pixel);
   const Neighbours to = neighbours_of(axis, spot);
   const bool reversed = reversed_at(first, k), restart = restarts(p, axis, reversed, spot.line);
   const unsigned char* planes = shared + planes_at(p, first, k);
-  const unsigned char *h = planes + spot.pair, *previous = h + (restart ? 0 : 8 * (reversed ? axis.pitch : -axis.pitch));
+  const unsigned char* h = planes + spot.pair;
+  const unsigned char* previous = h + (restart ? 0 : 8 * (reversed ? axis.pitch : -axis.pitch));
   const float2 state = *(const float2*)h, g = *(const float2*)(h + plane_of(axis));
   // Of a neighbour that is missing, the state here: its weight is 0.
   const float2 before = *(const float2*)(previous + to.before), here = *(const float2*)previous,
                after = *(const float2*)(previous + to.after);
-  const Taps dw = {fmaf(g.y, before.y, g.x * before.x), fmaf(g.y, here.y, g.x * here.x), fmaf(g.y, after.y, g.x * after.x)};
+  const Taps dw = {fmaf(g.y, before.y, g.x * before.x), fmaf(g.y, here.y, g.x * here.x),
+                   fmaf(g.y, after.y, g.x * after.x)};
   dlam = narrow_pair(g.x * widen_low(kept.x), g.y * widen_high(kept.x));
   dgate = narrow_pair(state.x * widen_low(kept.dy), state.y * widen_high(kept.dy));
   dx[0] = fmaf(widen_low(kept.lam[k]), g.x, dx[0]);
@@ -103,8 +107,8 @@ struct Gradients {
   }
 };
 
-__device__ __forceinline__ Gradients gradients_of(const Params& p, const unsigned char* shared, int round, int first, const Kept& kept,
-                                                  float (&dx)[2]) {
+__device__ __forceinline__ Gradients gradients_of(const Params& p, const unsigned char* shared, int round, int first,
+                                                  const Kept& kept, float (&dx)[2]) {
   const Pixel pixel = pixel_of(p, round);
   Gradients out;
   float dtaps[3 * PART];
@@ -157,7 +161,8 @@ __device__ __forceinline__ void store_run(u32* to, u32* buffer, const u32 (&w)[W
 }
 
 // Gradients of this thread's pixel of a round, of all passes.
-__device__ __forceinline__ void store_gradients(const Params& p, unsigned char* shared, int b, int round, Gradients (&of)[PASSES]) {
+__device__ __forceinline__ void store_gradients(const Params& p, unsigned char* shared, int b, int round,
+                                                Gradients (&of)[PASSES]) {
   const Pixel pixel = pixel_of(p, round);
   u32 dlam[SCANS], dgate[SCANS], dtaps[3 * SCANS / 2];
 #pragma unroll
@@ -178,8 +183,8 @@ __device__ __forceinline__ void store_gradients(const Params& p, unsigned char* 
 }
 
 // The gradients of this thread's pixel of a round, in the directions of a pass: to scratch, or with the others.
-__device__ __forceinline__ void gradients(const Params& p, unsigned char* shared, int b, int round, int first, const Kept& kept,
-                                          float (&dx)[2]) {
+__device__ __forceinline__ void gradients(const Params& p, unsigned char* shared, int b, int round, int first,
+                                          const Kept& kept, float (&dx)[2]) {
   Gradients of[PASSES];
 #if PASSES > 1
   u32* waiting = waiting_at(p, round);
@@ -214,9 +219,6 @@ KERNEL(THREADS, BLOCKS) resident_pair_backward(CONSTANT_PARAMS p) {
   unsigned char* shared = held_shared_memory();
   const int warp = warp_index();
   Stream stream = stream_of(p, shared);
-#if PREFETCH == 1
-  prefetch_task(p, (int)blockIdx.x, RING * THREADS);
-#endif
   for (int b = blockIdx.x; b < p.knobs[TASKS]; b += gridDim.x) {
     float dx[ROUNDS][2];
 #pragma unroll
@@ -234,7 +236,6 @@ KERNEL(THREADS, BLOCKS) resident_pair_backward(CONSTANT_PARAMS p) {
           skip_pixel(p, stream, round);
       }
       __syncthreads();
-      if (pass + 1 == PASSES) prefetch_task(p, b + (int)gridDim.x, RING * THREADS);
       scan_all(p, shared, warp, first);
       __syncthreads();
 #pragma unroll

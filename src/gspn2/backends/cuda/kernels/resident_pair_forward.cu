@@ -37,7 +37,8 @@ __device__ __forceinline__ Gates unpack(const Params& p, Stream& s, unsigned cha
 }
 
 // y of this thread's pixel of a round: the gated states, summed over directions in their order.
-__device__ __forceinline__ void sum_directions(const Params& p, const unsigned char* shared, u32* y, int round, const Gates& gates) {
+__device__ __forceinline__ void sum_directions(const Params& p, const unsigned char* shared, u32* y, int round,
+                                               const Gates& gates) {
   const Pixel pixel = pixel_of(p, round);
   float sum[2] = {0.f, 0.f};
 #pragma unroll
@@ -57,9 +58,6 @@ KERNEL(THREADS, BLOCKS) resident_pair_forward(CONSTANT_PARAMS p) {
   unsigned char* shared = held_shared_memory();
   const int warp = warp_index();
   Stream stream = stream_of(p, shared);
-#if PREFETCH == 1
-  prefetch_task(p, (int)blockIdx.x, RING * THREADS);
-#endif
   clear_planes(p, shared);
   for (int b = blockIdx.x; b < p.knobs[TASKS]; b += gridDim.x) {
     Gates gates[ROUNDS];
@@ -71,7 +69,6 @@ KERNEL(THREADS, BLOCKS) resident_pair_forward(CONSTANT_PARAMS p) {
         skip_pixel(p, stream, round);
     }
     __syncthreads();
-    prefetch_task(p, b + (int)gridDim.x, RING * THREADS);
 #pragma unroll 1
     for (int d = warp; d < SCANS; d += THREADS / 32) {
       unsigned char* planes = shared + planes_at(p, 0, d);

@@ -1,13 +1,13 @@
 // How a warp scans one direction of both channels of a pair, and where their numbers are.
 //
-// Sources are float32 pairs in shared memory in scan coordinates, lines in image order; states, or adjoints, take the place
-// of their sources. Weights are words beside them. A lane holds PLACES neighbouring places, and what its place v is lies in
-// part v of a plane: lines of such parts are an odd number of items apart in the scans along rows, so that the pixels of a
-// row, which are lines there, and the lanes of a line both meet every bank of shared memory once. Parts are apart so that
-// the pixels of a row do so in the scans down and up, too (`resident_pair.py`).
+// Sources are float32 pairs in shared memory in scan coordinates, lines in image order; states, or adjoints, take the
+// place of their sources. Weights are words beside them. A lane holds PLACES neighbouring places, and what its place
+// v is lies in part v of a plane: lines of such parts are an odd number of items apart in the scans along rows, so
+// that the pixels of a row, which are lines there, and the lanes of a line both meet every bank of shared memory
+// once. Parts are apart so that the pixels of a row do so in the scans down and up, too (`resident_pair.py`).
 //
-// Macros: FIXED   1: the sizes are macros, too: HEIGHT, WIDTH, and what else the knobs say, LINE_V, PAIRS_V, WEIGHTS_V and
-//                 LINE_H, PAIRS_H, WEIGHTS_H; so every address is a register and a constant
+// Macros: FIXED   1: the sizes are macros, too: HEIGHT, WIDTH, and what else the knobs say, LINE_V, PAIRS_V, WEIGHTS_V
+//                 and LINE_H, PAIRS_H, WEIGHTS_H; so every address is a register and a constant
 #pragma once
 #define PACK 2
 #define ONE 1
@@ -35,7 +35,8 @@ __device__ __forceinline__ Axis axis_of(const Params& p, bool vertical) {
 #if FIXED
   // Alike wherever they are, so that a choice at run time remains a choice between rows and columns.
   return {vertical, lines, places, LINE_V == LINE_H || vertical ? LINE_V : LINE_H,
-          PAIRS_V == PAIRS_H || vertical ? PAIRS_V : PAIRS_H, WEIGHTS_V == WEIGHTS_H || vertical ? WEIGHTS_V : WEIGHTS_H};
+          PAIRS_V == PAIRS_H || vertical ? PAIRS_V : PAIRS_H,
+          WEIGHTS_V == WEIGHTS_H || vertical ? WEIGHTS_V : WEIGHTS_H};
 #else
   return vertical ? Axis{true, lines, places, p.knobs[PITCH_V], p.knobs[UNIT_V], p.knobs[TAPS_V]}
                   : Axis{false, lines, places, p.knobs[PITCH_H], p.knobs[UNIT_H], p.knobs[TAPS_H]};
@@ -107,7 +108,8 @@ __device__ __forceinline__ void carry(const LaneTaps& w, const Neighbour (&from)
 // A warp is alone on its scheduler here: while neighbours are on their way it widens the next line, and reads the one
 // after that.
 template <bool ADJOINT>
-__device__ __forceinline__ void scan_pair(const Params& p, int d, unsigned char* sources, const unsigned char* weights) {
+__device__ __forceinline__ void scan_pair(const Params& p, int d, unsigned char* sources,
+                                          const unsigned char* weights) {
   const Axis axis = axis_of(p, vertical_at(d));
   const Scan s = {axis.lines, axis.places, axis.vertical, (direction_at(d) & 1) != 0};
   const Held held = held_by(s);
