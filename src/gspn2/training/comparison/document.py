@@ -172,7 +172,7 @@ def _goal(results: Sequence[Result]) -> str:
         ours, vit = ([it for it in some if _ways([it]) <= common] for some in (ours, vit))
         if not common:
             continue
-        guess = 0.1 if case[0] == DIGITS else 0.5
+        guess = _guess(case[0])
         target = _mean(vit, "accuracy")
         soon, theirs = _time_to(ours, target), _mean(vit, "seconds")
         moved = [(_transfer(ours, name), _transfer(vit, name)) for name in TRANSFERS]
@@ -180,7 +180,7 @@ def _goal(results: Sequence[Result]) -> str:
             [
                 f"{case[0]}, {case[1]}",
                 _verdict(_mean(ours, "accuracy") >= target, _mean(ours, "accuracy"), target, guess),
-                "no, never" if soon is None else f"{_yes(soon < theirs)}, {soon:.0f} s, {theirs:.0f} s",
+                _sooner(soon, theirs, target, guess),
                 *(
                     _verdict(mine > other, mine, other, guess) if mine and other else "-"
                     for mine, other in moved
@@ -200,6 +200,9 @@ def _goal(results: Sequence[Result]) -> str:
 def _comparison(results: Sequence[Result]) -> str:
     vit = _ended(results, "vit")
     target = _mean(vit, "accuracy") if vit else None
+    if target is not None and target < _guess(results[0]["run"]["task"]) + 0.05:
+        # Anybody is there from the beginning.
+        target = None
     rows = []
     for name in MAIN:
         mine = _ended(results, name)
@@ -207,6 +210,11 @@ def _comparison(results: Sequence[Result]) -> str:
             soon = None if target is None else _time_to(mine, target)
             rows.append([*_row(name, mine), "-" if soon is None else f"{soon:.0f} s"])
     return _table([*_HEADS, "to the ViT's accuracy"], rows) if rows else "No run of the three has ended."
+
+
+def _guess(task: str) -> float:
+    """Accuracy of who follows nothing; where the marks of a maze lie tells a little."""
+    return {DIGITS: 0.1, "maze": 0.59}.get(task, 0.5)
 
 
 _HEADS = ["", "parameters", "seeds", "steps", "accuracy", "lowest to highest", "training", "scaled", "larger"]
@@ -360,6 +368,13 @@ def _time_to(results: Sequence[Result], accuracy: float) -> float | None:
 def _ways(results: Sequence[Result]) -> set[tuple[int, int]]:
     """Seeds, and how many steps they were trained."""
     return {(result["run"]["seed"], result["step"]) for result in results}
+
+
+def _sooner(ours: float | None, theirs: float, accuracy: float, guess: float) -> str:
+    """Yes or no, unless what is to be reached is guessing."""
+    if accuracy < guess + 0.05:
+        return "nothing to reach"
+    return "no, never" if ours is None else f"{_yes(ours < theirs)}, {ours:.0f} s, {theirs:.0f} s"
 
 
 def _verdict(met: bool, ours: float, theirs: float, guess: float) -> str:
