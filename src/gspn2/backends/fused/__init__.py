@@ -14,7 +14,8 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
-_BULK_COPIES = (9, 0)
+_BULK_COPIES = ((9, 0), (12, 0))
+"""From the first on, below the second, which has too little shared memory for tiles of that size."""
 _GRANULE = 8
 """Channels come in multiples of this: whole vectors of memory."""
 
@@ -25,7 +26,7 @@ def takes(x: Tensor, *channels: int, bulk: bool = False, sources: bool = False) 
     Args:
         x: the input.
         channels: of input and output.
-        bulk: with copies of whole tiles, which need an sm_90.
+        bulk: with copies of whole tiles, which need an sm_90 or sm_100.
         sources: with a kernel in CUDA C++, which needs the compiler of those.
     """
     from ..cuda import toolchain
@@ -38,7 +39,8 @@ def takes(x: Tensor, *channels: int, bulk: bool = False, sources: bool = False) 
         and all(count % _GRANULE == 0 for count in channels)
         and _installed()
         and not (sources and toolchain.why_not() is not None)
-        and _capability(x.get_device()) >= (_BULK_COPIES if bulk else _OLDEST)
+        and _capability(x.get_device()) >= _OLDEST
+        and (not bulk or _BULK_COPIES[0] <= _capability(x.get_device()) < _BULK_COPIES[1])
     )
 
 
