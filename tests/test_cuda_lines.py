@@ -18,7 +18,8 @@ from cuda_emulator.problems import ALL, BF16, FP16, Small, truth
 from gspn2.backends.cuda.geometry import Case, Device
 from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.variants import lines
-from gspn2.backends.cuda.variants.lines import Columns, Layout, Rows
+from gspn2.backends.cuda.variants.lines_layout import HALO, Columns, Layout, Rows
+from gspn2.backends.cuda.variants.planes_layout import LANES
 from gspn2.backends.problem import DIRECTIONS, Problem
 from helpers import max_error, relative_l2
 
@@ -54,12 +55,12 @@ def features(number: int, layout: Layout) -> set[tuple[object, ...]]:
     if columns is not None:
         found |= {
             ("columns over", layout.cluster),
-            ("few registers", layout.threads > 9 * lines.LANES, layout.channels),
+            ("few registers", layout.threads > 9 * LANES, layout.channels),
             ("piece", layout.case.itemsize, columns.piece),
             ("buffers", columns.buffers),
         }
     if layout.split and rows is not None and columns is not None:
-        warps = [-(-places // lines.LANES) for places in held(layout)]
+        warps = [-(-places // LANES) for places in held(layout)]
         found |= {("warps rest", warps[0] < warps[1], warps[0] > warps[1])}
     return found
 
@@ -67,7 +68,7 @@ def features(number: int, layout: Layout) -> set[tuple[object, ...]]:
 def held(layout: Layout) -> tuple[int, int]:
     """Threads of a block that hold places while rows are scanned, and while columns are."""
     assert layout.rows is not None
-    halo = 2 * lines.HALO
+    halo = 2 * HALO
     return -(-(layout.own_columns + halo) // layout.rows.places), layout.own_rows + halo
 
 
