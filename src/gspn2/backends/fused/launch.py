@@ -5,6 +5,10 @@ The tables are small on purpose: widths of backbones, measured on an H200.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -19,6 +23,21 @@ from .response import apply_kernel, fold_kernel
 from .stem import stem_kernel
 
 
+def _where_it_lies(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With the device of the first argument as the current one, where Triton launches."""
+
+    @wraps(function)
+    def launch(x: Tensor, *rest: Any) -> Tensor:
+        index = x.get_device()
+        if index < 0 or index == torch.cuda.current_device():
+            return function(x, *rest)
+        with torch.cuda.device(index):
+            return function(x, *rest)
+
+    return launch
+
+
+@_where_it_lies
 def ffn(
     x: Tensor,  # (rows, C)
     gain: Tensor,
@@ -52,6 +71,7 @@ HIDDEN = 32
 """Of which the hidden activations are a multiple."""
 
 
+@_where_it_lies
 def norm_linear(x: Tensor, gain: Tensor, shift: Tensor, eps: float, w: Tensor, b: Tensor) -> Tensor:
     """linear(LayerNorm(x)): (rows, C) -> (rows, N)."""
     (rows, channels), outputs = x.shape, w.shape[0]
@@ -69,6 +89,7 @@ def norm_linear(x: Tensor, gain: Tensor, shift: Tensor, eps: float, w: Tensor, b
 NORM_LINEAR = (64, 4, 1)
 
 
+@_where_it_lies
 def narrow_linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """linear(x): (rows, C) -> (rows, N), N at most 64."""
     (rows, channels), outputs = x.shape, w.shape[0]
@@ -85,6 +106,7 @@ def narrow_linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 NARROW = (128, 4, 3)
 
 
+@_where_it_lies
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """GELU(linear(x)): (rows, C) -> (rows, N)."""
     (rows, channels), outputs = x.shape, w.shape[0]
@@ -104,6 +126,7 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 LINEAR_GELU = (128, 128, 64, 4, 3)
 
 
+@_where_it_lies
 def stem(
     x: Tensor,  # (B, H, W, inputs)
     w: Tensor,  # (C, 9 * inputs): row, column, input channel
@@ -131,6 +154,7 @@ def stem(
 STEM = (128, 4)
 
 
+@_where_it_lies
 def response(
     x: Tensor,  # (B, pixels, C)
     proxies: tuple[Tensor | None, Tensor | None, Tensor | None],  # y (B, pixels, P), weight (C, P), bias (C,)
