@@ -157,11 +157,13 @@ def _weights(case: Case) -> Launch:
 
 
 def _reasons(layout: Layout) -> tuple[str, ...]:
-    reasons = [f"rows are contiguous and aligned; {layout.threads} threads hold a whole line"]
+    line = "a whole line" if layout.cluster == 1 or layout.pair else "their part of a line"
+    reasons = [f"rows are contiguous and aligned; {layout.threads} threads hold {line}"]
     if layout.rows is not None:
         rows = layout.rows
+        cut = f" over {layout.row_strips} warps" if rows.warps else ""
         reasons.append(
-            f"rows: {rows.places} places a thread, {rows.lines} lines at once, ring of {rows.ring}"
+            f"rows{cut}: {rows.places} places a thread, {rows.lines} lines at once, ring of {rows.ring}"
         )
     if layout.columns is not None:
         columns = layout.columns
