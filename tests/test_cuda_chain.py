@@ -10,7 +10,7 @@ from cuda_emulator.emulator import Inputs, case_of
 from cuda_emulator.problems import BF16, FP16, Small, truth
 from gspn2.backends.cuda.geometry import Device
 from gspn2.backends.cuda.layouts import imagined
-from gspn2.backends.cuda.variants import planes_backward
+from gspn2.backends.cuda.variants import planes_backward, planes_backward_memory
 from gspn2.backends.problem import DIRECTIONS, Problem
 from helpers import max_error, relative_l2
 
@@ -32,12 +32,12 @@ PROBLEMS = (
 def test_large_images(number: int, parts: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """With chains, of two channels or all; and where there is memory for a part of each channel."""
     torch.set_num_threads(1)  # small tensors: waking more takes longer than the work
-    monkeypatch.setattr(planes_backward, "CHAINED_LINES", 32)
-    monkeypatch.setattr(planes_backward, "COLUMNS", 1)
-    monkeypatch.setattr(planes_backward, "PARTS", parts)
-    monkeypatch.setattr(planes_backward, "SUMS", 1e9)
-    monkeypatch.setattr(planes_backward, "LONGEST_CHAIN", 2 + 14 * (number % 2))
-    monkeypatch.setattr(planes_backward, "_room_for_states", lambda case: 2)
+    monkeypatch.setattr(planes_backward_memory, "CHAINED_LINES", 32)
+    monkeypatch.setattr(planes_backward_memory, "COLUMNS", 1)
+    monkeypatch.setattr(planes_backward_memory, "PARTS", parts)
+    monkeypatch.setattr(planes_backward_memory, "SUMS", 1e9)
+    monkeypatch.setattr(planes_backward_memory, "LONGEST_CHAIN", 2 + 14 * (number % 2))
+    monkeypatch.setattr(planes_backward_memory, "room_for_states", lambda case: 2)
     small = PROBLEMS[number]
     right = truth(small.case(), small.problem(small.case()))
     found = []

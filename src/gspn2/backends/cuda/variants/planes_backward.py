@@ -12,9 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..geometry import Case, Kernel, Launch, Plan, View, options
+from . import planes_backward_memory as memory
 from . import planes_backward_pieces
 from .planes_backward_pieces import Pieces, Walk
 
@@ -26,15 +25,6 @@ GRADIENTS = ("dx", "dtaps", "dlam", "dgate")
 
 WARP = 32
 
-SCRATCH = 0.25
-"""Of the memory of all tensors, what scratch may take: horizontal scans take fewer planes at once for it."""
-
-LOOSE = 0.75
-"""The same where parts and sums alone are more than that."""
-
-MOST_WAVES = 3
-"""Launches that they are cut into at most: with fewer planes multiprocessors would be idle."""
-
 UNIT = 16
 """Bytes of an asynchronous copy; rows start at multiples of it."""
 
@@ -43,21 +33,6 @@ POINTERS = 2 * 8 * 10
 
 BARRIERS = 32
 """Bytes of those that count what blocks of a line send each other, and of those of a chain."""
-
-WEIGHING = 4
-"""Channels of a group at least for which weights are made once."""
-
-CHAINED_LINES = 512
-"""Of large images: gradients of shared taps are not summed in clusters, and channels may form chains."""
-
-COLUMNS = 64
-"""Their widths are multiples of it."""
-
-LONGEST_CHAIN = 16
-"""Channels that add to one sum; twice as many where such sums would be more than `SUMS` of all tensors."""
-
-PARTS, SUMS = 0.28, 0.08
-"""Of the memory of all tensors, what parts of gradients may take: more are summed by chains."""
 
 RESERVED = 1024
 """Bytes of shared memory that the device takes for itself, of every block."""
@@ -103,8 +78,8 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
     problem = case.problem
     launches: list[Launch] = []
     kept = parts = states = flags = 0
-    room = _room_for_states(case)
-    weights = _bytes_of_weights(case)
+    room = memory.room_for_states(case)
+    weights = memory.bytes_of_weights(case)
     first_flag = weights // 4
     reasons = ["gradients of planes, one direction after another"]
     for index, direction in enumerate(problem.directions):
@@ -114,11 +89,11 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             launches += _weights(case, index)
             launches += planes_backward_pieces.launches(case, index, cut, first_flag + flags, room)
             reasons += planes_backward_pieces.reasons(direction, cut)
-            flags += problem.batch * problem.channels * cut[-1].strips * (_chains(case) > 0)
+            flags += problem.batch * problem.channels * cut[-1].strips * (memory.chains(case) > 0)
             if len(cut) > 1:
                 states = 4 * room * problem.height * planes_backward_pieces.row_of_states(case, cut)
-            if _sums_channels(case):
-                number = _chains(case) or problem.channels // problem.groups
+            if memory.sums_channels(case):
+                number = memory.chains(case) or problem.channels // problem.groups
                 parts = max(parts, number)
                 launches.append(_add_parts(case, index, number))
             continue
@@ -127,11 +102,11 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             segments = -(-cut.sizes.lines // cut.segment)
             kept = max(kept, problem.batch * problem.channels * segments * line)
         direct = _is_direct(case, cut.sizes, cut.strips, cut.together, cut.width)
-        chains = _chains(case) * direct
+        chains = memory.chains(case) * direct
         knobs = (
             index,
             cut.width,
-            _row(case),
+            memory.row(case),
             cut.strips,
             cut.own,
             cut.together,
@@ -153,8 +128,8 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             f"{direction}: {cut.strips} blocks a line and {cut.together} channels in a cluster, "
             f"{cut.threads} threads with {cut.places} places each, segments of {cut.segment} lines"
         )
-    plane = 4 * problem.batch * problem.height * _row(case)
-    sums = plane // 2 * problem.channels if _has_partial_sums(case) else 0  # the other half is in dx
+    plane = 4 * problem.batch * problem.height * memory.row(case)
+    sums = plane // 2 * problem.channels if memory.has_partial_sums(case) else 0  # the other half is in dx
     scratch = (sums, weights + 4 * flags, parts * 3 * plane * problem.groups, max(kept, states))
     if flags:
         start = Kernel("planes_backward_start.cu", "planes_backward_start", options(case))
@@ -171,10 +146,10 @@ def walks(case: Case, direction: str) -> list[Walk]:
         case,
         direction,
         at_hand=_is_at_hand(case),
-        shared=_sums_channels(case),
-        row=_row(case),
-        chains=_chains(case),
-        weights=_has_weights(case),
+        shared=memory.sums_channels(case),
+        row=memory.row(case),
+        chains=memory.chains(case),
+        weights=memory.has_weights(case),
     )
 
 
@@ -185,33 +160,18 @@ def _best_pieces(case: Case, direction: str) -> tuple[Pieces, ...] | None:
     return planes_backward_pieces.best(case, walks(case, direction))
 
 
-def _has_weights(case: Case) -> bool:
-    """Are weights made from logits once for all channels that share them, by a launch of their own?
-
-    They are float16, which is finer than bfloat16 logits are, and no finer than float16 ones.
-    """
-    problem = case.problem
-    several = len(problem.directions) > 1 and problem.normalize and problem.dtype == torch.bfloat16
-    shared = _sums_channels(case) and problem.channels // problem.groups >= WEIGHING
-    return several and shared and _is_large(case)
-
-
-def _bytes_of_weights(case: Case) -> int:
-    problem = case.problem
-    places = problem.batch * problem.groups * problem.height * _row(case)
-    return 2 * case.itemsize * places * _has_weights(case)
-
-
 def _weights(case: Case, index: int) -> list[Launch]:
     """The launch that makes them, if there is one."""
-    if not _has_weights(case):
+    if not memory.has_weights(case):
         return []
     problem = case.problem
     kernel = Kernel("planes_backward_weights.cu", "planes_backward_weights", options(case))
     blocks = -(
         -problem.batch * problem.groups * problem.height * problem.width * case.itemsize // (UNIT * 256)
     )
-    return [Launch(kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, 1, (index, _row(case)))]
+    return [
+        Launch(kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, 1, (index, memory.row(case)))
+    ]
 
 
 def _add_parts(case: Case, index: int, parts: int) -> Launch:
@@ -220,7 +180,7 @@ def _add_parts(case: Case, index: int, parts: int) -> Launch:
     kernel = Kernel("planes_backward_taps.cu", "planes_backward_taps", options(case))
     blocks = -(-problem.batch * problem.groups * problem.height * problem.width // (4 * 256))
     return Launch(
-        kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, knobs=(index, parts, _row(case))
+        kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, knobs=(index, parts, memory.row(case))
     )
 
 
@@ -344,69 +304,10 @@ def _unsuitable(case: Case, name: str, view: View) -> str | None:
     return None
 
 
-def _sums_channels(case: Case) -> bool:
-    """Is the gradient of the taps a sum over channels?"""
-    return case.problem.groups < case.problem.channels and "dtaps" in case.views
-
-
-def _chains(case: Case) -> int:
-    """Sums of a group that its channels add to, one after another; 0 where each leaves a part.
-
-    With many planes parts are faster: what a channel has left is no longer in the cache when the next one
-    comes for it. But they may take too much memory.
-    """
-    problem = case.problem
-    if not _sums_channels(case) or not _is_large(case) or case.device.capability < (9, 0):
-        return 0
-    per_group, planes = problem.channels // problem.groups, problem.batch * problem.channels
-    if 6 * planes <= PARTS * _tensors(case):  # in numbers of storage for each pixel
-        return 0
-    chains = -(-per_group // LONGEST_CHAIN)
-    if 6 * chains * problem.batch * problem.groups > SUMS * _tensors(case):
-        chains = -(-chains // 2)
-    return chains if per_group > chains else 0
-
-
-def _is_large(case: Case) -> bool:
-    """Do gradients of shared taps go other ways than in small images? Whole tiles, as has been measured."""
-    height, width = case.problem.height, case.problem.width
-    return min(height, width) >= CHAINED_LINES and width % COLUMNS == 0
-
-
 def _is_direct(case: Case, sizes: Sizes, strips: int, together: int, width: int) -> bool:
     """Do gradients of shared weights go to memory line by line?"""
-    shared = _sums_channels(case) and _is_large(case) and not sizes.horizontal
+    shared = memory.sums_channels(case) and memory.is_large(case) and not sizes.horizontal
     return shared and strips == together == 1 and width > WARP
-
-
-def _tensors(case: Case) -> int:
-    """Numbers that inputs, output and gradients have for each pixel."""
-    problem = case.problem
-    planes = problem.batch * problem.channels
-    found = planes  # the output
-    for name in case.views.keys() - {"y"}:
-        count = 3 * problem.batch * problem.groups if name in ("taps", "dtaps") else planes
-        found += count if name in ("x", "dy", "dx") else count * len(problem.directions)
-    return found
-
-
-def _room_for_states(case: Case) -> int:
-    """Planes whose states are in memory at a time: horizontal scans take so many in a launch.
-
-    All of them, if scratch memory then is `SCRATCH` of all tensors; `LOOSE`, if it is more in any case.
-    """
-    problem, planes = case.problem, case.problem.batch * case.problem.channels
-    plane, per_group = 4 * problem.height * _row(case), problem.channels // problem.groups
-    if plane * planes <= case.device.cache:
-        return planes
-    rest = plane // 2 * planes * _has_partial_sums(case) + _bytes_of_weights(case)
-    rest += 3 * plane * problem.batch * problem.groups * (_chains(case) or _sums_channels(case) * per_group)
-    pixel = problem.height * problem.width * case.itemsize
-    room = (int(SCRATCH * _tensors(case) * pixel) - rest) // plane
-    if room <= 0:
-        room = (int((LOOSE * _tensors(case) - (1 + LOOSE) * planes) * pixel) - rest) // plane
-    waves = -(-planes // max(room, -(-planes // MOST_WAVES)))
-    return -(-planes // waves)
 
 
 def _has_hidden(case: Case, horizontal: bool) -> bool:
@@ -417,15 +318,6 @@ def _has_hidden(case: Case, horizontal: bool) -> bool:
 def _is_at_hand(case: Case) -> bool:
     """Are the states at hand, in rows as those of the other tensors?"""
     return "y" in case.views and _unsuitable(case, "y", case.views["y"]) is None
-
-
-def _has_partial_sums(case: Case) -> bool:
-    return len(case.problem.directions) > 1 and case.itemsize < 4 and "dx" in case.views
-
-
-def _row(case: Case) -> int:
-    """Elements of a row of scratch planes: whole sectors, whichever way it is read."""
-    return -(-case.problem.width // 16) * 16
 
 
 def _units(case: Case, horizontal: bool) -> int:
@@ -454,7 +346,7 @@ def _traffic(case: Case, cut: Cut) -> float:
         traffic += size
     else:
         traffic += size * (1 + lam) + taps + 8 / cut.segment
-    if not _sums_channels(case):
+    if not memory.sums_channels(case):
         return traffic + 3 * size
     per_group = problem.channels // problem.groups
     return traffic + (24 * cut.parts if cut.parts > 1 else 3 * size) / per_group
@@ -494,7 +386,9 @@ def _cuts(case: Case, sizes: Sizes) -> Iterator[Cut]:
             continue
         for places in (1, 2) if sizes.horizontal else (each // 4, each // 2, each):
             for segment in _segments(case, sizes.horizontal):
-                for together in {most // strips, 1} if _sums_channels(case) and not _is_large(case) else (1,):
+                for together in (
+                    {most // strips, 1} if memory.sums_channels(case) and not memory.is_large(case) else (1,)
+                ):
                     cut = _fit(case, sizes, strips, together, own, places, segment)
                     if cut is not None:
                         yield cut
@@ -505,7 +399,7 @@ def _segments(case: Case, horizontal: bool) -> tuple[int, ...]:
     if horizontal:
         return (64 // case.itemsize, 32 // case.itemsize, 16 // case.itemsize)
     single = len(case.problem.directions) == 1 and "gate" not in case.views
-    if _has_hidden(case, horizontal) and not (single and not _sums_channels(case)):
+    if _has_hidden(case, horizontal) and not (single and not memory.sums_channels(case)):
         return (4,)  # with so many operands, more blocks on a multiprocessor are worth more than longer ones
     return (16, 12, 8, 6, 4)
 
@@ -513,7 +407,7 @@ def _segments(case: Case, horizontal: bool) -> tuple[int, ...]:
 def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int, segment: int) -> Cut | None:
     """The cut with these numbers if it fits; a cluster takes up to `most` channels."""
     problem, size = case.problem, case.itemsize
-    sums = _sums_channels(case)
+    sums = memory.sums_channels(case)
     halo = 0 if strips == 1 else _halo(case, places, segment)
     if (strips > 1 and halo > own) or (not sizes.horizontal and segment % (UNIT // (places * size))):
         return None
@@ -523,14 +417,16 @@ def _fit(case: Case, sizes: Sizes, strips: int, most: int, own: int, places: int
         width = max(1 << (needed - 1).bit_length(), UNIT // (places * size))
     threads = max(width, 32)
     direct = _is_direct(case, sizes, strips, min(most, 1), width)
-    taken = 2 * segment * case.itemsize * (direct and _has_weights(case))  # a tap that is not read
+    taken = 2 * segment * case.itemsize * (direct and memory.has_weights(case))  # a tap that is not read
     shared = (
         (_place_bytes(case, sizes.horizontal, segment) - taken) * threads * places
         + 16 * (threads // 32 + 2)
         + 16 * halo
     )
     shared += (
-        BARRIERS * (strips > 1) + BARRIERS * (direct and _chains(case) > 0) + POINTERS * sizes.horizontal
+        BARRIERS * (strips > 1)
+        + BARRIERS * (direct and memory.chains(case) > 0)
+        + POINTERS * sizes.horizontal
     )
     if shared > case.device.shared_memory or threads > THREADS[-1]:
         return None
@@ -637,7 +533,7 @@ def _min_blocks(case: Case, cut: Cut, threads: int) -> int:
 def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
     sizes = cut.sizes
     direct = _is_direct(case, cut.sizes, cut.strips, cut.together, cut.width)
-    chained = direct and _chains(case) > 0
+    chained = direct and memory.chains(case) > 0
     threads = next(number for number in (*THREADS, 640) if number >= cut.threads + WARP * chained)
     return (
         *options(case),
@@ -649,7 +545,7 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("MIN_BLOCKS", _min_blocks(case, cut, threads)),
         ("WIDE", int(cut.width > 32)),
         ("RAGGED", int(sizes.places % cut.places != 0)),
-        ("SHARED", int(_sums_channels(case))),
+        ("SHARED", int(memory.sums_channels(case))),
         ("HAS_SUMS", int(len(case.problem.directions) > 1)),
         ("WANTS", sum(1 << i for i, name in enumerate(GRADIENTS) if name in case.views)),
         ("HAS_HIDDEN", int(_has_hidden(case, sizes.horizontal))),
@@ -657,5 +553,5 @@ def _defines(case: Case, cut: Cut) -> tuple[tuple[str, int], ...]:
         ("CLUSTER", int(cut.cluster > 1)),
         ("CHAIN", int(chained)),
         ("DIRECT", int(direct)),
-        ("WEIGHTS", int(direct and _has_weights(case))),
+        ("WEIGHTS", int(direct and memory.has_weights(case))),
     )
