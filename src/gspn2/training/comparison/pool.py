@@ -23,7 +23,8 @@ from .plan import Run, Settings
 
 LANES = 3
 """Runs of a process. Their streams share the GPU, processes take turns at it; a few of both hide what a run
-does on the CPU. Nine runs on an H200 made 191 steps a second in three processes, 163 in nine."""
+does on the CPU. Nine runs on an H200 made about 190 steps a second in three processes, and 160 in nine, of
+another task."""
 LOOK_SECONDS = 0.2
 OnWord = Callable[[Run, str, str, int], None]
 
