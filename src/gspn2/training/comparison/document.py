@@ -41,9 +41,9 @@ mirrored at random, digits are not. Ablations change one thing about GSPN-2; wha
 goes to the FFN. After training every model is tested at twice its size: *scaled*, the same scenes on more
 pixels, and *larger*, scenes of twice the extent. The ViT's position embedding is interpolated for that.
 
-Runs are short, a matter of minutes on a GPU for all of them, so training begins with what is easy: contours of
-two dashes and nothing else, marks side by side in mazes without other walls than those between the two parts.
-In three quarters of its steps it comes to the longest contours among all distractors, and to marks anywhere
+Runs are short, a matter of minutes on a GPU for all of them, so training begins with what is easy: contours
+of two dashes and nothing else, marks side by side in mazes without other walls than those between the two
+parts. In three quarters of its steps it comes to the longest contours among all distractors, and to marks anywhere
 among 70% of a maze's walls. Tests are hard from the beginning. At larger sizes, and for ablations, there is
 one seed, unless `--extra-seeds` says otherwise.
 

@@ -170,8 +170,7 @@ class SingleRun:
     def _chosen(self, step: int, draws: torch.Tensor) -> torch.Tensor:
         """Numbers of images, of those that are not too hard yet and more often of the hardest of them.
 
-        Images come from easy to hard, but for the digits: hard ones alone teach nothing in a thousand
-        steps.
+        Images come from easy to hard, but for the digits: a short run has to begin with what is easy.
         """
         share = 1.0
         if self.run.dense:
