@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gspn2
 from cuda_emulator import compiler, run_plan
 from cuda_emulator.emulator import Inputs, case_of
 from cuda_emulator.problems import BF16, FP16, Small, truth
+from cuda_helpers import draw
+from gspn2.backends.cuda import launch
 from gspn2.backends.cuda.geometry import Device
 from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.variants import planes_backward, planes_backward_memory
 from gspn2.backends.problem import DIRECTIONS, Problem
-from helpers import max_error, relative_l2
+from helpers import max_error, relative_l2, run
 
 TOLERANCE = {torch.float32: (3e-6, 3e-6), BF16: (2.5e-3, 1.02 * 2**-8), FP16: (4e-4, 1.02 * 2**-11)}
 """Relative in L2, and at most, of one rounding."""
@@ -82,3 +85,22 @@ def test_memory_of_training(
     inputs, outputs = given + image, given + image
     scratch = sum(planes_backward.plan(case).scratch)
     assert outputs + scratch <= 1.25 * (inputs + given)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("keep_hidden", [False, True])
+def test_chains_find_what_parts_do(keep_hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: many blocks that wait for each other, more than run at a time; the same bits each time."""
+    case = draw(1, 80, 512, 576, precision="16 bits", lam=False, gate=False).to(BF16)
+
+    def results(parts: float) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(planes_backward_memory, "PARTS", parts)
+        launch._ready.clear()
+        return run(case, gspn2.propagate, backend="cuda", keep_hidden=keep_hidden)
+
+    chained, again, left = results(0.0), results(0.0), results(1e9)
+    launch._ready.clear()
+    for name, tensor in chained.items():
+        assert torch.equal(tensor, again[name]), name
+        assert relative_l2(tensor, left[name].double()) <= 2**-8, name
