@@ -43,9 +43,9 @@ pixels, and *larger*, scenes of twice the extent. The ViT's position embedding i
 
 Runs are short, a matter of minutes on a GPU for all of them, so training begins with what is easy: contours
 of two dashes and nothing else, marks side by side in mazes without other walls than those between the two
-parts. In three quarters of its steps it comes to the longest contours among all distractors, and to marks anywhere
-among 70% of a maze's walls. Tests are hard from the beginning. At larger sizes, and for ablations, there is
-one seed, unless `--extra-seeds` says otherwise.
+parts. In three quarters of its steps it comes to the longest contours among all distractors, and to marks
+anywhere among 70% of a maze's walls. Tests are hard from the beginning. At larger sizes, and for ablations,
+there is one seed, unless `--extra-seeds` says otherwise.
 
 ```
 gspn2 learn --jobs 16 --out runs/learn
