@@ -10,8 +10,9 @@ A document asks for a table with a pair of lines; what is between them is genera
 
 Names: operator, operator-compact, memory, start, models, models-compact, technology; they need
 benchmarks/results/cpu/NAME.json. And h200/NAME for a section of gpu.py, h200/summary, h200/summary-compact,
-h200/scaling, from benchmarks/results/h200/*.json; until there are such files the place says so. A table says
-under itself on what, when and how it was measured.
+h200/scaling, from benchmarks/results/h200/*.json, and h200/backbones, from
+benchmarks/results/h200_models/bench.json; until there are such files the place says so. A table says under
+itself on what, when and how it was measured.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import backbone_table
 import gpu_tables
 import markdown_table as md
 import scaling_table
@@ -212,8 +214,14 @@ def table(name: str) -> str:
         if not path.exists():
             return scaling_table.ABSENT
         return _made(name, {gpu: path}, lambda results: scaling_table.make(results[gpu]))
+    if gpu == backbone_table.NAME and folder in GPUS:
+        path = RESULTS / f"{folder}_models" / "bench.json"
+        if not path.exists():
+            return backbone_table.ABSENT
+        return _made(name, {gpu: path}, lambda results: backbone_table.make(results[gpu]))
     if name not in TABLES:
-        known = [*TABLES, *(f"{gpu}/{name}" for gpu in GPUS for name in (*gpu_tables.NAMES, SCALING))]
+        more = (*gpu_tables.NAMES, SCALING, backbone_table.NAME)
+        known = [*TABLES, *(f"{gpu}/{name}" for gpu in GPUS for name in more)]
         raise TableError(f"no table is called {name!r}, only {', '.join(known)}")
     path = RESULTS / "cpu" / f"{name.removesuffix('-compact')}.json"
     if not path.exists():

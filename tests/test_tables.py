@@ -85,7 +85,7 @@ def project(tmp_path: Path) -> Path:
     """A project of a generator, its results and two documents: README.md without tables, docs/speed.md."""
     results = tmp_path / "benchmarks" / "results" / "cpu"
     results.mkdir(parents=True)
-    for name in ("tables.py", "gpu_tables.py", "scaling_table.py", "markdown_table.py"):
+    for name in ("tables.py", "gpu_tables.py", "backbone_table.py", "scaling_table.py", "markdown_table.py"):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
     for name, result in RESULTS.items():
         (results / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **result}))
@@ -120,7 +120,7 @@ def test_documents_are_in_step_with_the_results() -> None:
 @pytest.mark.parametrize(
     ("document", "names"),
     [
-        ("README.md", {"operator-compact", "models-compact", "h200/summary-compact"}),
+        ("README.md", {"operator-compact", "models-compact", "h200/summary-compact", "h200/backbones"}),
         ("docs/models.md", {"models"}),
         ("docs/training.md", {"h200/scaling"}),
         ("docs/backends.md", {"operator", "h200/summary", "h200/propagate", "h200/gspn1", "h200/memory"}),
@@ -402,6 +402,22 @@ def test_the_table_of_several_gpus_tells_what_was_not_measured_or_missed(project
     assert tables(project).returncode == 0
     assert "| 7200 | 90.0% (missed) | 20.4 GB |" in document.read_text()
     assert "other losses (a failure)" in joined(document)
+
+
+def test_the_table_of_backbones_sets_ours_beside_each(project: Path) -> None:
+    document = ask_for(project, "h200/backbones")
+    assert tables(project).returncode == 0
+    assert "*Not measured yet: `gspn2 bench models`" in document.read_text()
+    path = project / "benchmarks" / "results" / "h200_models" / "bench.json"
+    path.parent.mkdir()
+    times = {"gspn2_tiny": 10.0, "convnext_tiny": 16.0, "swin_tiny": 8.0}
+    contenders = [{"name": name, "pass": "train", "ms": ms, "images": 256} for name, ms in times.items()]
+    case = {"facts": {"pixels": 224, "batches": {"train": 256}}, "contenders": contenders}
+    path.write_text(json.dumps({"machine": GPU_MACHINE, "cases": [case]}))
+    assert tables(project).returncode == 0
+    rows = document.read_text().splitlines()
+    assert "| 224 x 224, train, batch 256 | 25600 | `convnext_tiny` 16000 | 1.60 |" in rows
+    assert "| 224 x 224, train, batch 256 | 25600 | `swin_tiny` 32000 | 0.80 |" in rows
 
 
 def test_a_gpu_table_without_results_says_so(project: Path) -> None:

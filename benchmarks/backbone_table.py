@@ -1,0 +1,38 @@
+"""The table of backbones on a GPU, out of a result file of `gspn2 bench models`, for `tables.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import markdown_table as md
+
+Result = dict[str, Any]
+
+NAME = "backbones"
+OURS = "gspn2_tiny"
+ABSENT = "*Not measured yet: `gspn2 bench models` on a GPU fills this table.*\n"
+
+
+def make(result: Result) -> str:
+    """A row for each case and each other model."""
+    rows = []
+    for case in result["cases"]:
+        rates = {(it["name"], it["pass"]): 1e3 * it["images"] / it["ms"] for it in case["contenders"]}
+        for (name, which), rate in rates.items():
+            if name != OURS:
+                ours = rates[OURS, which]
+                pixels = case["facts"]["pixels"]
+                rows.append(
+                    [
+                        f"{pixels} x {pixels}, {which}, batch {case['facts']['batches'][which]}",
+                        f"{ours:.0f}",
+                        f"`{name}` {rate:.0f}",
+                        f"{ours / rate:.2f}",
+                    ]
+                )
+    heads = ["images/s", f"`{OURS}`", "beside it (timm)", "ratio"]
+    return md.table(heads, rows, words=(2,)) + md.note(
+        result,
+        "Random weights, channels_last, bfloat16 (training: mixed precision); compiled inference as CUDA "
+        "graphs, in turn with each other.",
+    )
