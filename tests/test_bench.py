@@ -420,7 +420,10 @@ def test_the_report_is_one_file_with_pictures_that_loads_nothing(tmp_path: Path)
 
 def test_a_busy_cpu_is_told() -> None:
     content: dict[str, Any] = {"machine": {"threads": 2, "load": 6.5}, "rates": {"cpu": {}}}
+    assert tables.busy(content).startswith("The CPU was busy")
     assert "load 6.5 on 2 threads" in tables.busy(content)
+    on_gpu = content | {"rates": {"cuda": {}}}
+    assert tables.busy(on_gpu).startswith("The host was busy")
     content["machine"]["load"] = 0.2
     assert tables.busy(content) == ""
 

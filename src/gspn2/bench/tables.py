@@ -80,16 +80,18 @@ def where(machine: dict[str, Any]) -> str:
 
 
 def busy(content: dict[str, Any]) -> str:
-    """A warning where a CPU was measured that others were using, or ""."""
+    """A warning where others were using the processors when a run began, or ""."""
     machine = content["machine"]
     load = machine.get("load") or 0
-    if "cpu" not in content["rates"] or load < max(1, machine["threads"] / 2):
+    if load < max(1, machine["threads"] / 2):
         return ""
-    return (
-        f"The CPU was busy with other work when this run began (load {load:g} on {machine['threads']} "
-        "threads): its times here are longer than on a quiet machine, those of short threaded calls by "
-        "far, and ratios of them say little."
-    )
+    told = f"was busy with other work when this run began (load {load:g} on {machine['threads']} threads)"
+    if "cpu" in content["rates"]:
+        return (
+            f"The CPU {told}: its times here are longer than on a quiet machine, those of short threaded "
+            "calls by far, and ratios of them say little."
+        )
+    return f"The host {told}: what it launches call by call may take longer than on a quiet machine."
 
 
 def method(content: dict[str, Any]) -> str:
