@@ -267,6 +267,15 @@ def test_the_key_covers_all_that_the_code_depends_on(tiny: Path, monkeypatch: py
     changed()
     tiny.with_name("new.cuh").write_text("// one more\n")
     changed()
+    # A source from elsewhere: the headers beside it, too.
+    folder = tiny.parent.parent / "elsewhere"
+    folder.mkdir()
+    (folder / "own.cu").write_text(SOURCE)
+    other = Kernel(str(folder / "own.cu"), "tiny", ())
+    before = toolchain.key(other, Target("sm_90"))
+    (folder / "own.cuh").write_text("// its own\n")
+    toolchain._headers_digest.cache_clear()
+    assert toolchain.key(other, Target("sm_90")) != before
     monkeypatch.setattr(toolchain, "_nvrtc_version", lambda: "13.1")
     changed()
     monkeypatch.setitem(toolchain.OPTIONS, "std", "c++20")

@@ -114,7 +114,7 @@ def key(kernel: Kernel, made_for: Target) -> str:
     """A digest of all that the code depends on."""
     settings = (kernel.function, kernel.defines, made_for.name, made_for.kind, OPTIONS, _nvrtc_version())
     digest = hashlib.sha256(repr(settings).encode())
-    digest.update(_headers_digest())
+    digest.update(_headers_digest((SOURCES / kernel.source).parent))
     digest.update(_source(kernel).encode())
     return digest.hexdigest()
 
@@ -176,9 +176,10 @@ def _source(kernel: Kernel) -> str:
 
 
 @cache
-def _headers_digest() -> bytes:
+def _headers_digest(folder: Path) -> bytes:
+    """Of the backend's headers, and of those beside a source that lies elsewhere."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.cuh")):
+    for path in sorted({*SOURCES.glob("*.cuh"), *folder.glob("*.cuh")}):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.digest()
 

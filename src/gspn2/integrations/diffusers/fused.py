@@ -8,8 +8,7 @@ around again. Its GEGLU is three passes. In a UNet without self-attention that i
 from __future__ import annotations
 
 import struct
-import zlib
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -167,14 +166,8 @@ def _geglu_ready(tokens: int, channels: int, dtype: torch.dtype, index: int) -> 
 
 
 def _kernel(function: str, dtype: torch.dtype, **macros: int) -> Kernel:
-    defines = {"STORAGE": _STORAGE[dtype], "HEADER": _header(), **macros}
+    defines = {"STORAGE": _STORAGE[dtype], **macros}
     return Kernel(str(SOURCES / f"{function}.cu"), function, tuple(defines.items()))
-
-
-@cache
-def _header() -> int:
-    """Of the code in the disk cache, which is told apart by the source and by the backend's own headers."""
-    return zlib.crc32((SOURCES / "pixels.cuh").read_bytes())
 
 
 def _load(planned: Planned, index: int) -> driver.Loaded:
