@@ -187,7 +187,8 @@ def read_sanitizer(output: str) -> Summary:
     lines = [line for line in output.splitlines() if line.startswith('{"ran"')]
     if lines:
         return summary | json.loads(lines[-1])
-    return summary | {"wrong": None, "said": output.splitlines()[-12:]}
+    said = output.replace(f"{ROOT}/", "").splitlines()[-12:]
+    return summary | {"wrong": None, "said": said}
 
 
 def sanitizer_good(summary: Summary) -> bool:
