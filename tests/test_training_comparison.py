@@ -378,6 +378,24 @@ def test_runs_side_by_side_stop_and_go_on(finished, tmp_path: Path):
         assert result["loss"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_compiled_steps_learn_the_same(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Traced and differentiated as for a compiler; its code generation would take minutes here."""
+    calls = []
+    compiled = torch.compile
+
+    def traced(model: torch.nn.Module, **options: Any) -> Any:
+        calls.append(options)
+        return compiled(model, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    shutil.copytree(finished[0] / "images", tmp_path / "images")
+    (result,) = compare([Run("maze", 32, "gspn2", 0)], dataclasses.replace(TINY, compile=True), tmp_path)
+    assert len(calls) == 1
+    whole = next(it for it in finished[1] if it["run"]["contender"] == "gspn2")
+    for point, expected in zip(result["curve"], whole["curve"], strict=True):
+        assert point["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+
+
 def test_a_run_whose_time_is_up_ends_and_says_so(tmp_path: Path):
     (result,) = compare([VIT], dataclasses.replace(TINY, minutes=1e-9), tmp_path)
     assert (result["ended"], result["step"]) == ("time", 1)

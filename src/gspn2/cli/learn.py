@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight-decay", type=float, default=default.weight_decay, metavar="X", help="of AdamW"
     )
+    parser.add_argument("--compile", action="store_true", help="run training steps through torch.compile")
     parser.add_argument("--train-images", type=positive, default=default.train_images, metavar="N")
     parser.add_argument("--test-images", type=positive, default=default.test_images, metavar="N")
 
@@ -90,6 +91,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         tests=args.tests,
         minutes=args.minutes,
         amp=args.amp,
+        compile=args.compile,
     )
 
 

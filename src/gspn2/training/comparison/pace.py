@@ -37,7 +37,7 @@ def measure(
     The median of a few rounds of `block` steps, of which the first does not count.
 
     Args:
-        settings: batch size and precision.
+        settings: batch size, precision, compilation.
         out: folder of the file.
         device: where.
         command: the command line, for the file.
@@ -46,7 +46,12 @@ def measure(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"batch_size": settings.batch_size, "amp": settings.amp, "machine": machine(device, command)}
+    about = {
+        "batch_size": settings.batch_size,
+        "amp": settings.amp,
+        "compile": settings.compile,
+        "machine": machine(device, command),
+    }
     found: dict[str, float] = {}
     for run in runs:
         if name_of(run) not in found:

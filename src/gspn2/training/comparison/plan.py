@@ -31,6 +31,7 @@ class Settings:
         tests: points of the curve of test accuracy, evenly over the steps.
         minutes: time of a run, testing included; it then ends where it is, and says so.
         amp: "auto" (bfloat16 on CUDA), "bf16" or "off".
+        compile: run training steps through `torch.compile`.
 
     Raises:
         UserError: a number is not positive.
@@ -44,6 +45,7 @@ class Settings:
     tests: int = 10
     minutes: float = 10.0
     amp: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "train_images", "test_images", "tests", "minutes"):

@@ -57,7 +57,7 @@ def make_trainer(
     )
     model = build(CONTENDERS[run.contender], run.size, derive_seed(run.seed, "weights"), run.classes)
     amp = amp_dtype(settings.amp, device)
-    trainer = Trainer(config, model, images, device, amp, block, settings.batch_size)
+    trainer = Trainer(config, model, images, device, amp, block, settings.batch_size, settings.compile)
     return trainer, count_parameters(model)
 
 

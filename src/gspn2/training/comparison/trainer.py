@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class Trainer:
         amp: autocast to this dtype; None for none.
         block: the most steps of a block.
         size: images of a step.
+        compile: run forward and backward of the step through `torch.compile`; tests are run as they are, at
+            sizes that would each be compiled anew.
     """
 
     ema = None
@@ -69,9 +71,11 @@ class Trainer:
         amp: torch.dtype | None,
         block: int,
         size: int,
+        compile: bool = False,
     ) -> None:
         self.config, self.images, self.device, self.amp = config, images, device, amp
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._forward: Any = torch.compile(self.model, dynamic=False) if compile else self.model
         self.rate = torch.zeros((), device=device)
         self.optimizer = self._optimizer()
         self._table = Block(
@@ -154,7 +158,7 @@ class Trainer:
         self.rate.copy_(rate)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            logits = self.model(batch)
+            logits = self._forward(batch)
         losses, _, counts = judged(logits, labels)
         loss = losses.sum() / counts.sum()
         loss.backward()
