@@ -27,9 +27,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with timm's parameter groups: no decay on biases, norms and `model.no_weight_decay()`."""
+    """AdamW with timm's parameter groups: no decay on biases, norms and `model.no_weight_decay()`.
+
+    On a GPU each group is one pass over memory, instead of one for every operation of the update.
+    """
     from timm.optim import create_optimizer_v2
 
+    fused = {"fused": True} if next(model.parameters()).is_cuda else {}
     return create_optimizer_v2(
         model,
         opt="adamw",
@@ -37,6 +41,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
         betas=config.betas,
+        **fused,
     )
 
 
