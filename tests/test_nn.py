@@ -278,9 +278,17 @@ def test_mixer_compiles_once_for_all_sizes(options):
     assert compiles == 1
 
 
-def test_mixer_state_is_parameters_only():
+@pytest.mark.parametrize("assign", [False, True])
+def test_mixer_is_its_parameters(assign):
+    """Nothing is lost over the device "meta", where large models are made."""
     mixer = seeded(Mixer, DIM, 4)
     assert set(mixer.state_dict()) == {name for name, _ in mixer.named_parameters()}
+    with torch.device("meta"):
+        other = Mixer(DIM, 4)
+    other = other if assign else other.to_empty(device="cpu")
+    other.load_state_dict(mixer.state_dict(), assign=assign)
+    x = image(1, DIM, 4, 7)
+    assert torch.equal(other(x), mixer(x))
 
 
 def test_mixer_refuses_by_name():
@@ -298,6 +306,8 @@ def test_mixer_refuses_by_name():
             Mixer(*arguments, **options)
     with pytest.raises(TypeError, match="directions: expected a sequence of names"):
         Mixer(DIM, 4, directions="up")
+    with pytest.raises(TypeError, match=r"proxy_dim: expected an int, got 2\.0"):
+        Mixer(DIM, 2.0)
     with pytest.raises(ValueError, match=r"x: expected \(B, 12, H, W\), got shape \(1, 5, 4, 4\)"):
         Mixer(DIM, 4)(torch.zeros(1, 5, 4, 4))
 
@@ -323,6 +333,8 @@ def test_token_mixer_never_guesses_the_grid():
         tokens(torch.zeros(1, 16, DIM), (-4, -4))
     with pytest.raises(ValueError, match=r"x: expected \(B, N, 12\)"):
         tokens(torch.zeros(1, DIM, 4, 4), (4, 4))
+    with pytest.raises(TypeError, match=r"grid: expected \(H, W\), got 4"):
+        tokens(torch.zeros(1, 16, DIM), 4)
     with pytest.raises(ValueError, match="prefix_tokens: expected at least 0, got -1"):
         TokenMixer(DIM, 4, prefix_tokens=-1)
 

@@ -163,6 +163,9 @@ def _check_groups(name: str, groups: int, channels: int) -> None:
 
 
 def _check_directions(directions: Sequence[str], name: str = "directions") -> tuple[str, ...]:
+    # Their order is that of an axis: a set has none.
+    if not isinstance(directions, Sequence):
+        raise TypeError(f"{name}: expected a sequence of names, got {directions!r}")
     names = (directions,) if isinstance(directions, str) else tuple(directions)
     if not names:
         raise ValueError(f"{name}: expected at least one of {', '.join(DIRECTIONS)}, got none")

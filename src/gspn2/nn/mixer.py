@@ -85,8 +85,6 @@ class Mixer(nn.Module):
         ValueError, TypeError: an argument is out of its range, or the input is no (B, dim, H, W).
     """
 
-    horizontal: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -125,8 +123,6 @@ class Mixer(nn.Module):
         self.to_operands = Pointwise(proxy_dim if operands_from == "proxy" else dim, sum(self.sizes))
         self.merge = nn.Parameter(torch.empty(scans, proxy_dim))
         self.from_proxy = Pointwise(proxy_dim, dim, bias=bias)
-        horizontal = [[float(direction in ("right", "left"))] for direction in self.directions]
-        self.register_buffer("horizontal", torch.tensor(horizontal), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -256,8 +252,13 @@ class Mixer(nn.Module):
         rows, columns = height, width
         if self.chunk is not None:
             rows, columns = min(rows, self.chunk), min(columns, self.chunk)
-        # Arithmetic on a buffer instead of a new tensor of sizes: no copy to the device, no graph per size.
-        return self.merge * (self.horizontal * (1 / columns - 1 / rows) + 1 / rows)
+        # Filled in place: no copy to the device and no graph per size. A buffer of ones and zeros would come
+        # without its values out of a model that was made on "meta".
+        scale = self.merge.new_full((len(self.directions), 1), 1 / rows)
+        for d, direction in enumerate(self.directions):
+            if direction in ("right", "left"):
+                scale[d].fill_(1 / columns)
+        return self.merge * scale
 
     def _operand_rows(self, merge: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (P, source) and bias (P,) of the operands' projection, the gate's rows scaled by `merge`."""
@@ -297,7 +298,11 @@ def _check_arguments(
     operands_from: str,
 ) -> None:
     for name, value in (("dim", dim), ("proxy_dim", proxy_dim), ("groups", groups), ("chunk", chunk)):
-        if value is not None and value < 1:
+        if value is None and name == "chunk":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if proxy_dim % groups:
         raise ValueError(f"groups: expected a divisor of proxy_dim = {proxy_dim}, got {groups}")

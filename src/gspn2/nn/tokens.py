@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ class TokenMixer(nn.Module):
 
         Raises:
             ValueError: x is no (B, N, dim), or N is not prefix_tokens + H * W.
+            TypeError: the grid is no pair of numbers.
         """
         if x.ndim != 3 or x.shape[2] != self.mixer.dim:
             raise ValueError(f"x: expected (B, N, {self.mixer.dim}), got shape {tuple(x.shape)}")
+        if not isinstance(grid, Sequence) or len(grid) != 2:
+            raise TypeError(f"grid: expected (H, W), got {grid!r}")
         height, width = grid
         tokens = x.shape[1]
         if height < 1 or width < 1 or tokens != self.prefix_tokens + height * width:
