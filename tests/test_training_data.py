@@ -24,7 +24,7 @@ from gspn2.training.batches import EpochBatches, train_loader
 from gspn2.training.distributed import World
 from gspn2.training.image_sets import ImageSet
 from gspn2.training.samples import stratified_split
-from gspn2.training.transforms import preprocess_for
+from gspn2.training.transforms import Preprocess, augmentation_for, preprocess_for
 from training_helpers import make_images, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,6 +154,16 @@ def test_augmentation_is_a_function_of_epoch_and_index(folder):
     assert label == data.train.labels[5]
     assert not torch.equal(first, data.train[2, 5][0])
     assert draws == (random.random(), torch.rand(1), np.random.rand()), "the caller's draws go on"  # noqa: NPY002
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original-mstd5", "augmix-m10"])
+def test_policies_at_full_strength_make_images(policy):
+    """Posterize has no bits left then, which Pillow refuses from version 13 on."""
+    preprocess = Preprocess((16, 16), 3, (0.5,) * 3, (0.2,) * 3)
+    transform = augmentation_for(TrainConfig(data="images", auto_augment=policy), preprocess)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    random.seed(0), np.random.seed(0)  # noqa: NPY002
+    assert all(torch.isfinite(transform(image)).all() for _ in range(40))
 
 
 def test_workers_change_no_image(folder):

@@ -159,8 +159,25 @@ def _photo_augmentation(config: TrainConfig, preprocess: Preprocess) -> list[Tra
         mean=preprocess.mean if preprocess.in_chans == 3 else preprocess.mean * 3,
         separate=True,
     )
+    _mend_posterize(color)
     to_rgb = tv.Lambda(_rgb)
     return [to_rgb, geometry, color, *([tv.Grayscale(1)] if preprocess.in_chans == 1 else [])]
+
+
+def _mend_posterize(color: Any) -> None:
+    """Keep a bit of every color: timm's policies go down to none, which Pillow 13 refuses."""
+    for policy in color.transforms:
+        # RandAugment and AugMix have operations, AutoAugment has them in groups.
+        groups = [getattr(policy, "ops", []), *getattr(policy, "policy", [])]
+        for operation in (it for group in groups for it in group):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image, bits: int, **_: Any) -> Image:
+    from PIL import ImageOps
+
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 def _rgb(image: Image) -> Image:
