@@ -16,6 +16,7 @@ from gspn2.backends import BACKENDS, Problem, reference
 from gspn2.backends import cpu as cpu_backend
 from gspn2.backends.cuda.geometry import Device
 from gspn2.bench import ahead, baseline, case, compare, document, report, results, runner, tables, terminal
+from gspn2.bench import rates as rates_module
 from gspn2.bench.about import machine
 from gspn2.bench.case import Absent, Case, Contender, Pass
 from gspn2.bench.check import Wrong
@@ -38,8 +39,9 @@ def one_thread(threads: None) -> None:
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy and a product that take no time."""
-    monkeypatch.setattr(runner, "MATRIX", {"cpu": (16, torch.float32)})
-    monkeypatch.setattr(runner, "copy", lambda device: Work(lambda _: torch.ones(64).clone()))
+    monkeypatch.setattr(rates_module, "PRODUCTS", {"cpu": (("matrix product", 16), ("convolution", 16))})
+    monkeypatch.setattr(rates_module, "copy", lambda device: Work(lambda _: torch.ones(64).clone()))
+    monkeypatch.setattr(rates_module, "COPY_BYTES", 2**16)
 
 
 def settings(**changes: Any) -> runner.Settings:
@@ -47,7 +49,8 @@ def settings(**changes: Any) -> runner.Settings:
 
 
 def rates() -> dict[str, Any]:
-    return {"copy_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0}
+    found = {"copy_gb_per_s": 1.0, "fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0}
+    return found | {"matrix_by": "convolution", "matrix_side": 16}
 
 
 def scan_case(**changes: Any) -> Case:
@@ -416,6 +419,53 @@ def test_the_report_is_one_file_with_pictures_that_loads_nothing(tmp_path: Path)
         assert (tmp_path / f"{name}.svg").read_bytes().startswith(b"<?xml")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'id="{name}-' in page
+
+
+def samples(*found: float) -> dict[str, Any]:
+    return {"ms": found[-1], "range": [min(found), max(found)]}
+
+
+def test_floors_are_made_of_the_fastest_that_was_seen() -> None:
+    """Also those of cases that were measured while the processor was slow."""
+    probes = rates_module.Probes(HOST)
+    found = probes.start(3, 0.0)
+    assert found["matrix_by"] in ("matrix product", "convolution")
+    assert list(probes.beside(found, False)) == ["copy", "read"]
+    found |= {"fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1e-6}
+    it = {"name": "x", "pass": "forward", "ms": 1.0, "bytes": 10**6, "flops": 1000, "over_floor": 0.5}
+    rows = [{"device": "cpu", "contenders": [dict(it)]}, {"contenders": [dict(it)]}]
+    rates_module.judge(rows, {"cpu": found})
+    assert [row["contenders"][0]["over_floor"] for row in rows] == [1.0, 0.5]
+    # The fastest samples count: what is read at 4 GB/s, a product at 4e-6 TFLOP/s.
+    read, side = 2**16 // 128, found["matrix_side"]
+    times = {
+        "copy": samples(9.0, 9.0),
+        "read": samples(read / 4e6, 1.0),
+        "product": samples(side**3 / 2e3, 90.0),
+    }
+    probes.note(times, found)
+    assert found["fastest_gb_per_s"] == pytest.approx(4.0)
+    assert found["matrix_tflop_per_s"] == pytest.approx(4e-6)
+    rates_module.judge(rows, {"cpu": found})
+    assert rows[0]["contenders"][0]["over_floor"] == pytest.approx(4.0)
+
+
+def test_what_beats_its_floor_is_told(tmp_path: Path) -> None:
+    """On the terminal, in the report and in the document; a few percent are the clock's."""
+    it = {"name": "gspn2", "pass": "forward", "ms": 1.0, "quartiles": [1.0, 1.0], "bytes": 1, "flops": 1}
+    it |= {"gb_per_s": 1.0, "share": 0.5, "over_floor": 0.98}
+    row = {"bench": "sweep", "case": "resolution 64", "facts": {}, "seconds": 1.0, "contenders": [it]}
+    content = {**next(documents()), "cases": [row]}
+    assert not results.beaten_floors([row])
+    assert "98.0%" not in tables.beaten(content)
+    it["over_floor"] = 0.5
+    assert results.beaten_floors([row]) == ["sweep: resolution 64: gspn2, forward (200%)"]
+    assert "faster than its floor" in "\n".join(terminal.table(row))
+    assert "200.0%!" in "\n".join(terminal.table(row))
+    assert tables.cells(row)[0][6] == "200.0%!"
+    told = "sweep: resolution 64: gspn2, forward (200%)"
+    assert told in " ".join(document.text([content]).split())
+    assert told in report.html(content, {})
 
 
 def test_a_busy_cpu_is_told() -> None:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from gspn2.bench import ahead, document, figures, report, runner, t2i
+from gspn2.bench import ahead, document, figures, rates, report, runner, t2i
 from gspn2.bench.measure import Work
 from gspn2.bench.results import Row, find, timed
 from gspn2.bench.t2i_image import DIRECT, IMAGE, PROGRESSIVE, SHORTENED, Setting
@@ -29,9 +29,11 @@ def one_thread(threads: None) -> None:
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a case once, quickly."""
-    monkeypatch.setattr(runner, "copy", lambda device: Work(lambda _: torch.ones(64).clone()))
+    monkeypatch.setattr(rates, "copy", lambda device: Work(lambda _: torch.ones(64).clone()))
+    monkeypatch.setattr(rates, "COPY_BYTES", 2**16)
     settings = runner.Settings(HOST, rounds=1, seconds=0.0)
-    return lambda case: runner.Runner(settings).run(case, {"copy_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0})
+    fast = {"fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0, "matrix_by": "convolution", "matrix_side": 16}
+    return lambda case: runner.Runner(settings).run(case, dict(fast))
 
 
 def row(case: str, found: Row) -> Row:

@@ -13,7 +13,7 @@ from .ladder import RUNGS
 from .results import Row, broken, find, timed
 from .t2i_image import DIRECT, IMAGE, PROGRESSIVE
 from .t2i_step import ATTENTION, CUT, GRAPH, MIXERS, STEP
-from .tables import busy, method, where
+from .tables import beaten, busy, method, rate_texts, where
 from .terminal import digits, milliseconds
 
 HEAD = """# Benchmarks
@@ -54,6 +54,7 @@ def _section(content: dict[str, Any]) -> str:
     title = f"## {machine.get('device') or machine['processor']}"
     told = f"`{content['run']['command']}` on {where(machine)}. {method(content)}"
     found = [title, _wrapped(told), _wrapped(busy(content)), _rates(content), _wrapped(_older(content))]
+    found.append(_wrapped(beaten(content)))
     for part in parts().values():
         mine = of(rows, part.name)
         if mine:
@@ -79,10 +80,7 @@ def _older(content: dict[str, Any]) -> str:
 
 def _rates(content: dict[str, Any]) -> str:
     told = [
-        f"copy {digits(it['copy_gb_per_s'])} GB/s, matrix product {digits(it['matrix_tflop_per_s'])} TFLOP/s "
-        f"({it['matrix_dtype']}, {it['matrix_side']} x {it['matrix_side']}) on the "
-        f"{'GPU' if kind == 'cuda' else 'CPU'}"
-        for kind, it in content["rates"].items()
+        f"{text} on the {'GPU' if kind == 'cuda' else 'CPU'}" for kind, text in rate_texts(content).items()
     ]
     return f"Measured in the same run: {'; '.join(told)}." if told else ""
 

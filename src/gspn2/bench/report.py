@@ -19,7 +19,7 @@ from .figures import images_per_second, of
 from .ladder import RUNGS
 from .results import Row, broken, find, timed
 from .t2i_image import DIRECT, IMAGE, PROGRESSIVE
-from .tables import HEADS, busy, cells, facts_of, method, where
+from .tables import HEADS, beaten, busy, cells, facts_of, method, rate_texts, where
 from .terminal import digits, milliseconds
 
 FIGURES = {
@@ -69,6 +69,7 @@ def html(content: dict[str, Any], pictures: dict[str, str]) -> str:
             f"<li><b>{escape(value)}</b><span>{escape(text)}</span></li>" for value, text in headlines(rows)
         ),
         problems=_problems(rows),
+        beaten=f'<p class="soft">{escape(beaten(content))}</p>' if beaten(content) else "",
         contents="".join(
             f'<a href="#{part.name}">{escape(part.title)}</a>'
             for part in parts().values()
@@ -296,11 +297,7 @@ def _lead(content: dict[str, Any]) -> str:
 
 
 def _rates(content: dict[str, Any]) -> dict[str, str]:
-    return {
-        f"{kind}: copy, matrix product": f"{digits(it['copy_gb_per_s'])} GB/s, "
-        f"{digits(it['matrix_tflop_per_s'])} TFLOP/s ({it['matrix_dtype']})"
-        for kind, it in content["rates"].items()
-    }
+    return {f"rates, {kind}": text for kind, text in rate_texts(content).items()}
 
 
 def _device(machine: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from .measure import rounded
 
 SCHEMA = 1
 """Of the file. Raised when a reader of the old one would misread the new one."""
+
+FLOOR_TOLERANCE = 0.03
+"""By how much a time may be below its floor before that is remarked on."""
 
 Row = dict[str, Any]
 
@@ -27,7 +31,7 @@ class Results:
 
         {"schema": 1, "machine": {...}, "run": {...}, "rates": {...}, "cases": [
             {"bench": ..., "case": ..., "facts": {...}, "commit": ..., "seconds": ...,
-             "copy_gb_per_s": ..., "contenders": [
+             "device": "cuda" or "cpu", "copy_gb_per_s": ..., "contenders": [
                 {"name": ..., "pass": ..., "ms": ..., "quartiles": [...], "range": [...], "runs": ...,
                  "bytes": ..., "flops": ..., "gb_per_s": ..., "share": ..., "floor_ms": ...,
                  "error_of": {...}}
@@ -61,7 +65,8 @@ class Results:
             if row.pop("began", False):
                 row["failed"] = "hung, or ended the process"
             self.rows.append(row)
-        self.content["rates"] = old["rates"]
+        if self.rows:
+            self.content["rates"] = old["rates"]
 
     def holds(self, bench: str, case: str) -> bool:
         """Has the case been run?"""
@@ -123,6 +128,21 @@ def broken(row: Row) -> list[str]:
     wrong = [it for it in row.get("contenders", []) if "wrong" in it]
     found += [f"{it['name']}{' ' + it['pass'] if 'pass' in it else ''}: {it['wrong']}" for it in wrong]
     return found
+
+
+def beats_floor(it: Row) -> bool:
+    """Is a timed pass faster than anything should be, by more than clocks differ?"""
+    return bool(it.get("over_floor")) and it["over_floor"] < 1 / (1 + FLOOR_TOLERANCE)
+
+
+def beaten_floors(rows: Sequence[Row]) -> list[str]:
+    """The passes that are faster than their floors."""
+    return [
+        f"{row['bench']}: {row['case']}: {it['name']}, {it['pass']} ({100 / it['over_floor']:.0f}%)"
+        for row in rows
+        for it in timed(row)
+        if beats_floor(it)
+    ]
 
 
 def find(row: Row, name: str, which: str) -> Row | None:

@@ -16,15 +16,14 @@ import torch
 
 from .case import Absent, Case, Contender, Part, Pass
 from .check import Wrong
-from .measure import Work, bytes_per_ms, copy, in_turn
+from .measure import Work, bytes_per_ms, in_turn
+from .rates import INTENSE, Probes, Rates, floor_ms, judge
 from .results import Results, Row
 
 HANG_SECONDS = 240
 """A case that takes longer ends its process; the supervisor goes on with the next."""
 LOST = 4
 """Exit code of a process whose device does not answer any more."""
-MATRIX = {"cuda": (8192, torch.bfloat16), "cpu": (1024, torch.float32)}
-"""Side and dtype of the square product that gives the matrix rate."""
 
 
 @dataclass(frozen=True)
@@ -71,31 +70,15 @@ class Runner:
         self.settings = settings
         self.device = settings.device
         self.seconds = SECONDS[self.device.type] if settings.seconds is None else settings.seconds
-        self._copy: Work | None = None
+        self.probes = Probes(self.device)
         torch.manual_seed(time.time_ns() % 2**32)
 
-    @property
-    def copy(self) -> Work:
-        """A large copy, which is timed in turn with everything."""
-        if self._copy is None:
-            self._copy = copy(self.device)
-        return self._copy
+    def rates(self) -> Rates:
+        """How fast this device copies, reads and multiplies, now."""
+        return self.probes.start(max(5, self.settings.rounds), self.seconds)
 
-    def rates(self) -> dict[str, Any]:
-        """Copy bandwidth and matrix rate of this device, now."""
-        side, dtype = MATRIX[self.device.type]
-        a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
-        works = {"copy": self.copy, "matrix": Work(lambda _: a @ b, graph=False)}
-        times = in_turn(works, self.device, max(5, self.settings.rounds), self.seconds)
-        return {
-            "copy_gb_per_s": bytes_per_ms(times["copy"], self.device) / 1e6,
-            "matrix_tflop_per_s": 2 * side**3 / times["matrix"]["ms"] / 1e9,
-            "matrix_dtype": str(dtype).removeprefix("torch."),
-            "matrix_side": side,
-        }
-
-    def run(self, case: Case, rates: dict[str, Any]) -> Row:
-        """Measure a case.
+    def run(self, case: Case, rates: Rates) -> Row:
+        """Measure a case; the rates are raised where it shows faster ones.
 
         Everything that goes wrong with one contender is told in its row, and the others go on.
         """
@@ -103,8 +86,9 @@ class Runner:
         passes: dict[tuple[str, str], Pass] = {}
         for contender in case.contenders(self.device):
             found += self._prepared(contender, passes)
-        times = self._timed(passes, case.rounds or self.settings.rounds)
+        times = self._timed(passes, rates, case.rounds or self.settings.rounds)
         bandwidth = bytes_per_ms(times["copy"], self.device) if "copy" in times else None
+        self.probes.note(times, rates)
         for row in found:
             key = (row["name"], row.get("pass", ""))
             if key not in passes:
@@ -115,7 +99,11 @@ class Runner:
             row |= self._judged(passes[key], times[key], bandwidth, rates)
         passes.clear()
         found += case.derive(found)
-        return {"copy_gb_per_s": None if bandwidth is None else bandwidth / 1e6, "contenders": found}
+        return {
+            "device": self.device.type,
+            "copy_gb_per_s": None if bandwidth is None else bandwidth / 1e6,
+            "contenders": found,
+        }
 
     def _prepared(self, contender: Contender, passes: dict[tuple[str, str], Pass]) -> list[Row]:
         """Make and check the passes; those that are right go into `passes`."""
@@ -141,31 +129,32 @@ class Runner:
             rows.append(row)
         return rows
 
-    def _timed(self, passes: dict[tuple[str, str], Pass], rounds: int) -> dict[Any, Any]:
+    def _timed(self, passes: dict[tuple[str, str], Pass], rates: Rates, rounds: int) -> dict[Any, Any]:
         """Times in turn with the copy; for a pass that cannot be run with the others, why."""
         works: dict[Any, Work] = {key: it.work for key, it in passes.items()}
         if not works:
             return {}
         seconds = self.seconds
+        computes = any(it.flops > INTENSE * it.bytes for it in passes.values())
+        beside = self.probes.beside(rates, computes)
         try:
-            return in_turn({"copy": self.copy, **works}, self.device, rounds, seconds)
+            return in_turn({**beside, **works}, self.device, rounds, seconds)
         except Exception as error:
             self._tell(error)
         # One of them fails; each alone says which, at the price that they are not in turn.
         times: dict[Any, Any] = {}
         for key, work in works.items():
             try:
-                times |= in_turn({"copy": self.copy, key: work}, self.device, rounds, seconds)
+                times |= in_turn({**beside, key: work}, self.device, rounds, seconds)
             except Exception as error:
                 self._tell(error)
                 times[key] = first_line(error)
         return times
 
-    def _judged(self, it: Pass, times: dict[str, Any], bandwidth: float | None, rates: dict[str, Any]) -> Row:
+    def _judged(self, it: Pass, times: dict[str, Any], bandwidth: float | None, rates: Rates) -> Row:
         seconds = times["ms"] / 1e3
         copied = it.bytes / bandwidth if bandwidth else 0.0
-        computed = it.flops / rates["matrix_tflop_per_s"] / 1e9
-        floor = max(copied, computed)
+        floor = floor_ms(it.bytes, it.flops, rates)
         cache = cache_bytes(self.device)
         return {
             **times,
@@ -228,12 +217,14 @@ def run(cases: Sequence[Case], settings: Settings, results: Results, watcher: Wa
         runner = runners.setdefault(device.type, Runner(replace(settings, device=device)))
         if device.type not in rates:
             rates[device.type] = runner.rates()
-        watcher.ended(results.end(_guarded(runner, case, rates[device.type])))
+        row = results.end(_guarded(runner, case, rates[device.type]))
+        judge(results.rows, rates)
+        watcher.ended(row)
         runner.clear()
     results.finish(seconds=time.monotonic() - began, left_out=left_out)
 
 
-def _guarded(runner: Runner, case: Case, rates: dict[str, Any]) -> Row:
+def _guarded(runner: Runner, case: Case, rates: Rates) -> Row:
     """A case's row, also if it cannot be run at all."""
     begin = time.monotonic()
     if runner.device.type == "cuda":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .results import Row, timed
-from .terminal import digits, first_times, milliseconds
+from .results import Row, beaten_floors, timed
+from .terminal import digits, first_times, milliseconds, share_of_floor
 
 BASELINE_TOLERANCE = 0.15
 """How far the baseline may be from the released kernel before it is remarked on."""
@@ -28,7 +28,7 @@ def _cells(it: Row, first: float) -> list[str]:
         f"{50 * (high - low) / it['ms']:.1f}%",
         digits(it["gb_per_s"]),
         "-" if computes else f"{100 * it['share']:.1f}%",
-        f"{100 / it['over_floor']:.1f}%" if it["over_floor"] else "-",
+        share_of_floor(it),
         f"{first / it['ms']:.2f}x" if first != it["ms"] else "",
         _more(it),
     ]
@@ -69,6 +69,22 @@ def _value(value: Any) -> str:
     return str(value)
 
 
+def rate_texts(content: dict[str, Any]) -> dict[str, str]:
+    """How fast each kind of device copies, reads and multiplies."""
+    found = {}
+    for kind, it in content["rates"].items():
+        best = it.get("fastest_gb_per_s")
+        found[kind] = ", ".join(
+            [
+                f"copy {digits(it['copy_gb_per_s'])} GB/s",
+                *([f"reading or copying at best {digits(best)} GB/s"] if best else []),
+                f"{it.get('matrix_by', 'matrix product')} {digits(it['matrix_tflop_per_s'])} TFLOP/s "
+                f"({it['matrix_dtype']}, {it['matrix_side']} x {it['matrix_side']})",
+            ]
+        )
+    return found
+
+
 def where(machine: dict[str, Any]) -> str:
     """The machine and the versions that matter there."""
     facts = [machine["processor"], f"{machine['threads']} threads"]
@@ -94,6 +110,31 @@ def busy(content: dict[str, Any]) -> str:
     return f"The host {told}: what it launches call by call may take longer than on a quiet machine."
 
 
+def by_fastest(content: dict[str, Any]) -> bool:
+    """Are floors made of the fastest samples of reading, copying and several products?"""
+    return any("fastest_gb_per_s" in it for it in content["rates"].values())
+
+
+def beaten(content: dict[str, Any]) -> str:
+    """What is faster than its floor, and why that can be, or ""."""
+    found = beaten_floors(content["cases"])
+    if not found:
+        return ""
+    if by_fastest(content):
+        why = "caches, or clocks that rose, were not in the rates that the floors are made of"
+    elif content["run"]["device"] == "cuda":
+        why = (
+            "floors are made of the median of a copy, which writes as much as it reads, and memory that is "
+            "mostly read, as by a scan, is faster than that"
+        )
+    else:
+        why = (
+            "floors are made of one product by PyTorch's BLAS, measured when the run began, and convolutions "
+            "are faster than that on this processor"
+        )
+    return f"Faster than their floors: {'; '.join(found)}. Such a floor is none: {why}."
+
+
 def method(content: dict[str, Any]) -> str:
     """How it was measured, in words."""
     on_gpu = content["run"]["device"] == "cuda"
@@ -108,12 +149,17 @@ def method(content: dict[str, Any]) -> str:
         if on_gpu
         else "Inputs are random; where they are few, four sets are used in rotation."
     )
+    floor = (
+        "the floor is the larger of the time of as many bytes at the rate of reading or copying and the time "
+        "of as many operations at the rate of the fastest of several products, by the best sample of the run"
+        if by_fastest(content)
+        else "the floor is the larger of the time in which as many bytes are copied and the time of as many "
+        "operations at the rate of a large matrix product, both measured in the same run"
+    )
     return (
         "Every result is checked before it is timed, the operator against a reference in float64 with "
         "memory poisoned before and two runs compared; what is wrong gets no speed. Contenders of a case "
         f"run in turn with each other and with a large copy; times are medians by {clock}, and +- is half "
         f"the distance of the quartiles. {inputs} GB/s counts every input read once and every output "
-        "written once; the floor is the larger of the time in which as many bytes are copied and the time "
-        "of as many operations at the rate of a large matrix product, both measured in the same run. "
-        "Clocks are left alone."
+        f"written once; {floor}. Clocks are left alone."
     )

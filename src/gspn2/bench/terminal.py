@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .case import Case
-from .results import Row, broken
+from .results import Row, beats_floor, broken
 from .runner import Watcher
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ def table(row: Row) -> list[str]:
     for it in contenders:
         if "ms" in it:
             lines.append(_cells(it, first.get(it["pass"])))
+            if beats_floor(it):
+                notes.append(
+                    f"{it['name']} {it['pass']}: faster than its floor, which is none: measured while slow?"
+                )
         elif "absent" in it:
             notes.append(f"{it['name']}: {it['absent']}")
         else:
@@ -118,9 +122,16 @@ def _cells(it: Row, first: float | None) -> list[str]:
         f"{50 * (high - low) / it['ms']:.1f}%",
         digits(it["gb_per_s"]),
         "-" if small else f"{100 * it['share']:.1f}%",
-        "-" if not it["over_floor"] else f"{100 / it['over_floor']:.1f}%",
+        share_of_floor(it),
         "" if first is None or first == it["ms"] else f"{first / it['ms']:.2f}x",
     ]
+
+
+def share_of_floor(it: Row) -> str:
+    """In percent; marked where the floor was beaten, and so is none."""
+    if not it["over_floor"]:
+        return "-"
+    return f"{100 / it['over_floor']:.1f}%{'!' if beats_floor(it) else ''}"
 
 
 def milliseconds(value: float) -> str:

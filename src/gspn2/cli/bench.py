@@ -186,6 +186,7 @@ def _typed() -> list[str]:
 
 def _run(cases: list[Case], device: torch.device, args: argparse.Namespace, began: float) -> int:
     from gspn2.bench import runner, terminal
+    from gspn2.bench.results import beaten_floors
 
     minutes = args.minutes
     if minutes is None and "all" in args.names:
@@ -195,6 +196,8 @@ def _run(cases: list[Case], device: torch.device, args: argparse.Namespace, bega
     with terminal.Terminal() as shown:
         runner.run(cases, settings, results, shown, began)
     print(f"\n{results.path}: {len(results.rows)} cases in {results.content['run']['seconds']:.0f} s")
+    for text in beaten_floors(results.rows):
+        print(f"faster than its floor  {text}")
     for text in shown.bad:
         print(f"WRONG  {text}")
     return WRONG if shown.bad else DONE
