@@ -131,3 +131,16 @@ def test_short_lines_take_one_block_and_long_ones_a_cluster() -> None:
     assert strips(32) == 1
     assert (strips(1024) or 0) > 1
     assert strips(8192) is None
+
+
+def test_many_planes_with_taps_of_their_own_have_the_registers_of_a_multiprocessor() -> None:
+    def back(channels: int, groups: int, dtype: torch.dtype = BF16) -> planes_backward_pieces.Pieces:
+        directions = ("down", "up", "right", "left")
+        problem = Problem(directions, None, True, 1, channels, groups, 1024, 1024, dtype, "cuda")
+        case = imagined(problem, "planes", Device(), backward=True)
+        found = planes_backward_pieces.best(case, planes_backward.walks(case, "right"))
+        assert found is not None
+        return found[-1]
+
+    assert back(128, 128).threads == 256
+    assert back(128, 1).threads == back(8, 8).threads == back(128, 128, torch.float32).threads == 160

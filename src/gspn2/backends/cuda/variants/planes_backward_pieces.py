@@ -250,7 +250,8 @@ def _rank(case: Case, cut: Pieces) -> tuple[float, ...]:
         buffers = 1  # blocks fill each other's time
     elif not cut.walk.forward and not _is_plain(case, cut.walk) and case.problem.height > OWN:
         buffers = 1  # two blocks on a multiprocessor gain more than tiles ahead
-        if 2 * (_shared(case, cut.walk, 2, OWN + 2 * HALO, 64, 1) + RESERVED) > _room(case):
+        two = 2 * (_shared(case, cut.walk, 2, OWN + 2 * HALO, 64, 1) + RESERVED)
+        if two > _room(case) or _needs_registers(case, cut.walk):
             own = 205  # one block has the multiprocessor for itself: 8 warps
     return abs(cut.own / own - 1), abs(cut.piece / 64 - 1), abs(cut.buffers - buffers)
 
@@ -270,6 +271,18 @@ def _is_plain(case: Case, walk: Walk) -> bool:
     """Does the walk back of a single scan find its states, without a sum over anything?"""
     single = len(case.problem.directions) == 1 and "gate" not in case.views
     return single and not walk.own_states and not walk.shared
+
+
+def _needs_registers(case: Case, walk: Walk) -> bool:
+    """Would two blocks on a multiprocessor have too few registers, and are there that many blocks?
+
+    A thread holds the weights of 8 lines and what gradients of their logits take besides: about 200
+    registers. Two blocks leave it 168, and some would be spilled in every line. They also have more rows
+    under way than the cache holds until the other halves of its lines are due.
+    """
+    rests = not walk.shared and case.problem.normalize and "dtaps" in case.views and case.itemsize < 4
+    planes = case.problem.batch * case.problem.channels
+    return rests and walk.own_states and planes * -(-case.problem.height // OWN) > case.device.multiprocessors
 
 
 def _longest_block(case: Case, walk: Walk) -> int:
