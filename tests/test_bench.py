@@ -49,8 +49,7 @@ def settings(**changes: Any) -> runner.Settings:
 
 
 def rates() -> dict[str, Any]:
-    found = {"copy_gb_per_s": 1.0, "fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0}
-    return found | {"matrix_by": "convolution", "matrix_side": 16}
+    return {"copy_gb_per_s": 1.0, "fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0}
 
 
 def scan_case(**changes: Any) -> Case:
@@ -430,22 +429,26 @@ def test_floors_are_made_of_the_fastest_that_was_seen() -> None:
     probes = rates_module.Probes(HOST)
     found = probes.start(3, 0.0)
     assert found["matrix_by"] in ("matrix product", "convolution")
-    assert list(probes.beside(found, False)) == ["copy", "read"]
+    assert list(probes.beside(False)) == ["copy", "read"]
     found |= {"fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1e-6}
-    it = {"name": "x", "pass": "forward", "ms": 1.0, "bytes": 10**6, "flops": 1000, "over_floor": 0.5}
-    rows = [{"device": "cpu", "contenders": [dict(it)]}, {"contenders": [dict(it)]}]
+    it: dict[str, Any] = {
+        "name": "x",
+        "pass": "forward",
+        "ms": 1.0,
+        "bytes": 10**6,
+        "flops": 1000,
+        "over_floor": 0.5,
+    }
+    rows: list[dict[str, Any]] = [{"device": "cpu", "contenders": [dict(it)]}, {"contenders": [dict(it)]}]
     rates_module.judge(rows, {"cpu": found})
     assert [row["contenders"][0]["over_floor"] for row in rows] == [1.0, 0.5]
     # The fastest samples count: what is read at 4 GB/s, a product at 4e-6 TFLOP/s.
-    read, side = 2**16 // 128, found["matrix_side"]
-    times = {
-        "copy": samples(9.0, 9.0),
-        "read": samples(read / 4e6, 1.0),
-        "product": samples(side**3 / 2e3, 90.0),
-    }
+    times: dict[Any, Any] = {"copy": samples(90.0, 90.0), "read": samples(2**16 // 128 / 4e6, 1.0)}
+    times |= {("convolution", 16): samples(16**3 / 2e3, 90.0), ("matrix product", 16): samples(60.0, 1.0e3)}
     probes.note(times, found)
     assert found["fastest_gb_per_s"] == pytest.approx(4.0)
     assert found["matrix_tflop_per_s"] == pytest.approx(4e-6)
+    assert found["matrix_by"] == "convolution"
     rates_module.judge(rows, {"cpu": found})
     assert rows[0]["contenders"][0]["over_floor"] == pytest.approx(4.0)
 

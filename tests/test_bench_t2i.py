@@ -32,7 +32,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rates, "copy", lambda device: Work(lambda _: torch.ones(64).clone()))
     monkeypatch.setattr(rates, "COPY_BYTES", 2**16)
     settings = runner.Settings(HOST, rounds=1, seconds=0.0)
-    fast = {"fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0, "matrix_by": "convolution", "matrix_side": 16}
+    fast = {"fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1.0}
     return lambda case: runner.Runner(settings).run(case, dict(fast))
 
 

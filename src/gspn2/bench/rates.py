@@ -26,7 +26,7 @@ PRODUCTS = {
 }
 """Square products, by device: how PyTorch is asked for it, and its side."""
 INTENSE = 4.0
-"""Operations a byte from which on the product is timed beside a case."""
+"""Operations a byte from which on products are timed beside a case."""
 
 
 class Probes:
@@ -34,7 +34,6 @@ class Probes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._products: dict[tuple[str, int], Work] = {}
 
     @cached_property
     def copy(self) -> Work:
@@ -46,42 +45,30 @@ class Probes:
         numbers = torch.rand(self._read_bytes // 4, device=self.device)
         return Work(lambda _: numbers.sum(), graph=False)
 
-    def product(self, how: str, side: int) -> Work:
-        """One of `PRODUCTS`; its operands are made once."""
-        if (how, side) not in self._products:
-            self._products[how, side] = product(how, side, self.device)
-        return self._products[how, side]
+    @cached_property
+    def products(self) -> dict[Any, Work]:
+        """Those of `PRODUCTS`."""
+        return {which: product(*which, self.device) for which in PRODUCTS[self.device.type]}
 
     @property
     def _read_bytes(self) -> int:
         return COPY_BYTES // 2 if self.device.type == "cuda" else COPY_BYTES // 128
 
     def start(self, rounds: int, seconds: float) -> Rates:
-        """Choose the fastest product; what was measured, as it stands in the results."""
-        kind = self.device.type
-        tried: dict[Any, Work] = {which: self.product(*which) for which in PRODUCTS[kind]}
-        found: dict[Any, Row] = in_turn(tried, self.device, rounds, seconds)
-        how, side = max(PRODUCTS[kind], key=lambda which: _tflops(which[1], found[which]))
-        self._products = {(how, side): tried[how, side]}
+        """What is found now, as it stands in the results."""
+        times = in_turn(self.beside(True), self.device, rounds, seconds)
         rates: Rates = {
-            "copy_gb_per_s": 0.0,
+            "copy_gb_per_s": bytes_per_ms(times["copy"], self.device) / 1e6,
             "fastest_gb_per_s": 0.0,
-            "matrix_tflop_per_s": _tflops(side, found[how, side]),
-            "matrix_dtype": str(DTYPES[kind]).removeprefix("torch."),
-            "matrix_side": side,
-            "matrix_by": how,
+            "matrix_tflop_per_s": 0.0,
+            "matrix_dtype": str(DTYPES[self.device.type]).removeprefix("torch."),
         }
-        times = in_turn(self.beside(rates, True), self.device, rounds, seconds)
-        rates["copy_gb_per_s"] = bytes_per_ms(times["copy"], self.device) / 1e6
         self.note(times, rates)
         return rates
 
-    def beside(self, rates: Rates, computes: bool) -> dict[Any, Work]:
-        """To be timed in turn with passes; the product that was chosen only beside those that compute."""
-        found = {"copy": self.copy, "read": self.read}
-        return found | (
-            {"product": self.product(rates["matrix_by"], rates["matrix_side"])} if computes else {}
-        )
+    def beside(self, computes: bool) -> dict[Any, Work]:
+        """To be timed in turn with passes; products only beside those that compute."""
+        return {"copy": self.copy, "read": self.read, **(self.products if computes else {})}
 
     def note(self, times: dict[Any, Any], rates: Rates) -> None:
         """Raise the rates where these times are the fastest that were seen."""
@@ -89,9 +76,12 @@ class Probes:
             copied = bytes_per_ms({"ms": times["copy"]["range"][0]}, self.device) / 1e6
             read = self._read_bytes / times["read"]["range"][0] / 1e6
             rates["fastest_gb_per_s"] = max(rates["fastest_gb_per_s"], copied, read)
-        if "product" in times:
-            found = _tflops(rates["matrix_side"], times["product"])
-            rates["matrix_tflop_per_s"] = max(rates["matrix_tflop_per_s"], found)
+        for how, side in PRODUCTS[self.device.type]:
+            if (how, side) not in times:
+                continue
+            found = 2 * side**3 / times[how, side]["range"][0] / 1e9
+            if found > rates["matrix_tflop_per_s"]:
+                rates |= {"matrix_tflop_per_s": found, "matrix_side": side, "matrix_by": how}
 
 
 def product(how: str, side: int, device: torch.device) -> Work:
@@ -122,8 +112,3 @@ def judge(rows: Iterable[Row], rates: dict[str, Rates]) -> None:
             if it["bytes"] or it["flops"]:
                 it["floor_ms"] = floor_ms(it["bytes"], it["flops"], rates[row["device"]])
                 it["over_floor"] = it["ms"] / it["floor_ms"]
-
-
-def _tflops(side: int, times: dict[str, Any]) -> float:
-    """Of the fastest sample."""
-    return 2 * side**3 / times["range"][0] / 1e9

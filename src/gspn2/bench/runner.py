@@ -86,7 +86,7 @@ class Runner:
         passes: dict[tuple[str, str], Pass] = {}
         for contender in case.contenders(self.device):
             found += self._prepared(contender, passes)
-        times = self._timed(passes, rates, case.rounds or self.settings.rounds)
+        times = self._timed(passes, case.rounds or self.settings.rounds)
         bandwidth = bytes_per_ms(times["copy"], self.device) if "copy" in times else None
         self.probes.note(times, rates)
         for row in found:
@@ -129,14 +129,14 @@ class Runner:
             rows.append(row)
         return rows
 
-    def _timed(self, passes: dict[tuple[str, str], Pass], rates: Rates, rounds: int) -> dict[Any, Any]:
+    def _timed(self, passes: dict[tuple[str, str], Pass], rounds: int) -> dict[Any, Any]:
         """Times in turn with the copy; for a pass that cannot be run with the others, why."""
         works: dict[Any, Work] = {key: it.work for key, it in passes.items()}
         if not works:
             return {}
         seconds = self.seconds
         computes = any(it.flops > INTENSE * it.bytes for it in passes.values())
-        beside = self.probes.beside(rates, computes)
+        beside = self.probes.beside(computes)
         try:
             return in_turn({**beside, **works}, self.device, rounds, seconds)
         except Exception as error:

@@ -112,9 +112,14 @@ class Shape:
             "scheduler": ["diffusers", "EulerDiscreteScheduler"],
         }
         (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-        for name, config in (("unet", self.unet), ("vae", self.vae)):
-            (folder / name).mkdir()
-            (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        parts = {
+            "unet/config.json": self.unet,
+            "vae/config.json": self.vae,
+            "scheduler/scheduler_config.json": SCHEDULER,
+        }
+        for name, config in parts.items():
+            (folder / name).parent.mkdir()
+            (folder / name).write_text(json.dumps(config), encoding="utf-8")
 
 
 SDXL = Shape("SDXL", UNET, VAE)
