@@ -187,12 +187,23 @@ def test_timm_folder_has_card_config_and_plain_weights(run, tmp_path):
     assert tuned(images).shape == (2, 7)
 
 
-def test_exported_folder_is_a_start_for_fine_tuning(run, tmp_path):
+def test_exported_folder_is_a_start_for_fine_tuning(run, tmp_path, capsys):
     model, info = load_checkpoint(run.out)
     export(model, info, tmp_path / "exported")
     images = make_images(tmp_path / "images", per_class=4)
     changes = {"model": "test_gspn2", "model_args": info.config.model_args, "epochs": 1}
     train(settings(images, tmp_path / "out", init_from=str(tmp_path / "exported"), **changes))
+    # The command takes the model that the weights are of, from either; a recipe's is only a default.
+    for source in (tmp_path / "exported", run.out):
+        capsys.readouterr()
+        assert main(["train", "--recipe", "finetune", "--init-from", str(source), "--print-config"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert {name: printed[name] for name in ("model", "model_args")} == {
+            "model": "test_gspn2",
+            "model_args": info.config.model_args,
+        }
+    assert main(["train", "--init-from", str(run.out), "--model", "test_vit", "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "test_vit"
     with pytest.raises(CheckpointError, match="weights do not fit test_efficientnet"):
         train(settings(images, tmp_path / "other", init_from=str(tmp_path / "exported"), epochs=1))
 

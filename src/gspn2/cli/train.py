@@ -163,8 +163,14 @@ def _train(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
     if args.model_arg:
         given["model_args"] = dict(args.model_arg)
+    typed = set(given)
     if args.recipe is not None:
         given = {**recipe_settings(args.recipe), **given}
+    if "init_from" in typed and "model" not in typed and args.recipe in (None, *RECIPES):
+        # A recipe's model is a default; weights fit their own.
+        from ..training.checkpoint import model_of
+
+        given |= {name: it for name, it in model_of(given["init_from"]).items() if name not in typed}
     config = TrainConfig(**given)
     if args.print_config:
         print(json.dumps(config.to_json(), indent=2))

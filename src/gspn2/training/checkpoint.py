@@ -27,6 +27,7 @@ from .transforms import Preprocess
 FORMAT = 1
 LAST, BEST = "last.safetensors", "best.safetensors"
 EXPORTED = "model.safetensors"
+DATA_ARGUMENTS = ("num_classes", "in_chans", "img_size")
 
 
 class NotOursError(CheckpointError):
@@ -242,6 +243,30 @@ def weights_of(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     return choose_weights(tensors, info, None)[0]
+
+
+def model_of(path: str | Path) -> dict[str, Any]:
+    """The settings "model" and "model_args" of what `weights_of` reads; {} where the files do not tell.
+
+    Raises:
+        CheckpointError: no such file, or a damaged one.
+    """
+    path = Path(path)
+    stated = path / "config.json"
+    if (path / EXPORTED).is_file() and stated.is_file():
+        try:
+            told = json.loads(stated.read_text(encoding="utf-8"))
+            arguments = dict(told.get("model_args") or {})
+            # These follow from the data.
+            named = {name: value for name, value in arguments.items() if name not in DATA_ARGUMENTS}
+            return {"model": told["architecture"], "model_args": named}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{stated}: cannot be read: {error}") from error
+    try:
+        _, info = read_checkpoint(find_checkpoint(path))
+    except NotOursError:
+        return {}
+    return {"model": info.config.model, "model_args": dict(info.config.model_args)}
 
 
 def choose_weights(
