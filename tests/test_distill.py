@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +255,15 @@ def test_bad_settings_leave_nothing_behind(folders, tmp_path, capsys, options, m
     assert main(["distill", *fixed, "--out", str(out), *options]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_pipeline_that_predicts_something_else_is_refused(folders, tmp_path):
+    shutil.copytree(folders / "sd15", tmp_path / "sd15")
+    config = tmp_path / "sd15/scheduler/scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "sample"}))
+    with pytest.raises(UserError, match="expected prediction of epsilon or v_prediction, got 'sample'"):
+        distill(settings(tmp_path / "sd15", folders / "data", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command(folders, tmp_path, capsys):

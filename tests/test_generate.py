@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("transformers")
 from PIL import Image
 
 import diffusion_helpers as tiny
+from gspn2.cli import generate as command_module
 from gspn2.cli.main import main
 from gspn2.integrations.diffusers import generate as module
 from gspn2.integrations.diffusers import mount
@@ -108,9 +111,40 @@ def test_memory_that_runs_out_keeps_finished_stages(folders, tmp_path, monkeypat
     assert os.listdir(tmp_path / "image.png.stages") == ["stage0.safetensors"]
 
 
+def test_a_terminated_run_leaves_no_half_picture(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "plan", lambda job: module.Plan(1 << 30, 256, 65536))
+    monkeypatch.setattr(
+        module.ImageFile, "write", lambda self, rows: os.kill(os.getpid(), signal.SIGTERM) or len(self.path)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(command(folders, tmp_path / "image.png", "a cat", size="128")) == 128 + signal.SIGTERM
+    assert "--resume goes on" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["image.png.stages"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_scheduler_of_second_order_counts_every_evaluation(folders, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(command_module._Lines, "__call__", lambda self, *what: told.append(what))
+    words = command(folders, tmp_path / "a.png", "a cat", "--scheduler", "HeunDiscreteScheduler", size="128")
+    assert main(words) == 0
+    assert told[:-1] == [("stage 1/1 (128 x 128)", i + 1, 5) for i in range(5)]
+
+
+def test_weights_of_one_variant_are_loaded(folders, tmp_path):
+    """As large pipelines are often fetched: in half precision only."""
+    shutil.copytree(folders / "sd15", tmp_path / "half")
+    for path in (tmp_path / "half").rglob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    words = command(folders, tmp_path / "b.png", "a cat", "--pipeline", str(tmp_path / "half"), name="sd15")
+    assert main(words) == 0
+    assert main(command(folders, tmp_path / "a.png", "a cat", name="sd15")) == 0
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
 def test_prompts_from_a_file(folders, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
-    prompts.write_text("a cat\n\na dog\n")
+    prompts.write_text("a cat\n\na dog\n", encoding="utf-8-sig")
     out.mkdir()
     assert main(command(folders, out, "--prompts", str(prompts), size="128")) == 0
     assert sorted(os.listdir(out)) == ["0.png", "1.png"]
@@ -120,6 +154,8 @@ def test_prompts_from_a_file(folders, tmp_path):
 BAD = {
     "size": (["--size", "250"], "multiple of 8, got 250"),
     "scheduler": (["--scheduler", "NoScheduler"], "EulerDiscreteScheduler"),
+    "flow": (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "expected one of DDIMScheduler"),
+    "seed": (["--seed", "99999999999999999999"], "32 bits, got 99999999999999999999"),
     "memory": (["--memory", "0.5"], "needs about"),
     "steps": (["--steps", "1"], "less than one"),
     "strengths": (["--strengths", "0.5,0.5"], "expected 1, one for each pass"),
@@ -132,6 +168,9 @@ BAD = {
     "folder": (["--out", "nowhere/image.png"], "no such folder"),
     "prompts": (["--prompts", "nowhere.txt"], "either PROMPT or --prompts"),
 }
+
+if find_spec("torchsde") is None:
+    BAD["package"] = (["--scheduler", "DPMSolverSDEScheduler"], "expected one of DDIMScheduler")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -154,6 +193,9 @@ NOT_WHOLE = {
     "tokenizer": ("sdxl", lambda root: shutil.rmtree(root / "tokenizer"), "no tokenizer in"),
     "config": ("sdxl", lambda root: (root / "vae/config.json").write_text("{}"), "no block_out_channels"),
     "json": ("sdxl", lambda root: (root / "unet/config.json").write_text("{"), "cannot read"),
+    "own scheduler": ("sdxl", lambda root: scheduled(root, "FlowMatchEulerDiscreteScheduler"), "flow models"),
+    "no scheduler": ("sdxl", lambda root: scheduled(root, "NoScheduler"), "of diffusers in"),
+    "variants": ("sdxl", lambda root: renamed(root), "same variant"),
     "mixers": ("sdxl-mixers", lambda root: cut(root / WEIGHTS["mixers"]), "damaged"),
     "fit": ("sdxl-mixers", lambda root: edit(root / "config.json"), "expected 64 channels at"),
 }
@@ -162,6 +204,20 @@ WEIGHTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "mixers": "diffusion_pytorch_model.safetensors",
 }
+
+
+def scheduled(root, name):
+    """A pipeline that names another scheduler."""
+    index = json.loads((root / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", name]
+    (root / "model_index.json").write_text(json.dumps(index))
+
+
+def renamed(root):
+    """Weights in different variants."""
+    for name, variant in (("unet", "fp16"), ("vae", "ema")):
+        path = root / WEIGHTS[name]
+        path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
 
 
 def edit(path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from ..training.errors import UserError
 from .common import complain, floats, guarded, image_size, positive
@@ -54,7 +58,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate; returns the exit code."""
-    return guarded("generate", lambda: _generate(args))
+    try:
+        with _terminated_as_interrupted():
+            return guarded("generate", lambda: _generate(args))
+    except KeyboardInterrupt as stop:
+        print("\ninterrupted; --resume goes on after the last finished stage", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Within the context SIGTERM unwinds as SIGINT does, so that no half-written file is left behind."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -124,7 +150,8 @@ def _tasks(args: argparse.Namespace) -> Sequence[tuple[str, Path]]:
     if args.prompts is None:
         return [(args.prompt, args.out or Path("image.png"))]
     try:
-        prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+        # Editors on Windows begin a file with a mark.
+        prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts: cannot read {args.prompts}: {error}") from error
     prompts = [prompt for prompt in prompts if prompt]

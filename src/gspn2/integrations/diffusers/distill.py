@@ -29,7 +29,7 @@ from gspn2.training.schedule import learning_rate
 from gspn2.training.state import load_optimizer, load_weights, prefixed
 from gspn2.training.stopping import StopRequest
 
-from .distillation import LOSSES, Average, Batch, Distiller
+from .distillation import LOSSES, PREDICTIONS, Average, Batch, Distiller
 from .folder import PipelineFolder
 from .mounting import mount
 from .pairs import Cache, Pair, buckets, fitted
@@ -128,8 +128,13 @@ class DistillConfig:
         """Heights and widths in pixels; also finds out whether the pipeline can be distilled at all."""
         folder = PipelineFolder(self.pipeline)
         folder.kind()
-        folder.read("scheduler/scheduler_config.json")
+        prediction = folder.scheduler().config.get("prediction_type", "epsilon")
+        if prediction not in PREDICTIONS:
+            raise UserError(
+                f"scheduler: expected prediction of {' or '.join(PREDICTIONS)}, got {prediction!r}"
+            )
         folder.check()
+        folder.variant()
         unet, vae = folder.without_data()
         try:
             with torch.device("meta"):
@@ -187,8 +192,9 @@ def distill(config: DistillConfig, report: Report = _silent, *, resume: bool = F
     data = _Data.found(config, sizes, accelerator, report)
     about = {"settings": config.settings(), "data": data.digest()}
     saved = _read_checkpoint(config.out / LAST, about) if resume else None
+    # Encoding, which may take hours, can be left at any time: what is done is on disk, and is found again.
+    run = _Run(config, accelerator, data, about, report, resume)
     with StopRequest() as stop:
-        run = _Run(config, accelerator, data, about, report, resume)
         run.train(saved, stop)
     return config.out / MIXERS
 
@@ -276,7 +282,9 @@ class _Run:
         try:
             # The VAE of SDXL is not safe in less than float32, and pictures are encoded once only.
             pipe = DiffusionPipeline.from_pretrained(
-                config.pipeline, dtype={"vae": torch.float32, "default": dtype}
+                config.pipeline,
+                dtype={"vae": torch.float32, "default": dtype},
+                variant=PipelineFolder(config.pipeline).variant(),
             )
         except (OSError, ValueError) as error:
             raise UserError(f"pipeline: {error}") from error

@@ -17,6 +17,8 @@ from .mixers import UNetMixers
 from .mounting import mount
 
 LOSSES = ("noise", "teacher", "features")
+PREDICTIONS = ("epsilon", "v_prediction")
+"""What a teacher may predict: noise, or velocity."""
 
 
 @dataclass
@@ -74,8 +76,8 @@ class Distiller(nn.Module):
         super().__init__()
         self.schedule = DDPMScheduler.from_config(scheduler.config)
         kind = self.schedule.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"scheduler: expected prediction of epsilon or v_prediction, got {kind!r}")
+        if kind not in PREDICTIONS:
+            raise ValueError(f"scheduler: expected prediction of {' or '.join(PREDICTIONS)}, got {kind!r}")
         teacher.requires_grad_(False).eval()
         self.student = twin(teacher)
         mixers = mount(self.student, **options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -26,6 +28,10 @@ KINDS = {
 }
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """Parts with weights that are used here."""
+_WEIGHTS = re.compile(
+    r"(?:(?:diffusion_)?pytorch_)?model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+"""How files with weights are called; those of a variant (fp16) carry its name."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,57 @@ class PipelineFolder:
         if name not in KINDS:
             raise UserError(f"pipeline: expected one of {', '.join(KINDS)} in {self.path}, got {name}")
         return KINDS[name]
+
+    def scheduler(self, name: str | None = None) -> Any:
+        """A scheduler with the pipeline's settings.
+
+        Args:
+            name: of another class of diffusers; None for the pipeline's own.
+
+        Raises:
+            UserError: there is no such class, it needs a package that is missing, or pipelines of this kind
+                do not run with it (those of flow models).
+        """
+        told = self.read("model_index.json").get("scheduler")
+        own = told[1] if isinstance(told, list) and len(told) == 2 else None
+        kind: Any = getattr(diffusers, str(own), None)
+        if not hasattr(kind, "_get_compatibles"):
+            raise UserError(f"pipeline: expected a scheduler of diffusers in {self.path}, got {own}")
+        if name is not None:
+            names = _alike(kind)
+            if name not in names:
+                raise UserError(f"scheduler: expected one of {', '.join(names)}, got {name!r}")
+            kind = getattr(diffusers, name)
+        try:
+            made = kind.from_config(self.read("scheduler/scheduler_config.json"))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(f"scheduler: cannot make a {kind.__name__} of {self.path}: {error}") from error
+        if not hasattr(made, "init_noise_sigma"):
+            raise UserError(
+                "scheduler: expected one for models that predict noise or velocity (EulerDiscreteScheduler,"
+                f" DDIMScheduler ...), got {kind.__name__}, which is for flow models"
+            )
+        return made
+
+    def variant(self) -> str | None:
+        """The variant to load, "fp16" for example, where the folder holds no other weights; None if it does.
+
+        Raises:
+            UserError: some parts are there in one variant only, others in another.
+        """
+        found: dict[str, set[str | None]] = {}
+        for name in MODELS:
+            for path in (self.path / name).glob("*"):
+                matched = _WEIGHTS.fullmatch(path.name)
+                if matched:
+                    found.setdefault(name, set()).add(matched["variant"])
+        common = set.intersection(*found.values()) if found else {None}
+        if None in common:
+            return None
+        if not common:
+            kinds = {name: sorted(str(it) for it in variants) for name, variants in found.items()}
+            raise UserError(f"pipeline: expected the same variant of all weights in {self.path}, got {kinds}")
+        return min(str(it) for it in common)
 
     def without_data(self) -> tuple[UNet2DConditionModel, AutoencoderKL]:
         """UNet and autoencoder, in float32, as tensors without memory.
@@ -104,6 +161,19 @@ class PipelineFolder:
             if name in MODELS:
                 self.read(f"{name}/config.json")
                 check_weights("pipeline", part)
+
+
+def _alike(kind: Any) -> list[str]:
+    """Names of a scheduler's class and of those that go on with its settings."""
+    # The preconditioning of EDM is part of how a model was trained.
+    return sorted(
+        {
+            it.__name__
+            for it in (kind, *kind._get_compatibles())
+            if it.__name__.startswith("EDM") == kind.__name__.startswith("EDM")
+            and not hasattr(it, "_backends")  # stands in for a class whose package is missing
+        }
+    )
 
 
 def check_weights(what: str, folder: Path) -> None:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -39,6 +38,8 @@ from .vae import TiledVae
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What counting tensors does not see: work space of convolutions, fragmentation, and the CUDA context.
 _ALLOWANCE, _CONTEXT = 1.15, 1 << 30
+_FILES = ("*.safetensors", "*.bin", "*.json")
+"""Of a pipeline or of mixers: what a picture depends on."""
 
 GRAPHED_AREA = 2048 * 2048
 """Pixels up to which a UNet waits for its launches, so that it is run as a CUDA graph."""
@@ -95,7 +96,9 @@ class Job:
             raise UserError(f"guidance: expected at least 1, got {self.guidance}")
         if self.memory is not None and self.memory < 1:
             raise UserError(f"memory: expected more than 0, got {self.memory / 1e9:g} GB")
-        self.scheduler_class()
+        if not -(1 << 31) <= self.seed < 1 << 31:
+            raise UserError(f"seed: expected a whole number of 32 bits, got {self.seed}")
+        self.folder.scheduler(self.scheduler)
         if self.mixers not in (None, "untrained") and not Path(self.mixers, "config.json").is_file():
             raise UserError(f"mixers: no config.json in {self.mixers}")
         self.stages()
@@ -116,6 +119,7 @@ class Job:
             UserError: no.
         """
         self.folder.check()
+        self.folder.variant()
         if self.mixers not in (None, "untrained"):
             check_weights("mixers", Path(str(self.mixers)))
 
@@ -137,16 +141,6 @@ class Job:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def scheduler_class(self) -> Any:
-        """The scheduler's class, or None for the pipeline's own."""
-        if self.scheduler is None:
-            return None
-        own = self.folder.read("model_index.json")["scheduler"][1]
-        names = sorted({own, *(each.__name__ for each in getattr(diffusers, own)().compatibles)})
-        if self.scheduler not in names:
-            raise UserError(f"scheduler: expected one of {', '.join(names)}, got {self.scheduler!r}")
-        return getattr(diffusers, self.scheduler)
-
     def fingerprint(self, prompt: str, stage: int) -> str:
         """What the latents of a stage depend on, as a digest."""
         files = []
@@ -154,7 +148,7 @@ class Job:
         if self.mixers not in (None, "untrained"):
             folders.append(Path(str(self.mixers)))
         for folder in folders:
-            for file in sorted(folder.rglob("*.safetensors")):
+            for file in sorted(it for kind in _FILES for it in folder.rglob(kind)):
                 about = file.stat()
                 files.append((str(file.resolve()), about.st_size, about.st_mtime_ns))
         fields = asdict(self) | {"pipeline": str(self.pipeline.resolve()), "memory": None, "device": None}
@@ -283,11 +277,13 @@ class Generator:
     def _loaded(self) -> DiffusionPipeline:
         job = self.job
         try:
-            pipe = DiffusionPipeline.from_pretrained(job.pipeline, dtype=DTYPES[job.dtype])
+            pipe = DiffusionPipeline.from_pretrained(
+                job.pipeline, dtype=DTYPES[job.dtype], variant=job.folder.variant()
+            )
         except (ValueError, OSError) as error:
             raise UserError(f"pipeline: {error}") from error
         if job.scheduler is not None:
-            pipe.scheduler = job.scheduler_class().from_config(pipe.scheduler.config)
+            pipe.scheduler = job.folder.scheduler(job.scheduler)
         if job.mixers == "untrained":
             mount(pipe.unet)
         elif job.mixers is not None:
@@ -393,7 +389,8 @@ class Generator:
         generator = torch.Generator().manual_seed(job.seed * 1000 + index)
 
         def count(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            self.progress(name, step + 1, stage.evaluations)
+            # Those of second order go twice over most steps.
+            self.progress(name, step + 1, pipe.num_timesteps)
             return tensors
 
         options: dict[str, Any] = {
