@@ -40,6 +40,12 @@ def judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return losses * counts, ((logits > 0) == truth) * counts, counts
 
 
+def _compiled(model: nn.Module) -> Any:
+    # Graphs are kept for all models of a kind, but for eight kinds in a process unless told otherwise.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(model, dynamic=False)
+
+
 class Trainer:
     """A model and its AdamW, stepped a block at a time.
 
@@ -75,7 +81,7 @@ class Trainer:
     ) -> None:
         self.config, self.images, self.device, self.amp = config, images, device, amp
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._forward: Any = torch.compile(self.model, dynamic=False) if compile else self.model
+        self._forward: Any = _compiled(self.model) if compile else self.model
         self.rate = torch.zeros((), device=device)
         self.optimizer = self._optimizer()
         self._table = Block(
