@@ -245,6 +245,25 @@ def test_help_of_every_command_has_examples(command, capsys):
     assert f"gspn2 {command}" in printed.split("examples:")[1]
 
 
+def test_interrupted_while_a_command_is_imported(capsys, monkeypatch):
+    from gspn2.cli import main as entry
+
+    def interrupt(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "_module", interrupt)
+    assert main(["train", "--help"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize("command", ["learn", "draw"])
+def test_no_documents_of_nothing(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "docs", "--out", "nowhere"]) == 2
+    assert capsys.readouterr().err == f"gspn2 {command}: error: out: no results in nowhere\n"
+    assert os.listdir(tmp_path) == []
+
+
 def test_version_and_module(capsys):
     import gspn2
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import guarded, positive
-from .series import add_series_arguments, check_out, finish, show, show_states, write_docs
+from .series import add_series_arguments, check_out, finish, show, show_states, with_results, write_docs
 
 if TYPE_CHECKING:
     from gspn2.training.drawing import Run, Settings
@@ -46,14 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", default=tuple(DRAWERS), metavar="NAME", help="(default: all five)"
     )
-    parser.add_argument("--lr", type=float, default=default.lr, metavar="X", help="peak learning rate")
-    parser.add_argument(
-        "--samples", type=positive, default=default.samples, metavar="N", help="pictures in a judged set"
-    )
-    parser.add_argument(
-        "--sampler-steps", type=positive, default=default.sampler_steps, metavar="N", help="of a sample"
-    )
-    parser.add_argument("--judge-steps", type=positive, default=default.judge_steps, metavar="N")
+    for name, kind, letter, told in (
+        ("lr", float, "X", "peak learning rate"),
+        ("samples", positive, "N", "pictures in a judged set"),
+        ("sampler-steps", positive, "N", "of a sample"),
+        ("judge-steps", positive, "N", "of the judge's training"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        told = f"{told} (default: {value:g})"
+        parser.add_argument(f"--{name}", type=kind, default=value, metavar=letter, help=told)
     parser.add_argument("--no-graph", action="store_true", help="launch kernels one by one on CUDA")
 
 
@@ -120,4 +121,5 @@ def _list(args: argparse.Namespace) -> int:
 def _docs(args: argparse.Namespace) -> int:
     from gspn2.training.drawing import document
 
+    with_results(document.load(args.out), args.out)
     return write_docs("draw", document.files(Path("docs"), args.out), args.out, args.check)

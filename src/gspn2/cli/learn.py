@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import guarded, positive
-from .series import add_series_arguments, check_out, finish, show, show_states, write_docs
+from .series import add_series_arguments, check_out, finish, show, show_states, with_results, write_docs
 
 if TYPE_CHECKING:
     from gspn2.training.comparison import Run, Settings
@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Settings()
     parser.epilog = EPILOG
     add_series_arguments(parser, VERBS, "runs/learn", SEEDS, default)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help="pathfinder, maze, digits")
+    tasks, sizes = " ".join(TASKS), " ".join(map(str, SIZES))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="NAME", help=f"(default: {tasks})")
     parser.add_argument(
-        "--sizes", nargs="+", type=positive, default=SIZES, metavar="N", help="pixels (default: 64 128)"
+        "--sizes", nargs="+", type=positive, default=SIZES, metavar="N", help=f"pixels (default: {sizes})"
     )
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="models and ablations (default: all)")
     parser.add_argument(
@@ -168,7 +169,7 @@ def _pace(args: argparse.Namespace) -> int:
 def _docs(args: argparse.Namespace) -> int:
     from gspn2.training.comparison import document, examples
 
-    texts = document.files(document.load(args.out), document.notes(args.out))
+    texts = document.files(with_results(document.load(args.out), args.out), document.notes(args.out))
     files = {Path("docs") / name: text.encode() for name, text in texts.items()}
     code = write_docs("learn", files, args.out, args.check)
     if not args.check:

@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
+        # A command's options are made in its module, whose imports take long enough to be interrupted.
         args = _parser(command).parse_args(argv)
+        if args.command is None:
+            _parser(None).print_help()
+            return 2
+        return int(_module(args.command).run(args))
     except SystemExit as stop:
         # --help and --version end with 0, errors with 2: argparse has printed what there is to say.
         return int(stop.code or 0)
-    if args.command is None:
-        _parser(None).print_help()
-        return 2
-    try:
-        return int(_module(args.command).run(args))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in OPTIONAL and package not in EXTRAS:
             raise
         extra = EXTRAS.get(package, "train")
-        print(f'gspn2 {args.command}: needs {package}: pip install "gspn2[{extra}]"', file=sys.stderr)
+        print(f'gspn2 {command}: needs {package}: pip install "gspn2[{extra}]"', file=sys.stderr)
         return 2
 
 

@@ -48,7 +48,9 @@ def add_series_arguments(
         value = getattr(default, name.replace("-", "_"))
         told = f"{told} (default: {value:g})"
         parser.add_argument(f"--{name}", type=kind, default=value, metavar=letter, help=told)
-    parser.add_argument("--amp", choices=("auto", "bf16", "off"), default=default.amp)
+    parser.add_argument(
+        "--amp", choices=("auto", "bf16", "off"), default=default.amp, help="(default: auto, bf16 on CUDA)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--check", action="store_true", help="docs: write nothing, fail if out of step")
 
@@ -59,6 +61,15 @@ def check_out(out: Path) -> None:
 
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file, expected a folder")
+
+
+def with_results(results: list[Any], out: Path) -> list[Any]:
+    """The results; a UserError if there are none, out of which documents would be made empty."""
+    from gspn2.training import UserError
+
+    if not results:
+        raise UserError(f"out: no results in {out}")
+    return results
 
 
 def finish(command: str, run: Callable[[], list[dict[str, Any]]]) -> int:
