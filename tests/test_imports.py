@@ -163,7 +163,5 @@ def test_importing_the_package_loads_nothing_optional() -> None:
 
 
 def test_importing_the_layers_loads_nothing_optional() -> None:
-    if not is_module("nn"):
-        pytest.skip("there is no gspn2.nn yet")
     loaded = loaded_by("import gspn2.nn, gspn2.functional, gspn2.ops, gspn2.backends")
     assert not loaded & set(OPTIONAL)

@@ -1,9 +1,11 @@
-"""What README.md shows works: its Python runs, its commands parse, its links lead somewhere."""
+"""What README.md and the other pages show works: Python runs, commands parse, links lead somewhere."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,35 +15,56 @@ from gspn2.cli.main import COMMANDS, _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path: path.read_text(encoding="utf-8") for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+}
 
 # `name = ...  # ... (2, 280, 384)`: a shape that the comment promises.
 PROMISE = re.compile(r"^(\w+) = .*#.*\((\d+(?:, \d+)+)\)\s*$", re.MULTILINE)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = [line for block in blocks("console") for line in block.splitlines()]
-    return [line.removeprefix("$ ").split("#")[0].strip() for line in lines if line.startswith("$ ")]
+def commands(text: str) -> list[str]:
+    """Command lines of gspn2, without comments and redirections; those that go on in the next line as one."""
+    lines = text.replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"^(\$|torchrun .* -m|accelerate launch .*-m) ", "", line.strip()) for line in lines]
+    return [re.split(" [#>]", line)[0].strip() for line in lines if line.startswith("gspn2 ")]
 
 
-def test_there_is_python_to_run() -> None:
-    assert blocks("python")
+def examples() -> list[str]:
+    """Those of the pages, and those that --help shows."""
+    epilogs = [getattr(importlib.import_module(f"gspn2.cli.{name}"), "EPILOG", "") for name in COMMANDS]
+    shown = [block for page in PAGES.values() for block in blocks("console", page)]
+    shown += [text.partition("examples:\n")[2].partition("\n\n")[0] for text in epilogs]
+    return sorted({line for text in shown for line in commands(text)})
 
 
-@pytest.mark.parametrize("source", blocks("python"))
-def test_python_runs_and_gives_the_shapes_it_promises(source: str) -> None:
+def prose(page: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: str) -> set[str]:
+    """What links may name after #: headings as hosts of Markdown write them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
+def test_python_runs_and_gives_the_shapes_it_promises(name: str) -> None:
     torch.manual_seed(0)
+    source = "".join(blocks("python", PAGES[ROOT / name]))
     names: dict[str, object] = {}
-    exec(compile(source, "README.md", "exec"), names)
+    exec(compile(source, name, "exec"), names)
     promised = PROMISE.findall(source)
     assert promised
-    for name, shape in promised:
-        value = names[name]
+    for variable, shape in promised:
+        value = names[variable]
         assert isinstance(value, torch.Tensor)
-        assert tuple(value.shape) == tuple(int(size) for size in shape.split(", ")), name
+        assert tuple(value.shape) == tuple(int(size) for size in shape.split(", ")), variable
         assert value.isfinite().all()
 
 
@@ -64,23 +87,36 @@ def test_every_command_has_its_line() -> None:
     assert sorted(re.findall(r"^\| `gspn2 (\w+)` \|", README, re.MULTILINE)) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("gspn2 ")])
+@pytest.mark.parametrize("line", examples())
 def test_commands_parse(line: str) -> None:
     _, command, *options = shlex.split(line)
     _parser(command).parse_args([command, *options])
 
 
 def test_extras_exist() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = set(re.findall(r"gspn2\[(\w+)\]", README))
-    assert named == {"models", "train"}
-    assert named <= set(project["optional-dependencies"])
+    named = {page: set(re.findall(r"gspn2\[(\w+)\]", text)) for page, text in PAGES.items()}
+    assert named[ROOT / "README.md"] == {"models", "train"}
+    assert set.union(*named.values()) <= set(project["optional-dependencies"])
+
+
+def test_every_file_of_the_package_is_installed() -> None:
+    package = ROOT / "src" / "gspn2"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    data = {path for pattern in settings["package-data"]["gspn2"] for path in package.glob(pattern)}
+    assert data
+    made = {".py", ".pyc", ".nbi", ".nbc"}
+    assert {path for path in package.rglob("*") if path.is_file() and path.suffix not in made} == data
 
 
 def test_links_lead_somewhere() -> None:
-    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", README)]
-    local = [target for target in targets if not target.startswith("https://")]
-    assert local
-    assert [target for target in local if not (ROOT / target).exists()] == []
+    lost = []
+    for page, text in PAGES.items():
+        targets = re.findall(r"\]\(([^)\s]+)\)", prose(text))
+        local = [target.partition("#") for target in targets if not target.startswith("https://")]
+        assert local or page != ROOT / "README.md"
+        for name, _, anchor in local:
+            found = (page.parent / name).resolve() if name else page
+            if not found.exists() or (anchor and anchor not in anchors(PAGES.get(found, ""))):
+                lost.append(f"{page.name}: {name}#{anchor}")
+    assert lost == []

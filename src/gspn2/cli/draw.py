@@ -11,8 +11,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import guarded, positive
-from .series import add_series_arguments, check_out, finish, show, show_states, with_results, write_docs
+from .common import guarded
+from .series import (
+    add_numbers,
+    add_series_arguments,
+    check_out,
+    finish,
+    show,
+    show_states,
+    with_results,
+    write_docs,
+)
 
 if TYPE_CHECKING:
     from gspn2.training.drawing import Run, Settings
@@ -46,15 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", default=tuple(DRAWERS), metavar="NAME", help="(default: all five)"
     )
-    for name, kind, letter, told in (
-        ("lr", float, "X", "peak learning rate"),
-        ("samples", positive, "N", "pictures in a judged set"),
-        ("sampler-steps", positive, "N", "of a sample"),
-        ("judge-steps", positive, "N", "of the judge's training"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        told = f"{told} (default: {value:g})"
-        parser.add_argument(f"--{name}", type=kind, default=value, metavar=letter, help=told)
+    add_numbers(
+        parser,
+        default,
+        {
+            "lr": "peak learning rate",
+            "samples": "pictures in a judged set",
+            "sampler-steps": "of a sample",
+            "judge-steps": "of the judge's training",
+        },
+    )
     parser.add_argument("--no-graph", action="store_true", help="launch kernels one by one on CUDA")
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import guarded, positive
-from .series import add_series_arguments, check_out, finish, show, show_states, with_results, write_docs
+from .series import (
+    add_numbers,
+    add_series_arguments,
+    check_out,
+    finish,
+    show,
+    show_states,
+    with_results,
+    write_docs,
+)
 
 if TYPE_CHECKING:
     from gspn2.training.comparison import Run, Settings
@@ -66,12 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"peak learning rates, of which each family takes the best for a task (default: {rates})",
     )
-    parser.add_argument(
-        "--weight-decay", type=float, default=default.weight_decay, metavar="X", help="of AdamW"
-    )
     parser.add_argument("--compile", action="store_true", help="run training steps through torch.compile")
-    parser.add_argument("--train-images", type=positive, default=default.train_images, metavar="N")
-    parser.add_argument("--test-images", type=positive, default=default.test_images, metavar="N")
+    images = {"train-images": "made for a run", "test-images": "for each of its tests"}
+    add_numbers(parser, default, {"weight-decay": "of AdamW", **images})
 
 
 def run(args: argparse.Namespace) -> int:

@@ -39,20 +39,30 @@ def add_series_arguments(
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=seeds, metavar="N", help=f"(default: {numbers})"
     )
-    for name, kind, letter, told in (
-        ("steps", positive, "N", "of the optimizer"),
-        ("batch-size", positive, "N", "images a step"),
-        ("tests", positive, "N", "points of a curve"),
-        ("minutes", float, "X", "of a run"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        told = f"{told} (default: {value:g})"
-        parser.add_argument(f"--{name}", type=kind, default=value, metavar=letter, help=told)
+    add_numbers(
+        parser,
+        default,
+        {
+            "steps": "of the optimizer",
+            "batch-size": "images a step",
+            "tests": "points of a curve",
+            "minutes": "of a run",
+        },
+    )
     parser.add_argument(
         "--amp", choices=("auto", "bf16", "off"), default=default.amp, help="(default: auto, bf16 on CUDA)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--check", action="store_true", help="docs: write nothing, fail if out of step")
+
+
+def add_numbers(parser: argparse.ArgumentParser, default: Any, options: dict[str, str]) -> None:
+    """Options by name, with what they are: counts and numbers, as `default` has them."""
+    for name, told in options.items():
+        value = getattr(default, name.replace("-", "_"))
+        kind, letter = (positive, "N") if isinstance(value, int) else (float, "X")
+        told = f"{told} (default: {value:g})"
+        parser.add_argument(f"--{name}", type=kind, default=value, metavar=letter, help=told)
 
 
 def check_out(out: Path) -> None:
