@@ -51,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that take a moment."""
     for name, value in {"HEAD_DIM": 8, "UNET_DIMS": (8, 16, 16), "DIT_DIM": 16, "DIT_DEPTH": 1}.items():
         monkeypatch.setattr(models, name, value)
-    monkeypatch.setattr(samples, "USES", ("1x", "2x", "2x-enlarged"))
+    monkeypatch.setattr(samples, "USES", ("1x", "2x", "2x-dilated", "2x-enlarged"))
 
 
 def _seeded(seed: int = 0) -> torch.Generator:
@@ -100,6 +100,29 @@ def test_a_student_is_its_teacher_but_for_mixers_that_put_out_nothing(small: Non
 
 
 # -- digits
+
+
+def test_dilated_inner_convolutions_reach_farther_until_the_context_ends():
+    model = models.build("unet", "gspn2", 0)
+    x, t, labels = torch.randn(1, 1, 16, 16, generator=_seeded()), torch.ones(1), torch.zeros(1).long()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=_seeded(len(name)))
+    with torch.no_grad():
+        before = model(x, t, labels)
+        with models.dilated(model, 2):
+            assert model.up2.conv1.dilation == model.grow2.dilation == (2, 2)
+            assert model.stem.dilation == model.down1.conv1.dilation == model.shrink1.dilation == (1, 1)
+            wide, inner = model(x, t, labels), model.grow2(torch.ones(1, 128, 8, 8))
+            # Every second place of a dilated convolution is what the plain one makes of every second place.
+            sparse = torch.nn.functional.conv2d(
+                torch.ones(1, 128, 4, 4), model.grow2.weight, model.grow2.bias, padding=1
+            )
+        assert torch.equal(model(x, t, labels), before)
+    assert wide.shape == before.shape
+    assert not torch.allclose(wide, before)
+    torch.testing.assert_close(inner[..., ::2, ::2], sparse)
+    with models.dilated(models.build("dit", "gspn2", 0), 2):
+        pass
 
 
 def test_digits_are_the_same_scene_at_any_size():
@@ -229,7 +252,9 @@ def test_runs_learn_resume_to_the_same_numbers_and_are_not_run_again(small: None
         losses = [point["loss"] for point in result["curve"] if "loss" in point]
         assert len(losses) == 8
         assert sum(losses[-3:]) < sum(losses[:3]), f"{run.name}: {losses}"
-        assert set(result["samples"]) == {"1x", "2x", "2x-enlarged"}
+        # A DiT has no convolutions to dilate.
+        dilated = {"2x-dilated"} if run.model.startswith("unet") else set()
+        assert set(result["samples"]) == {"1x", "2x", "2x-enlarged"} | dilated
         assert result["judge"] == results[0]["judge"]
     # A student is judged before it learns, and its mixers put out nothing then.
     begun = results[2]["curve"]
@@ -394,6 +419,11 @@ def _made_up(model: str, distance: float, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def _some(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples of all sorts but one."""
+    return {use: found for use, found in results[1]["samples"].items() if use != "4x-dilated"}
+
+
 def _made_up_unets() -> list[dict[str, Any]]:
     return [_made_up(name, 6.0) for name in DRAWERS if name.startswith("unet")]
 
@@ -414,6 +444,15 @@ def test_the_section_has_means_ranges_pictures_and_curves(tmp_path: Path):
     assert "![UNet, GSPN-2, 2x direct](images/generation/unet-gspn2-s0-2x.png)" in text
     assert "draws at a distance of 7.0" in text
     assert "No run has come to its end" not in text
+    assert "No samples have been judged" not in text
+    del results[0]["samples"]["2x-dilated"]
+    told = document.section(results, set())
+    assert "8.0, 1 of the seeds" in told
+    del results[5]["samples"]["2x-dilated"]
+    assert "| UNet, self-attention | 1,000 | 2 | 8 | 7.0 (6.0 to 8.0) | 7.0 (6.0 to 8.0) | - |" in (
+        document.section(results, set())
+    )
+    assert "judged yet of: 4x dilated." in document.section([results[0] | {"samples": _some(results)}], set())
     assert "No run has come to its end yet of: DiT" in document.section(_made_up_unets(), set())
     assert files[docs / document.FOLDER / "unet-gspn2-s0-2x.png"] == b"a grid"
     import xml.etree.ElementTree as tree

@@ -39,8 +39,10 @@ They learn flow matching and sample by Heun's method without guidance. A classif
 Inception: *distance* is the Frechet distance of its features to those of *held-out* digits, which no model
 saw (a model that copies its training set is as far as the training digits are), *class* the share of
 samples that it takes for what was asked. *2x* and *4x* are pictures of 64 x 64 and 128 x 128 of a model
-trained on 32 x 32, averaged down for the judge: *direct* from noise of that size, *enlarged* from its own
-smaller picture, as `gspn2 generate` does it.
+trained on 32 x 32, averaged down for the judge: *direct* from noise of that size, at times that are shifted
+towards noise by the factor (arXiv 2403.03206); *dilated* like it, by a UNet whose inner 3 x 3 convolutions
+reach as many times as far (arXiv 2310.07702); *enlarged* from its own smaller picture, as `gspn2 generate`
+does it.
 
     gspn2 draw --out runs/draw
     mkdir -p benchmarks/results/generation
@@ -62,8 +64,10 @@ COLOURS = {"attention": "self-attention", "gspn2": "GSPN-2", "distilled": "GSPN-
 COLUMNS = {
     "1x": "32",
     "2x": "2x direct",
+    "2x-dilated": "2x dilated",
     "2x-enlarged": "2x enlarged",
     "4x": "4x direct",
+    "4x-dilated": "4x dilated",
     "4x-enlarged": "4x enlarged",
 }
 
@@ -129,15 +133,30 @@ def section(results: Sequence[Result], grids: set[str]) -> str:
 
 def _table_of(results: Sequence[Result], what: str) -> str:
     heads = [f"{'distance' if what == 'distance' else 'class'} at", "parameters", "seeds", "steps"]
-    heads += COLUMNS.values()
+    shown = _columns(results)
+    heads += shown.values()
     rows = []
     for name, drawer in DRAWERS.items():
         mine = [it for it in _ended(results) if it["run"]["model"] == name]
         if mine:
-            cells = [_spread([it["samples"][use][what] for it in mine], what) for use in COLUMNS]
+            cells = [_cell([it["samples"] for it in mine], use, what) for use in shown]
             counts = [f"{mine[0]['parameters']:,}", str(len(mine)), _values(it["step"] for it in mine)]
             rows.append([drawer.label, *counts, *cells])
     return _table(heads, rows)
+
+
+def _columns(results: Sequence[Result]) -> dict[str, str]:
+    """Those of `COLUMNS` that any result has samples of."""
+    return {
+        use: label for use, label in COLUMNS.items() if any(use in it["samples"] for it in _ended(results))
+    }
+
+
+def _cell(samples: Sequence[dict[str, Any]], use: str, what: str) -> str:
+    """Of the seeds that have such samples: DiTs and older results have none of dilated convolutions."""
+    values = [it[use][what] for it in samples if use in it]
+    seeds = "" if len(values) in (0, len(samples)) else f", {len(values)} of the seeds"
+    return f"{_spread(values, what)}{seeds}" if values else "-"
 
 
 def _spread(values: Sequence[float], what: str) -> str:
@@ -161,12 +180,16 @@ def _reference(results: Sequence[Result]) -> str:
 
 
 def _missing(results: Sequence[Result]) -> str:
-    """Models without a result, and what is therefore not compared."""
+    """Models and columns without a result, and what is therefore not compared."""
     ended = {it["run"]["model"] for it in _ended(results)}
     names = [drawer.label for name, drawer in DRAWERS.items() if name not in ended]
-    if not names:
-        return ""
-    return _wrapped(f"No run has come to its end yet of: {'; '.join(names)}. Nothing is claimed about them.")
+    told = []
+    if names:
+        told.append(f"No run has come to its end yet of: {'; '.join(names)}. Nothing is claimed about them.")
+    labels = [label for use, label in COLUMNS.items() if use not in _columns(results)]
+    if labels:
+        told.append(f"No samples have been judged yet of: {', '.join(labels)}.")
+    return _wrapped(" ".join(told))
 
 
 def _lost(results: Sequence[Result]) -> list[str]:
@@ -200,7 +223,7 @@ def _pictures(results: Sequence[Result], grids: set[str]) -> str:
         if path.name.endswith(f"-{use}.png") and path.name in grids
     }
     parts = []
-    for use, label in COLUMNS.items():
+    for use, label in _columns(results).items():
         cells = [
             f"![{DRAWERS[name].label}, {label}]({FOLDER}/{by_place[name, use]})"
             if (name, use) in by_place

@@ -9,7 +9,8 @@ parameters those of self-attention. Norms are modulated by time and class, and r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,9 @@ class UNet(nn.Module):
     No positions anywhere: any H and W that 4 divides.
     """
 
+    INNER = ("down2", "down3", "up3", "grow2", "up2", "grow1")
+    """What lies between the residual blocks at full size: there strokes are known, outside of it pixels."""
+
     def __init__(self, kind: str, hidden: Sequence[int | None] = (None, None)) -> None:
         super().__init__()
         low, middle, high = UNET_DIMS
@@ -176,6 +180,30 @@ class UNet(nn.Module):
 
 def _doubled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+@contextmanager
+def dilated(model: nn.Module, factor: int) -> Iterator[None]:
+    """Within the context the inner 3x3 convolutions of a UNet reach `factor` times as far.
+
+    A picture of so many times the side then has strokes as wide, and as far from each other, as those that
+    they have learnt (re-dilation, ScaleCrafter, arXiv 2310.07702). The outer ones go on to see single pixels,
+    whose noise is the same at every size. A DiT has no such convolutions, and stays as it is.
+    """
+    inner = [model.get_submodule(name) for name in (model.INNER if isinstance(model, UNet) else ())]
+    found = [
+        it
+        for part in inner
+        for it in part.modules()
+        if isinstance(it, nn.Conv2d) and it.kernel_size == (3, 3)
+    ]
+    try:
+        for convolution in found:
+            convolution.dilation = convolution.padding = (factor, factor)
+        yield
+    finally:
+        for convolution in found:
+            convolution.dilation = convolution.padding = (1, 1)
 
 
 class DiT(nn.Module):

@@ -25,7 +25,7 @@ from ..state import count_parameters, load_optimizer, load_weights, prefixed
 from ..stopping import StopRequest
 from . import digits, flow, samples
 from .judge import Judge, load_judge
-from .models import SIZE, build, build_student
+from .models import SIZE, build, build_student, dilated
 from .objective import Objective
 from .plan import Run, Settings
 from .stepping import Batch, Stepper
@@ -319,7 +319,8 @@ class _Training:
 
         settings = self.settings
         labels = samples.classes(settings.samples, self.device)
-        pictures = samples.draw(velocity, use, before, labels, settings.sampler_steps, self.run.seed)
+        with dilated(network, int(use[0]) if use.endswith("dilated") else 1):
+            pictures = samples.draw(velocity, use, before, labels, settings.sampler_steps, self.run.seed)
         judge = self.data.judge
         found = {"distance": judge.distance(pictures), "accuracy": judge.right(pictures, labels)}
         self._count(began, training=False)
@@ -351,7 +352,7 @@ class _Training:
             return result
         found: dict[str, dict[str, float]] = {}
         before: dict[str, Tensor] = {}
-        for use in samples.USES:
+        for use in samples.uses(self.run.drawer.architecture):
             base = {"2x-enlarged": "1x", "4x-enlarged": "2x-enlarged"}.get(use)
             found[use], before[use] = self._judged(use, before.get(base) if base else None)
             samples.write_grid(self.out / f"{self.run.name}-{use}.png", before[use], samples.ROWS[use])

@@ -14,12 +14,18 @@ from . import flow
 from .digits import CLASSES
 from .models import SIZE
 
-USES = ("1x", "2x", "2x-enlarged", "4x", "4x-enlarged")
-"""Sides over that of the training; from noise of that size, or from enlarged pictures of the size before."""
-ROWS = {"1x": 4, "2x": 1, "2x-enlarged": 1, "4x": 1, "4x-enlarged": 1}
+USES = ("1x", "2x", "2x-dilated", "2x-enlarged", "4x", "4x-dilated", "4x-enlarged")
+"""Sides over that of the training: from noise of that size, from it by a UNet whose convolutions reach as
+many times as far, or from enlarged pictures of the size before."""
+ROWS = {use: 4 if use == "1x" else 1 for use in USES}
 """Of ten pictures in a grid."""
 AT_ONCE = 1 << 21
 """Pixels that a model is given at once, whatever their pictures' size."""
+
+
+def uses(architecture: str) -> list[str]:
+    """Those of an architecture ("unet" or "dit"): what has no convolutions to dilate is left out."""
+    return [use for use in USES if architecture == "unet" or not use.endswith("dilated")]
 
 
 def classes(count: int, device: torch.device) -> Tensor:
@@ -39,7 +45,8 @@ def draw(
         seed: of the noise, which is the same for all models.
     """
     scale = int(use[0])
-    generator = torch.Generator(labels.device).manual_seed(derive_seed(seed, "samples", use))
+    noise = use.removesuffix("-dilated")
+    generator = torch.Generator(labels.device).manual_seed(derive_seed(seed, "samples", noise))
     at_once = max(1, AT_ONCE // (scale * SIZE) ** 2)
     parts = []
     for start in range(0, len(labels), at_once):
