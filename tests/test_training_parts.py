@@ -85,6 +85,8 @@ def test_config_round_trip_and_refusals():
         {"epochs": 0},
         {"amp": "fp8"},
         {"in_chans": 2},
+        {"graphs": True},
+        {"graphs": True, "compile": True, "accumulate": 2},
         {"mixup": 0.1, "batch_size": 5},
         {"crop_scale": (0.5, 0.2)},
         {"model_args": {"num_classes": 3}},

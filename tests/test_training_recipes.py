@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -229,17 +228,32 @@ def test_weights_of_another_model_are_refused(finished, folder, tmp_path):
 # -- the machine
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_compiled_training_gives_the_same_losses(folder, tmp_path, monkeypatch, device):
-    """Where compiling takes minutes, graphs are captured all the same, but run as they are."""
+@pytest.mark.parametrize(
+    ("device", "graphs"),
+    [
+        ("cpu", True),
+        pytest.param("cuda", False, marks=pytest.mark.gpu),
+        pytest.param("cuda", True, marks=pytest.mark.gpu),
+    ],
+)
+def test_compiled_training_gives_the_same_losses(folder, tmp_path, monkeypatch, device, graphs):
+    """Where compiling takes minutes, graphs are traced all the same, but run as they are."""
     if device == "cpu":
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        compiled, modes = torch.compile, []
+
+        def traced(model, mode):
+            modes.append(mode)
+            return compiled(model, backend="aot_eager")
+
+        monkeypatch.setattr(torch, "compile", traced)
     # Convolutions in TF32 differ by a thousandth from one algorithm to another, which an epoch multiplies.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     changes = {"epochs": 1, "model_args": {}, "random_erasing": 0.0, "mesa": 1.0, "mesa_start": 0.0}
     changes |= {"device": device, "amp": "off"}
     plain = train(settings(folder, tmp_path / "plain", **changes))
-    fused = train(settings(folder, tmp_path / "fused", compile=True, **changes))
+    fused = train(settings(folder, tmp_path / "fused", compile=True, graphs=graphs, **changes))
+    if device == "cpu":
+        assert modes == ["reduce-overhead"] * 2, "the model and its average"
     for ours, theirs in zip(fused.history, plain.history, strict=True):
         # Other kernels on the GPU: another order of sums, step after step.
         assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3 if device == "cpu" else 1e-2)

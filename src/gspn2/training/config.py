@@ -69,6 +69,7 @@ class TrainConfig:
         amp: "auto" (bfloat16 on CUDA, off elsewhere), "bf16" or "off".
         channels_last: keep images and weights channel-innermost.
         compile: run forward and backward through `torch.compile`.
+        graphs: replay what was compiled as CUDA graphs, for models so small that they wait for the CPU.
         grad_checkpointing: recompute activations in the backward pass instead of keeping them.
         shard: spread weights, gradients, average and optimizer state over the processes (FSDP) instead of
             keeping all of them in each (DDP); of one process nothing is spread.
@@ -122,6 +123,7 @@ class TrainConfig:
     amp: str = "auto"
     channels_last: bool = False
     compile: bool = False
+    graphs: bool = False
     grad_checkpointing: bool = False
     shard: bool = False
     seed: int = 0
@@ -238,6 +240,8 @@ def _check(config: TrainConfig) -> None:
         raise UserError("mesa: needs the moving average, but ema_decay is off")
     if config.pretrained and config.init_from is not None:
         raise UserError("pretrained and init_from exclude each other")
+    if config.graphs and (not config.compile or config.shard or config.accumulate > 1):
+        raise UserError("graphs: needs compile, and neither shard nor accumulate")
     taken = {"num_classes", "in_chans", "pretrained", "checkpoint_path"} & set(config.model_args)
     if taken:
         raise UserError(f"model_args: {', '.join(sorted(taken))} is set by training itself")

@@ -33,7 +33,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """
     from timm.optim import create_optimizer_v2
 
-    fused = {"fused": True} if next(model.parameters()).is_cuda else {}
+    fused: dict[str, Any] = {"fused": True} if next(model.parameters()).is_cuda else {}
     return create_optimizer_v2(
         model,
         opt="adamw",
@@ -65,7 +65,8 @@ class Learner:
         teacher: to distil from.
 
     Raises:
-        UserError: gradient checkpointing of a model that has none, sharding of one that cannot be sharded.
+        UserError: gradient checkpointing of a model that has none, sharding of one that cannot be sharded,
+            CUDA graphs of several processes.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Learner:
         self.world = world or World()
         self.layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.sharded = config.shard and self.world.size > 1
+        if config.graphs and self.world.size > 1:
+            raise UserError(f"graphs: of one process only, there are {self.world.size}")
         if config.grad_checkpointing:
             _checkpoint_activations(model, config.model)
         if self.world.size > 1 and device.type == "cuda":
@@ -106,7 +109,9 @@ class Learner:
         """What runs a module: itself, unless the settings ask for `torch.compile`."""
         if not self.config.compile:
             return module
-        return compile_shares(module) if self.sharded else torch.compile(module)
+        if self.sharded:
+            return compile_shares(module)
+        return torch.compile(module, mode="reduce-overhead" if self.config.graphs else None)
 
     def _distribute(self) -> nn.Module:
         if self.world.size == 1 or self.sharded:
@@ -133,6 +138,9 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.config.graphs:
+            # What the last step's graphs have put out may be overwritten.
+            torch.compiler.cudagraph_mark_step_begin()
         if self.sharded and self.device.type == "cpu":
             same_buffers(self.model)  # elsewhere batch norms are synchronised
         losses = []
