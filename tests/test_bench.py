@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,19 @@ import torch
 from gspn2.backends import BACKENDS, Problem, reference
 from gspn2.backends import cpu as cpu_backend
 from gspn2.backends.cuda.geometry import Device
-from gspn2.bench import ahead, baseline, case, compare, document, report, results, runner, tables, terminal
+from gspn2.bench import (
+    ahead,
+    baseline,
+    case,
+    compare,
+    document,
+    report,
+    results,
+    runner,
+    schedule,
+    tables,
+    terminal,
+)
 from gspn2.bench import rates as rates_module
 from gspn2.bench.about import machine
 from gspn2.bench.case import Absent, Case, Contender, Pass
@@ -208,6 +222,7 @@ def test_a_run_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     content = run_cases([counted(name, counts) for name in "abc"], path, resume=True)
     assert counts == {"a": 1, "c": 1}
+    assert [row["case"] for row in content["cases"]] == ["a", "b", "c"]
     by_name = {row["case"]: row for row in content["cases"]}
     assert by_name["b"]["failed"] == "hung, or ended the process"
     assert {name for name, row in by_name.items() if results.timed(row)} == {"a", "c"}
@@ -217,10 +232,77 @@ def test_what_is_extra_comes_last_and_is_left_out_when_time_is_up(tmp_path: Path
     counts: dict[str, int] = {}
     cases = [counted("later", counts, extra=True), counted("first", counts)]
     content = run_cases(cases, tmp_path / "r.json")
-    assert [row["case"] for row in content["cases"]] == ["first", "later"]
+    assert list(counts) == ["first", "later"]
+    assert [row["case"] for row in content["cases"]] == ["later", "first"], "listed as they were given"
     content = run_cases([counted("late", counts)], tmp_path / "s.json", minutes=0.1)
     assert content["run"]["left_out"] == ["ladder: late"]
     assert not content["cases"]
+
+
+def planned(bench: str, *seconds: float, **turn: Any) -> list[Case]:
+    return [
+        Case(bench, f"{next(iter(turn), '')} {i}", {}, lambda device: [], seconds=it, **turn)
+        for i, it in enumerate(seconds)
+    ]
+
+
+def test_no_part_is_forgotten_for_another() -> None:
+    """First cases of all parts come first; then whoever has had the least time."""
+    cases = [*planned("a", 10, 10, 10), *planned("a", 1, first=True), *planned("a", 1, extra=True)]
+    cases += [*planned("b", 4, 4, 4), *planned("b", 2, first=True)]
+    found = [f"{it.bench}{it.name}" for it in schedule.ordered(cases)]
+    assert found == ["afirst 0", "bfirst 0", "a 0", "b 0", "b 1", "b 2", "a 1", "a 2", "aextra 0"]
+    assert schedule.ordered([]) == []
+
+
+def test_what_cannot_end_in_time_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the pace of this machine, which its own cases tell and those of the host do not."""
+    now = 100.0
+    monkeypatch.setattr(schedule.time, "monotonic", lambda: now)
+    clock = schedule.Clock(1.0, 90.0)
+    (short, long) = planned("a", 30, 51)
+    assert clock.has_room(short)
+    assert not clock.has_room(long)
+    (host,) = planned("cpu", 1, host=True)
+    clock.took(host, 50.0)
+    assert clock.has_room(short)
+    clock.took(short, 54.0)
+    assert clock.pace == pytest.approx(1.8)
+    assert not clock.has_room(short)
+    clock.took(short, 900.0)
+    assert clock.pace == schedule.MOST_PACE
+    assert schedule.Clock(None, 0.0).has_room(long)
+
+
+def test_all_fits_on_an_h200() -> None:
+    """What a run always measures, with as long as models may be compiled; and every part has a first case."""
+    cases = [it for part in case.parts().values() for it in part.cases(torch.device("cuda"))]
+    minutes = command_module.MINUTES["cuda"]
+    starting = 40
+    always = sum(it.seconds for it in cases if not it.extra)
+    assert always + starting + 60 * minutes * command_module.COMPILING <= 60 * minutes
+    for device in ("cuda", "cpu"):
+        ways = [it for part in case.parts().values() for it in part.cases(torch.device(device))]
+        assert {it.bench for it in ways if it.first} == set(case.parts())
+
+
+def test_what_was_left_out_is_told_with_the_way_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "ladder", "--device", "cpu", "--out", str(tmp_path), "--no-report", "--minutes", "0"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "ladder: 2x8x128x128 fp32: not measured, 0 minutes are not enough" in told
+    assert "1 case was left out because time was up; gspn2 " in told
+    assert f"--resume --out {tmp_path} goes on" in told
+    content = results.load(tmp_path / "results.json")
+    assert content["run"]["left_out"] == ["ladder: 2x8x128x128 fp32"]
+
+
+def test_processes_side_by_side_are_counted_and_ended_in_time() -> None:
+    assert ahead.side_by_side(sys.exit, [0, 1, 0], 3, None) == 2
+    assert ahead.side_by_side(sys.exit, [], 2, 0.0) == 0
+    assert ahead.side_by_side(time.sleep, [600, 600], 1, 0.1) == 0
 
 
 def test_files_of_another_schema_are_refused(tmp_path: Path) -> None:
@@ -372,9 +454,16 @@ def test_a_lost_process_is_started_anew(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return SimpleNamespace(returncode=int(any(results.broken(row) for row in content["cases"])))
 
     monkeypatch.setattr(ahead, "compile_all", lambda cases, index: (3, 0))
-    monkeypatch.setattr(ahead, "compile_models", lambda cases: (2, 1))
+    limits: list[float | None] = []
+
+    def compile_models(cases: list[Case], seconds: float | None) -> tuple[int, int]:
+        limits.append(seconds)
+        return 2, 1
+
+    monkeypatch.setattr(ahead, "compile_models", compile_models)
     monkeypatch.setattr(command_module.subprocess, "run", process)
-    assert command_module._supervise([], path, 0.0) == 1
+    assert command_module._supervise([], path, 0.0, 10.0) == 1
+    assert limits == [180.0]
     assert ["--resume" in command for command in commands] == [False, True]
     rows = results.load(path)["cases"]
     assert [(row["case"], "failed" in row) for row in rows] == [("a", True), ("b", False)]
@@ -382,7 +471,8 @@ def test_a_lost_process_is_started_anew(monkeypatch: pytest.MonkeyPatch, tmp_pat
     stuck = lambda command, check: SimpleNamespace(returncode=-9)  # noqa: E731
     path.unlink()
     monkeypatch.setattr(command_module.subprocess, "run", stuck)
-    assert command_module._supervise([], path, 0.0) == 1
+    assert command_module._supervise([], path, 0.0, None) == 1
+    assert limits[1:] == [None]
 
 
 def documents() -> Iterator[dict[str, Any]]:

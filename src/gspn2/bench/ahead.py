@@ -7,13 +7,16 @@ PyTorch's cache on disk. What fails here is told again by the case that needs it
 
 from __future__ import annotations
 
+import math
 import os
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import connection, get_all_start_methods, get_context
 from typing import Any
 
 import torch
@@ -117,28 +120,63 @@ def compile_all(cases: Sequence[Case], index: int, jobs: int | None = None) -> t
 
 
 COMPILER_CORES = 4
-"""That a model of torch.compile keeps busy."""
+"""That a model of torch.compile keeps busy, once it is traced: for that it has only one."""
 
 
-def compile_models(cases: Sequence[Case], jobs: int | None = None) -> tuple[int, int]:
-    """Fill the cache of torch.compile; returns how many models there are and how many failed.
+def compile_models(
+    cases: Sequence[Case], jobs: int | None = None, seconds: float | None = None
+) -> tuple[int, int]:
+    """Fill the cache of torch.compile; returns how many models there are and how many are not ready.
 
     Cases that may be left out compile their models themselves, when their turn comes.
+
+    Args:
+        cases: of the run.
+        jobs: models at a time; None for half as many as there are processors.
+        seconds: after which what still compiles is given up, and its case compiles it; None for no limit.
     """
     device = torch.device("cuda")
     wanted = [
         (case.key, number)
-        for case in cases
+        # Training takes longest, so it begins first.
+        for case in sorted(cases, key=lambda case: "training" not in case.name)
         if case.compiled and not case.extra
         for number in range(len(case.contenders(device)))
     ]
-    if not wanted:
-        return 0, 0
-    jobs = jobs or max(1, (os.cpu_count() or 1) // COMPILER_CORES)
+    jobs = jobs or max(1, (os.cpu_count() or 1) // 2)
+    return len(wanted), len(wanted) - side_by_side(_compile_one, wanted, jobs, seconds)
+
+
+def side_by_side(work: Any, wanted: Sequence[Any], jobs: int, seconds: float | None) -> int:
+    """Call `work` with each in a process of its own; how many left with 0.
+
+    Args:
+        work: a function of a module; what it raises, or a process that dies, is one that is not counted.
+        wanted: arguments, one a process.
+        jobs: processes at a time.
+        seconds: after which those that still run are ended.
+    """
     # New processes: one that has asked for a GPU cannot leave it to those that it forks.
-    with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=get_context("spawn")) as pool:
-        failed = sum(pool.map(_does_not_compile, wanted))
-    return len(wanted), failed
+    context, waiting = get_context("spawn"), list(wanted)
+    ends = math.inf if seconds is None else time.monotonic() + seconds
+    running: list[Any] = []
+    ready = 0
+    while (waiting or running) and time.monotonic() < ends:
+        while waiting and len(running) < jobs:
+            running.append(context.Process(target=work, args=(waiting.pop(0),)))
+            running[-1].start()
+        timeout = None if ends == math.inf else max(0.0, ends - time.monotonic())
+        connection.wait([it.sentinel for it in running], timeout)
+        ready += sum(it.exitcode == 0 for it in running)
+        running = [it for it in running if it.exitcode is None]
+    for it in running:
+        it.kill()
+        it.join()
+    return ready
+
+
+def _compile_one(which: tuple[str, int]) -> None:
+    sys.exit(_does_not_compile(which))
 
 
 def _does_not_compile(which: tuple[str, int]) -> bool:

@@ -59,7 +59,9 @@ class Layer:
         heads: of attention.
         grid: tokens as rows and columns.
         block: measure a whole block, too.
-        extra: can be left out when time is short.
+        first, extra: as for `Case`.
+        seconds: that it takes, about.
+        linear: measure it beside linear attention, too.
     """
 
     name: str
@@ -68,7 +70,10 @@ class Layer:
     heads: int
     grid: tuple[int, int]
     block: bool = False
+    first: bool = False
     extra: bool = False
+    seconds: float = 4.0
+    linear: bool = False
 
     @property
     def tokens(self) -> int:
@@ -84,25 +89,41 @@ class Layer:
         return 4 * self.batch * self.tokens * self.dim * itemsize
 
 
-def _vit(pixels: int) -> Layer:
+def _vit(pixels: int, **how: Any) -> Layer:
     side = pixels // 16
-    return Layer(f"ViT-B, {pixels} pixels", 1, 768, 12, (side, side), extra=pixels > 8192)
+    return Layer(f"ViT-B, {pixels} pixels", 1, 768, 12, (side, side), **how)
 
 
 LAYERS = [
-    *(_vit(pixels) for pixels in (256, 512, 1024, 2048, 4096, 8192, 16384)),
-    Layer("SigLIP2-B, 1024 pixels, batch 32", 32, 768, 12, (64, 64), block=True),
-    Layer("SigLIP2-B, 2048 pixels, batch 32", 32, 768, 12, (128, 128), block=True),
+    _vit(256),
+    _vit(512),
+    _vit(1024, first=True, linear=True),
+    _vit(2048),
+    _vit(4096, first=True, linear=True),
+    _vit(8192, seconds=15.0),
+    _vit(16384, extra=True, seconds=60.0, linear=True),
+    Layer(
+        "SigLIP2-B, 1024 pixels, batch 32",
+        32,
+        768,
+        12,
+        (64, 64),
+        block=True,
+        first=True,
+        seconds=6.0,
+        linear=True,
+    ),
+    Layer("SigLIP2-B, 2048 pixels, batch 32", 32, 768, 12, (128, 128), block=True, seconds=25.0),
     Layer("SDXL 1K, level 1", 2, 640, 10, (64, 64)),
     Layer("SDXL 1K, level 2", 2, 1280, 20, (32, 32)),
-    Layer("SDXL 4K, level 1", 1, 640, 10, (256, 256)),
+    Layer("SDXL 4K, level 1", 1, 640, 10, (256, 256), first=True, seconds=5.0, linear=True),
     Layer("SDXL 4K, level 2", 1, 1280, 20, (128, 128)),
-    Layer("SDXL 16K, level 1", 1, 640, 10, (1024, 1024), extra=True),
-    Layer("SDXL 16K, level 2", 1, 1280, 20, (512, 512)),
+    Layer("SDXL 16K, level 1", 1, 640, 10, (1024, 1024), extra=True, seconds=60.0),
+    Layer("SDXL 16K, level 2", 1, 1280, 20, (512, 512), seconds=30.0),
 ]
 SMALL = [
     Layer("ViT-B, 256 pixels", 1, 768, 12, (16, 16)),
-    Layer("ViT-B, 512 pixels", 1, 768, 12, (32, 32)),
+    Layer("ViT-B, 512 pixels", 1, 768, 12, (32, 32), first=True),
     Layer("ViT-B, 1024 pixels", 1, 768, 12, (64, 64)),
     Layer("SDXL 1K, level 1", 1, 640, 10, (64, 64), extra=True),
     Layer("ViT-B, 512 pixels, block", 1, 768, 12, (32, 32), block=True, extra=True),
@@ -111,21 +132,19 @@ SMALL = [
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Every layer; and once more beside linear attention, whose kernels take minutes to choose from."""
-    layers = SMALL if device.type == "cpu" else LAYERS
-    for layer in layers:
-        long = layer.flops > LONG_FLOPS
+    for layer in SMALL if device.type == "cpu" else LAYERS:
         yield Case(
             "attention",
             layer.name,
             _facts(layer),
             lambda device, layer=layer: contenders(layer, device),  # type: ignore[misc]
+            first=layer.first,
             extra=layer.extra,
-            rounds=1 if long else 5,
-            seconds=60 if long else 10,
+            rounds=1 if layer.flops > LONG_FLOPS else 5,
+            seconds=layer.seconds,
         )
-    if device.type == "cpu":
-        return
-    for layer in layers:
+    beside = [] if device.type == "cpu" else [layer for layer in LAYERS if layer.linear]
+    for layer in beside:
         yield Case(
             "attention",
             f"{layer.name}, linear",
@@ -133,7 +152,8 @@ def cases(device: torch.device) -> Iterator[Case]:
             lambda device, layer=layer: linear_contenders(layer, device),  # type: ignore[misc]
             extra=True,
             rounds=5,
-            seconds=100 if layer == layers[0] else 5,
+            # The first one waits for the choice, if there is one.
+            seconds=150.0 if layer == beside[0] and find_spec("fla") else 5.0,
         )
 
 

@@ -56,9 +56,10 @@ class Case:
         name: unique in there.
         facts: sizes and what else defines the problem, for the results.
         contenders: made when the case is run; memory is allocated then.
+        first: what its part is known for: measured before everything else.
         extra: can be left out when time is short.
         rounds: samples of each number, or None for the run's.
-        seconds: about what it takes, so that a run with a limit does not begin what it cannot end.
+        seconds: about what it takes on an H200: a run with a limit does not begin what it cannot end.
         host: measured on the CPU, whatever the run's device is.
         compiled: its contenders go through torch.compile, which takes them long enough to be done ahead.
         derive: contenders' rows that follow from the measured ones, which it is given.
@@ -68,6 +69,7 @@ class Case:
     name: str
     facts: dict[str, Any]
     contenders: Callable[[torch.device], list[Contender]]
+    first: bool = False
     extra: bool = False
     rounds: int | None = None
     seconds: float = 10.0
@@ -78,6 +80,11 @@ class Case:
     @property
     def key(self) -> str:
         return f"{self.bench}: {self.name}"
+
+    @property
+    def turn(self) -> int:
+        """0 for what comes first, 2 for what comes last."""
+        return 0 if self.first else 2 if self.extra else 1
 
 
 @dataclass(frozen=True)

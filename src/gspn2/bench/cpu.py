@@ -35,8 +35,10 @@ def cases(device: torch.device) -> Iterator[Case]:
             "x".join(map(str, size)),
             facts,
             lambda _, scan=scan: contenders(scan),  # type: ignore[misc]
+            first=size == SIZES[0],
             host=True,
             rounds=5,
+            seconds=5.0,
         )
 
 

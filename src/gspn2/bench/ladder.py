@@ -41,7 +41,14 @@ def cases(device: torch.device) -> Iterator[Case]:
             right = Scan(size, dtype, "per-channel", ("right",), scan=True)
             name = f"{'x'.join(map(str, size))} {short(dtype)}"
             facts = {"size": list(size), "dtype": str(dtype).removeprefix("torch."), "rungs": list(RUNGS)}
-            yield Case("ladder", name, facts, lambda device, right=right: rungs(right, device))  # type: ignore[misc]
+            yield Case(
+                "ladder",
+                name,
+                facts,
+                lambda device, right=right: rungs(right, device),  # type: ignore[misc]
+                first=True,
+                seconds=4.0,
+            )
 
 
 def rungs(right: Scan, device: torch.device) -> list[Contender]:

@@ -18,6 +18,7 @@ from .case import Part, parts
 from .figures import images_per_second, of
 from .ladder import RUNGS
 from .results import Row, broken, find, timed
+from .schedule import left_out
 from .t2i_image import DIRECT, IMAGE, PROGRESSIVE
 from .tables import HEADS, beaten, busy, cells, facts_of, method, rate_texts, where
 from .terminal import digits, milliseconds
@@ -291,9 +292,8 @@ def _lead(content: dict[str, Any]) -> str:
     )
     if busy(content):
         text += f" {busy(content)}"
-    if run.get("left_out"):
-        text += f" {len(run['left_out'])} cases were left out because time was up."
-    return text
+    told = left_out(run.get("left_out") or [], run["command"])
+    return f"{text} {told}." if told else text
 
 
 def _rates(content: dict[str, Any]) -> dict[str, str]:

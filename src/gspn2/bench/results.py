@@ -41,6 +41,7 @@ class Results:
 
     def __init__(self, path: Path, machine: dict[str, Any], run: dict[str, Any]) -> None:
         self.path = path
+        self._seconds = 0.0
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": machine,
@@ -67,6 +68,7 @@ class Results:
             self.rows.append(row)
         if self.rows:
             self.content["rates"] = old["rates"]
+            self._seconds = old["run"].get("seconds") or sum(row.get("seconds", 0.0) for row in self.rows)
 
     def holds(self, bench: str, case: str) -> bool:
         """Has the case been run?"""
@@ -86,8 +88,18 @@ class Results:
         self.save()
         return row
 
-    def finish(self, **facts: Any) -> None:
-        self.content["run"] |= {**rounded(facts), "complete": True}
+    def finish(self, order: Sequence[tuple[str, str]], seconds: float, left_out: Sequence[str]) -> None:
+        """The run has ended.
+
+        Args:
+            order: parts and names of cases, as the file is to list them; others stay where they are.
+            seconds: of this run; those of the runs that it goes on with are added.
+            left_out: cases for which there was no time.
+        """
+        places = {key: i for i, key in enumerate(order)}
+        self.rows.sort(key=lambda row: places.get((row["bench"], row["case"]), -1))
+        told = {"seconds": self._seconds + seconds, "left_out": list(left_out), "complete": True}
+        self.content["run"] |= rounded(told)
         self.save()
 
     def save(self) -> None:

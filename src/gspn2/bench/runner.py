@@ -19,6 +19,7 @@ from .check import Wrong
 from .measure import Work, bytes_per_ms, in_turn
 from .rates import INTENSE, Probes, Rates, floor_ms, judge
 from .results import Results, Row
+from .schedule import Clock, ordered
 
 HANG_SECONDS = 240
 """A case that takes longer ends its process; the supervisor goes on with the next."""
@@ -188,27 +189,27 @@ class Runner:
 
 
 def run(cases: Sequence[Case], settings: Settings, results: Results, watcher: Watcher, began: float) -> None:
-    """Run the cases that the results do not hold yet, those that are not extra first.
+    """Run the cases that the results do not hold yet, in the order of `schedule.ordered`.
 
     Args:
-        cases: in order.
+        cases: as the results list them.
         settings: how.
         results: written after every case.
         watcher: told what goes on.
         began: `time.monotonic` at the start of the run, for the limit on its time.
     """
-    ordered = sorted(cases, key=lambda case: case.extra)
-    watcher.planned(ordered)
+    order = ordered(cases)
+    watcher.planned(order)
     runners: dict[str, Runner] = {}
     rates = results.content["rates"]
-    left_out: list[str] = []
-    for case in ordered:
-        spent = (time.monotonic() - began) / 60
+    clock = Clock(settings.minutes, began)
+    left: list[str] = []
+    for case in order:
         if results.holds(case.bench, case.name):
             watcher.skipped(case, "measured before")
             continue
-        if settings.minutes is not None and spent + case.seconds / 60 > settings.minutes:
-            left_out.append(case.key)
+        if not clock.has_room(case):
+            left.append(case.key)
             watcher.skipped(case, f"{settings.minutes:g} minutes are not enough")
             continue
         results.begin(case.bench, case.name, case.facts)
@@ -218,10 +219,11 @@ def run(cases: Sequence[Case], settings: Settings, results: Results, watcher: Wa
         if device.type not in rates:
             rates[device.type] = runner.rates()
         row = results.end(_guarded(runner, case, rates[device.type]))
+        clock.took(case, row["seconds"])
         judge(results.rows, rates)
         watcher.ended(row)
         runner.clear()
-    results.finish(seconds=time.monotonic() - began, left_out=left_out)
+    results.finish([(case.bench, case.name) for case in cases], seconds=clock.seconds, left_out=left)
 
 
 def _guarded(runner: Runner, case: Case, rates: Rates) -> Row:

@@ -22,6 +22,8 @@ SERIES: dict[str, list[tuple[int, Size]]] = {
     "channels": [(n, (1, n, 256, 256)) for n in (1, 4, 16, 64, 256, 1152)],
     "batch x channels": [(n * n, (n, n, 128, 128)) for n in (1, 4, 16, 64)],
 }
+LONG = {2048: 8.0, 4096: 16.0}
+"""Seconds of the largest images."""
 SMALL: dict[str, list[tuple[int, Size]]] = {
     "resolution": [(n, (1, 8, n, n)) for n in (32, 64, 128, 256)],
     "batch": [(n, (n, 8, 32, 32)) for n in (1, 4, 16)],
@@ -48,9 +50,10 @@ def cases(device: torch.device) -> Iterator[Case]:
                 f"{series} {value}",
                 facts,
                 lambda device, scan=scan: contenders(scan, device),  # type: ignore[misc]
+                first=series == "resolution",
                 extra=on_cpu and series != "resolution",
                 rounds=5,
-                seconds=10 if on_cpu else 4,
+                seconds=LONG.get(value, 3.0) if series == "resolution" else 3.0,
             )
 
 

@@ -52,8 +52,9 @@ def cases(device: torch.device) -> Iterator[Case]:
                 name,
                 facts,
                 lambda device, scan=scan: contenders(scan, device),  # type: ignore[misc]
+                first=size == SMALL[0] if on_cpu else dtype != torch.float32,
                 extra=size not in SMALL if on_cpu else dtype == torch.float32,
-                seconds=10 if on_cpu else 3,
+                seconds=2.0,
             )
 
 

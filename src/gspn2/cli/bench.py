@@ -23,6 +23,8 @@ PARTS = ("ladder", "throughput", "sweep", "cpu", "attention", "models", "t2i")
 VERBS = ("all", "list", "compare", "report", "docs")
 MINUTES = {"cuda": 14.5, "cpu": 2.0}
 """For `all`, by device; then what is left is left out, and the report is written."""
+COMPILING = 0.3
+"""Of the limit that models are compiled ahead for at most; what is not ready then, its case compiles."""
 MOST_RESTARTS = 12
 DONE, WRONG, USAGE, LOST = 0, 1, 2, 4
 
@@ -133,8 +135,13 @@ def _cases(names: list[str], device: torch.device, only: str) -> list[Case]:
 
 
 def _list(device: torch.device) -> int:
-    for case in _cases(list(PARTS), device, ""):
-        print(f"{case.key}{'  (if there is time)' if case.extra else ''}")
+    """The cases in the order in which they run, with the seconds that they take on an H200."""
+    from gspn2.bench.schedule import ordered
+
+    told = {0: "", 1: "", 2: "  (if there is time)"}
+    for case in ordered(_cases(list(PARTS), device, "")):
+        seconds = f"{case.seconds:4.0f} s  " if device.type == "cuda" else ""
+        print(f"{seconds}{case.key}{told[case.turn]}")
     return DONE
 
 
@@ -147,23 +154,41 @@ def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -
     path = args.out / "results.json"
     if not args.resume:
         path.unlink(missing_ok=True)
-    code = _supervise(cases, path, began) if device.type == "cuda" else _run(cases, device, args, began)
+    if device.type == "cuda":
+        held = _results(device, args)
+        missing = [case for case in cases if not held.holds(case.bench, case.name)]
+        code = _supervise(missing, path, began, _minutes(device, args))
+    else:
+        code = _run(cases, device, args, began)
     if not args.no_report and path.exists():
         _report(args.out)
     return code
 
 
-def _supervise(cases: list[Case], path: Path, began: float) -> int:
-    """Compile all kernels, then run the cases in another process, again and again until all are done."""
+def _minutes(device: torch.device, args: argparse.Namespace) -> float | None:
+    if args.minutes is None and "all" in args.names:
+        return MINUTES[device.type]
+    return args.minutes
+
+
+def _supervise(cases: list[Case], path: Path, began: float, minutes: float | None) -> int:
+    """Compile what the cases need, then run them in another process, again and again until all are done.
+
+    Args:
+        cases: that no earlier run has measured.
+        path: of the result file.
+        began: `time.monotonic` at the start of the run.
+        minutes: of the run, or None for no limit.
+    """
     from gspn2.bench import ahead
     from gspn2.bench.results import load
 
     count, failed = ahead.compile_all(cases, 0)
     told = f", {failed} do not compile" if failed else ""
     print(f"{count} kernels ready after {time.monotonic() - began:.0f} s{told}", flush=True)
-    models, failed = ahead.compile_models(cases)
+    models, failed = ahead.compile_models(cases, seconds=minutes and 60 * minutes * COMPILING)
     if models:
-        told = f", {failed} do not compile" if failed else ""
+        told = f", {failed} are not ready" if failed else ""
         print(f"{models} models compiled after {time.monotonic() - began:.0f} s{told}", flush=True)
     command = [sys.executable, "-m", "gspn2", *_typed(), "--in-process", str(began)]
     code, before = DONE, -1
@@ -185,17 +210,17 @@ def _typed() -> list[str]:
 
 
 def _run(cases: list[Case], device: torch.device, args: argparse.Namespace, began: float) -> int:
-    from gspn2.bench import runner, terminal
+    from gspn2.bench import runner, schedule, terminal
     from gspn2.bench.results import beaten_floors
 
-    minutes = args.minutes
-    if minutes is None and "all" in args.names:
-        minutes = MINUTES[device.type]
-    settings = runner.Settings(device, args.rounds, minutes=minutes)
+    settings = runner.Settings(device, args.rounds, minutes=_minutes(device, args))
     results = _results(device, args)
     with terminal.Terminal() as shown:
         runner.run(cases, settings, results, shown, began)
     print(f"\n{results.path}: {len(results.rows)} cases in {results.content['run']['seconds']:.0f} s")
+    run = results.content["run"]
+    if note := schedule.left_out(run["left_out"], run["command"], shlex.quote(str(args.out))):
+        print(note)
     for text in beaten_floors(results.rows):
         print(f"faster than its floor  {text}")
     for text in shown.bad:
