@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_the_reference_takes_everything_and_comes_last() -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_backend_has_the_three_functions_and_gives_reasons(name: str) -> None:
+def test_a_backend_has_its_functions_and_gives_reasons(name: str) -> None:
     backend = BACKENDS[name]
     problem = Problem(DIRECTIONS, None, True, 1, 1, 1, 2, 2, torch.float32, "cpu")
     for device in ("cpu", "cuda", "mps", "meta"):
@@ -44,6 +45,7 @@ def test_a_backend_has_the_three_functions_and_gives_reasons(name: str) -> None:
         assert reason is None or (isinstance(reason, str) and reason)
         if reason is None:
             assert callable(backend.propagate)
+            assert callable(backend.propagate_keeping)
             assert callable(backend.propagate_backward)
 
 
@@ -95,3 +97,14 @@ def test_backends_are_tried_in_order(backend: str) -> None:
     problem = Problem.of(case.x, case.logits, case.directions, None, normalize=True)
     assert backends.select(problem, backend) is BACKENDS[backend]
     assert backends.select(problem) is BACKENDS[CPU_BACKENDS[0]]
+
+
+def test_kernels_run_where_no_folder_can_be_written_to() -> None:
+    """Numba refuses to cache a function that it finds no folder for, as it does one without a file."""
+    from gspn2.backends.cpu.jit import cached_jit
+
+    names: dict[str, Any] = {}
+    exec("def successor(x):\n    return x + 1", names)
+    with pytest.warns(UserWarning, match="compiled in every process.*NUMBA_CACHE_DIR"):
+        compiled = cached_jit(names["successor"])
+    assert compiled(1) == 2

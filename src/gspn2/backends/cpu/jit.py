@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,18 @@ def cached_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile an entry point, into Numba's disk cache.
 
     Numba's cache looks at the file of the entry point alone. One that closes over `SOURCES` is compiled again
-    when any file here changes, because values closed over are part of the key.
+    when any file here changes, because values closed over are part of the key. Where no folder can be written
+    to, it is compiled in every process.
     """
-    return numba.njit(cache=True, **_OPTIONS)(function)
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError as error:
+        warnings.warn(
+            f"gspn2: CPU kernels are compiled in every process ({error}); NUMBA_CACHE_DIR may name a folder",
+            UserWarning,
+            stacklevel=2,
+        )
+        return jit(function)
 
 
 def _digest() -> str:
