@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cuda_emulator import KernelError, compiler, run_plan
 from cuda_emulator.build import HERE, KERNELS
-from gspn2.backends.cuda.geometry import Kernel, Launch, Plan
+from gspn2.backends.cuda.geometry import Device, Kernel, Launch, Plan
 from gspn2.backends.problem import Problem
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++ 12, on Linux")
@@ -30,13 +30,14 @@ def launch(
     shared: int = 0,
     cluster: int = 1,
     scratch: tuple[int, ...] = (),
+    device: Device | None = None,
 ) -> Tensor:
     """Runs a kernel of fixtures.cu on the row x; returns the row y of `size` values."""
     problem = Problem(("down",), None, True, 1, 1, 1, 1, len(x), torch.float32, "cuda")
     kernel = Kernel(str(HERE / "fixtures.cu"), function, DEFINES)
     plan = Plan("fixtures", (Launch(kernel, grid, block, shared, cluster, knobs),), scratch)
     y = torch.full((size,), torch.nan)
-    run_plan(plan, problem, {"x": x.view(1, 1, 1, -1), "y": y.view(1, 1, 1, -1)}, seed)
+    run_plan(plan, problem, {"x": x.view(1, 1, 1, -1), "y": y.view(1, 1, 1, -1)}, seed, device)
     return y
 
 
@@ -175,8 +176,6 @@ def test_races(function: str, wrong: int, size: int, shared: int, seed: int) -> 
         ("ring", 3, {"shared": 1152}, r"deadlock(.|\n)*missing: 0 arrivals, 256 bytes"),
         ("ring", 6, {"shared": 1152}, "no thread of the block has called bulk_store_fence"),
         ("ring", 7, {"shared": 1152}, "bulk_store of it may still read"),
-        ("neighbours", 1, {"block": 32, "grid": 4, "shared": 128, "cluster": 4}, "which has not started"),
-        ("neighbours", 2, {"block": 32, "grid": 4, "shared": 128, "cluster": 4}, "which has ended"),
         (
             "relay",
             0,
@@ -208,6 +207,31 @@ def test_errors(function: str, wrong: int, options: dict[str, int], sentence: st
 
 
 @pytest.mark.parametrize(
+    ("function", "wrong", "sentence"),
+    [
+        ("neighbours", 1, "which may not have started|which has not started"),
+        ("neighbours", 2, "may end while block|which has ended"),
+        ("relay", 3, "which may not have started|as the block has not started"),
+        ("relay", 4, "may end while block|ends while a|which has ended|no mbarrier there"),
+    ],
+)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_memory_of_blocks_that_may_not_be_there(function: str, wrong: int, sentence: str, seed: int) -> None:
+    """An error in every order, also where all blocks happen to be there."""
+    with pytest.raises(KernelError, match=sentence):
+        launch(function, numbers(64), 64, (wrong, 2), seed, block=32, grid=2, shared=512, cluster=2)
+
+
+def test_older_devices() -> None:
+    old = Device(capability=(8, 9))
+    assert torch.equal(launch("staged", numbers(64), 64, shared=768, device=old), numbers(64).flip(0))
+    with pytest.raises(KernelError, match="mbarrier_init_fence: the device is older than sm_90"):
+        launch("ring", numbers(448), 448, shared=1152, device=old)
+    with pytest.raises(KernelError, match="a grid of 2 blocks in clusters of 2"):
+        launch("neighbours", numbers(64), 64, (0, 2), block=32, grid=2, shared=128, cluster=2, device=old)
+
+
+@pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
         (1, "byte 560 of the 400 bytes of shared memory"),
@@ -225,6 +249,8 @@ def test_errors(function: str, wrong: int, options: dict[str, int], sentence: st
         (13, "division by zero"),
         (14, "integer overflow"),
         (17, "__trap"),
+        (18, "copy_async from .* not aligned to 8"),
+        (19, "barrier 1 of 24 threads: whole warps"),
     ],
 )
 def test_strays(wrong: int, sentence: str) -> None:
@@ -238,6 +264,12 @@ def test_scratch_memory_is_written_before_it_is_read(wrong: int, byte: int) -> N
     assert torch.equal(launch("scratch_exchange", x, 64, scratch=(512,)), x.flip(0))
     with pytest.raises(KernelError, match=rf"byte {byte} of \[scratch 0\], which nobody has written"):
         launch("scratch_exchange", x, 64, (wrong,), scratch=(512,))
+
+
+def test_scratch_memory_ends_where_the_plan_says() -> None:
+    """To the byte, though there is room behind it."""
+    with pytest.raises(KernelError, match=r"byte 252 of \[scratch 0\], which the plan has not asked for"):
+        launch("scratch_exchange", numbers(64), 64, scratch=(252,))
 
 
 def test_memory_starts_as_nan() -> None:

@@ -102,7 +102,7 @@ u64 collective(Collective kind, u32 mask, u64 value, u32 source) {
 int block_barrier(int id, int expected, int vote) {
   Fiber* f = self();
   if (id < 0 || id > 15) fail_at(SITE, "barrier %d: a block has barriers 0 to 15", id);
-  if (expected < 1 || expected > threads || (expected % 32 && expected != threads))
+  if (expected < 1 || expected > threads || (expected % 32 && (id || expected != threads)))
     fail_at(SITE, "barrier %d of %d threads: whole warps of a block of %d threads", id, expected, threads);
   Barrier& barrier = f->home->barriers[id];
   if (barrier.waiting.empty()) barrier.expected = expected;
@@ -122,6 +122,7 @@ int block_barrier(int id, int expected, int vote) {
 }
 
 void cluster_barrier() {
+  needs_hopper("cluster_barrier", SITE);
   Fiber* f = self();
   cluster.waiting.push_back(f);
   if ((int)cluster.waiting.size() < threads * ranks) return wait("cluster_barrier", SITE);
@@ -161,6 +162,7 @@ void mbarrier_init(u64* bar, int count) {
 }
 
 void mbarrier_init_fence() {
+  needs_hopper("mbarrier_init_fence", SITE);
   for (Mbarrier& m : mbarriers)
     if (m.author == self()) m.fenced = true;
   may_switch();
@@ -177,6 +179,7 @@ void mbarrier_arrive(u64* bar, u32 expected_bytes, const char* what) {
 }
 
 void mbarrier_wait(u64* bar, u32 parity) {
+  needs_hopper("mbarrier_wait", SITE);
   if (parity > 1) fail_at(SITE, "mbarrier_wait for parity %u", parity);
   may_switch();
   Fiber* f = self();

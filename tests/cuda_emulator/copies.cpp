@@ -19,8 +19,12 @@ void check_global(const void* p, size_t bytes, size_t alignment, Access access, 
   const Range& r = ranges[last_range];
   if (!r.access) return;
   for (u64 at = first - r.first; at < last - r.first; ++at) {
-    if (r.written == SCRATCH && access == WRITE) r.access[at] |= READ;
-    if (r.access[at] & access) continue;
+    if (r.access[at] & access) {
+      if (r.written == SCRATCH && access == WRITE) r.access[at] |= READ;
+      continue;
+    }
+    if (r.written == SCRATCH && access == WRITE)
+      fail_at(site, "%s byte %llu of [%s], which the plan has not asked for", what, at, r.name);
     if (r.written == SCRATCH)
       fail_at(site, "%s byte %llu of [%s], which nobody has written (%llu of %zu bytes of this access are before it)", what,
               at, r.name, at - (first - r.first), bytes);
@@ -58,8 +62,8 @@ u32 shared_address(const void* p) { return 1024 + (u32)((const unsigned char*)p 
 void copy_async(void* shared, const void* global, int size, int bytes) {
   if (bytes < 0 || bytes > size) fail_at(SITE, "copy_async of %d of %d bytes", bytes, size);
   check_shared(shared, (size_t)size, (size_t)size, "copy_async", SITE);
+  if ((u64)global % (u64)size) fail_at(SITE, "copy_async from %p, which is not aligned to %d bytes", global, size);
   if (bytes) {
-    if ((u64)global % (u64)size) fail_at(SITE, "copy_async from %p, which is not aligned to %d bytes", global, size);
     check_global(global, (size_t)bytes, 1, READ, "copy_async", SITE);
     touch(global, (size_t)bytes, READ, SITE);
   }
@@ -99,10 +103,12 @@ void complete_bulk(size_t i) {
   m.arriving[c.author] = c.epoch > m.arriving[c.author] ? c.epoch : m.arriving[c.author];
   if (c.known) add(m.arriving, *c.known);
   m.bytes -= c.bytes;
+  if (m.bytes <= -(1 << 20)) fail_at(nullptr, "more bytes have come than an mbarrier counts, and nobody expects them");
   may_complete(m);
 }
 
 void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
+  needs_hopper("bulk_copy", SITE);
   if (bytes % 16) fail_at(SITE, "bulk_copy of %u bytes, which is no multiple of 16", bytes);
   check_shared(shared, bytes, 16, "bulk_copy", SITE);
   check_global(global, bytes, 16, READ, "bulk_copy", SITE);
@@ -129,6 +135,7 @@ void finish_store(Store& s) {
 
 // Words for the memory of another block, counted by an mbarrier there: each arrives when it likes.
 void store_counted(void* shared, u64* bar, u32 rank, const float* words, int count) {
+  needs_hopper("store_counted", SITE);
   check_shared(shared, 4 * (size_t)count, 4 * (size_t)count, "store_counted", SITE);
   check_shared(bar, 8, 8, "store_counted", SITE);
   Fiber* f = self();
@@ -157,6 +164,7 @@ void bulk_store_fence() {
 }
 
 void bulk_store(void* global, const void* shared, u32 bytes) {
+  needs_hopper("bulk_store", SITE);
   if (bytes % 16) fail_at(SITE, "bulk_store of %u bytes, which is no multiple of 16", bytes);
   check_shared(shared, bytes, 16, "bulk_store", SITE);
   check_global(global, bytes, 16, WRITE, "bulk_store", SITE);

@@ -53,6 +53,7 @@ struct Fiber : Thread {
   u32 wait_mask;        // of a warp collective; id and threads of a block barrier
   void* site;           // where in the kernel
   u32 source;           // of a collective
+  u32 met;              // blocks of the cluster, by rank, that are known to have started
   u64 value, result;
   bool exited, fence_missing;
   int copy_groups, store_groups;
@@ -87,6 +88,7 @@ struct Block {
   int running;
   bool started, fenced;
   std::vector<Cell> cells;
+  std::vector<u32> visits;  // by threads of other blocks in its shared memory: the latest epoch of each
 };
 
 // An mbarrier's place in shared memory holds a token that leads here.
@@ -146,6 +148,7 @@ extern int alive;
 extern Order order;
 extern bool bulks_early;
 extern unsigned char leftover;  // what each byte of shared memory holds at first
+extern bool hopper;             // the device has what sm_90 brought
 extern u64 chance_state;
 extern u64 switches, watched;
 extern Fiber* watched_fiber;
@@ -166,6 +169,7 @@ u32 random_below(u32 n);
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void say_thread(const Fiber* f);
 [[noreturn]] void leave();
+void needs_hopper(const char* what, const void* site);
 [[noreturn]] void fail_at(const void* site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // schedule.cpp
@@ -195,6 +199,8 @@ void release_to(std::vector<u32>& clock);
 void acquire(const Knowledge& clock);
 void start_races(u32 cluster_number);
 void start_race_cells(Block& b);
+// Fails if a block may end before threads of other blocks have finished with its shared memory.
+void check_visits(const Block& b);
 void end_races();
 
 }  // namespace emulator

@@ -64,6 +64,7 @@ def _emulated(
             ctypes.c_int(launch.block),
             ctypes.c_uint64(launch.shared),
             ctypes.c_int(launch.cluster),
+            ctypes.c_int(10 * device.capability[0] + device.capability[1]),
             ctypes.c_uint64(seed),
             ranges,
             ctypes.c_int(len(ranges)),

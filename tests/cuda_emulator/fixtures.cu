@@ -148,17 +148,18 @@ KERNEL(32, 1) relay(CONSTANT_PARAMS p) {
     mbarrier_init(full + 1, 1);
     mbarrier_init_fence();
   }
-  cluster_barrier();
+  if (wrong != 3) cluster_barrier();
   float v = p.x.data[32 * blockIdx.x + t];
   for (int step = 0; step < 3; ++step) {
     const int s = step & 1;
     if (t == 0) mbarrier_arrive_expect(full + s, wrong == 2 ? 132 : 128);
     store_counted<1>(rows + 32 * s + t, full + s, next, &v);
+    if (wrong == 4 && step == 2) return;
     if (wrong != 1) mbarrier_wait(full + s, step >> 1 & 1);
     v = rows[32 * s + t];
   }
+  // Nobody has to wait for anybody: what came has been waited for.
   p.y.data[32 * blockIdx.x + t] = v;
-  cluster_barrier();
 }
 
 // What must be caught, by knob 0.
@@ -187,6 +188,8 @@ KERNEL(32, 1) strays(CONSTANT_PARAMS p) {
     case 15: while (((volatile int*)p.knobs)[2] == 0) {} break;
     case 16: y[0] = row[1]; break;
     case 17: if (p.knobs[2] != 1) __trap(); break;
+    case 18: copy_async<8>(row, x + 1, 0); break;
+    case 19: named_barrier(1, 24); break;
   }
 }
 

@@ -27,6 +27,7 @@ int alive;
 Order order;
 bool bulks_early;
 unsigned char leftover;
+bool hopper;
 u64 chance_state;
 u64 switches, watched;
 Fiber* watched_fiber;
@@ -200,7 +201,7 @@ bool check_launch(u32 grid) {
   for (const int* b = __start_gspn2_bounds; b < __stop_gspn2_bounds; ++b) bound = *b > bound ? *b : bound;
   if (threads < 1 || threads > bound)
     say("a block of %d threads, where the kernel's launch bound is %d", threads, bound);
-  else if (grid < 1 || ranks < 1 || ranks > 16 || grid % (u32)ranks)
+  else if (grid < 1 || grid > 0x7fffffffu || ranks < 1 || ranks > (hopper ? 16 : 1) || grid % (u32)ranks)
     say("a grid of %u blocks in clusters of %d", grid, ranks);
   else
     return true;
@@ -211,14 +212,15 @@ bool check_launch(u32 grid) {
 
 // Runs a grid. Returns whether it went well; otherwise `text` says what happened.
 extern "C" __attribute__((visibility("default"))) bool gspn2_emulate(void* function, const void* arguments, u32 grid,
-                                                                     int block, u64 shared, int cluster_size, u64 seed,
-                                                                     const Range* memory, int memories, char* text,
-                                                                     size_t text_size) {
+                                                                     int block, u64 shared, int cluster_size,
+                                                                     int capability, u64 seed, const Range* memory,
+                                                                     int memories, char* text, size_t text_size) {
   entry = (void (*)(const void*))function;
   params = arguments;
   threads = block;
   ranks = cluster_size;
   shared_bytes = shared;
+  hopper = capability >= 90;
   ranges = memory;
   range_count = memories;
   last_range = 0;

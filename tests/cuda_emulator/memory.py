@@ -135,7 +135,10 @@ class Memory:
         if size == 0:
             return 0
         memory = _guarded(size)
-        self._scratch.append((name, memory, torch.full((memory.numel(),), WRITE, dtype=torch.uint8)))
+        # Nobody may write what was not asked for, even where pieces lie further apart on a device.
+        access = torch.zeros(memory.numel(), dtype=torch.uint8)
+        access[:size] = WRITE
+        self._scratch.append((name, memory, access))
         return memory.data_ptr()
 
     def ranges(self) -> ctypes.Array[_Range]:

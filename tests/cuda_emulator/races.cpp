@@ -121,12 +121,30 @@ void enter_cluster(Cell& c, Access access, const void* here, const void* p, cons
   c.read_by_other = read;
 }
 
+// Another block's shared memory is there only between that block's start and its end: a barrier has to order both, in
+// whatever order the blocks happened to run.
+void visit(Block& b, const void* site) {
+  Fiber& f = *self();
+  const u32 rank = b.fibers->rank;
+  if (!(f.met >> rank & 1)) {
+    const u32 first = b.fibers->index;
+    for (u32 t = first; t < first + (u32)threads; ++t)
+      if (f.known->data()[t]) f.met |= 1u << rank;
+    if (!(f.met >> rank & 1))
+      fail_at(site, "touches shared memory of block %u of the cluster, which may not have started: no barrier is between",
+              rank);
+  }
+  b.visits.resize(fibers.size());
+  b.visits[f.index] = f.now;
+}
+
 bool touch_shared(const unsigned char* p, size_t bytes, Access access, const void* site, Block& b) {
   if (p < b.memory->first || p >= b.memory->last) return false;
   const long long at = p - b.shared;
   if (at < 0 || at + (long long)bytes > (long long)shared_bytes)
     fail_at(site, "touches bytes %lld to %lld of %zu bytes of shared memory", at, at + (long long)bytes, shared_bytes);
   if (!b.started || !b.running) return true;  // faults
+  if (&b != self()->home) visit(b, site);
   for (size_t cell = (size_t)at / 2; cell < ((size_t)at + bytes + 1) / 2; ++cell)
     check_cell(b.cells[cell], access, site, b.shared + 2 * cell, &b, nullptr);
   return true;
@@ -250,6 +268,16 @@ void start_races(u32 number) {
 }
 
 void start_race_cells(Block& b) { b.cells.assign(shared_bytes / 2 + 1, {}); }
+
+void check_visits(const Block& b) {
+  for (size_t i = 0; i < b.visits.size(); ++i) {
+    bool over = !b.visits[i];
+    for (int t = 0; t < threads && !over; ++t) over = b.fibers[t].known->data()[i] >= b.visits[i];
+    if (!over)
+      fail_at(nullptr, "the block may end while block %u, thread %u touches its shared memory: no barrier is between",
+              fibers[i].block.x, fibers[i].thread.x);
+  }
+}
 
 void end_races() {
   for (Table& table : tables)

@@ -73,6 +73,10 @@ void fail_at(const void* site, const char* format, ...) {
   leave();
 }
 
+void needs_hopper(const char* what, const void* site) {
+  if (!hopper) fail_at(site, "%s: the device is older than sm_90", what);
+}
+
 // Choosing who runs -----------------------------------------------------------------------------------------
 
 void make_ready(Fiber* f) {
@@ -202,6 +206,11 @@ void end_block(Block& b) {
     if (c.home == &b)
       fail_at(nullptr, "the block ends while a bulk_copy of %u bytes to byte %td of its shared memory is under way",
               c.bytes, c.to - b.shared);
+  for (const Mbarrier& m : mbarriers)
+    if (m.home == &b && m.bytes)
+      fail_at(nullptr, "the block ends while an mbarrier at byte %td of its shared memory waits for %lld bytes",
+              (unsigned char*)m.place - b.shared, m.bytes);
+  check_visits(b);
   check_canaries(b);
   if (ranks > 1) b.memory->allow(false);
 }
