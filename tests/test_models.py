@@ -144,11 +144,12 @@ def test_forward_intermediates_are_the_features():
         model.forward_intermediates(x, output_fmt="NLC")
 
 
-def test_features_through_the_getter_wrapper():
+@pytest.mark.parametrize("wrapper", ["getter", "fx"])
+def test_features_through_other_wrappers(wrapper):
     x = images(1, 3, 64, 48)
-    getter = create(features_only=True, feature_cls="getter", out_indices=(0, 2)).eval()
+    wrapped = create(features_only=True, feature_cls=wrapper, out_indices=(0, 2)).eval()
     features = create(features_only=True, out_indices=(0, 2)).eval()(x)
-    for got, expected in zip(getter(x), features, strict=True):
+    for got, expected in zip(wrapped(x), features, strict=True):
         assert torch.equal(got, expected)
 
 
@@ -340,6 +341,8 @@ def test_custom_sizes():
     assert isotropic.feature_info[0]["reduction"] == 1
     pyramid = create(depths=(1, 1), dims=(16, 32), stem_stride=2, chunk=0)
     assert [f["reduction"] for f in pyramid.feature_info] == [2, 4]
+    both = create(depths=(1, 1), dims=(16, 32), chunk=0, features_only=True)
+    assert [f.shape[1] for f in both(images(1, 3, 32, 32))] == [16, 32]
     for options, message in [
         ({"depths": (1, 1)}, "depths, dims: expected one entry a stage"),
         ({"stem_stride": 3}, "stem_stride: expected 1, 2 or 4, got 3"),

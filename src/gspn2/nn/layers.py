@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import fused
-from ..ops.depthwise import depthwise, under_transforms
+from ..ops.depthwise import depthwise
+from ..ops.eager import under_transforms
 
 
 def pointwise(

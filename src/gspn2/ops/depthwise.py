@@ -38,11 +38,6 @@ def depthwise(
     return y
 
 
-def under_transforms() -> bool:
-    """Is a torch.func transform at work? It has no rule for this operator."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not x.is_cuda or torch.version.cuda is None:
         return False

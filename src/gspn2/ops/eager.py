@@ -14,6 +14,11 @@ from torch.nn import Parameter
 _PLAIN = (Tensor, Parameter)
 
 
+def under_transforms() -> bool:
+    """Is a torch.func transform at work? None sees the formulas registered for an operator."""
+    return not torch.compiler.is_compiling() and _C._are_functorch_transforms_active()
+
+
 def plain(x: Tensor, *others: Tensor | None) -> bool:
     """Would the dispatcher hand these tensors straight to the kernel, apart from autograd?
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .depthwise import under_transforms
+from .eager import under_transforms
 
 MOST_CHANNELS = 128
 """Rows of so many channels fit in registers, with all that an FFN makes of them."""

@@ -15,7 +15,7 @@ from torch._C import _functorch
 
 from ..backends import select
 from ..backends.keeping import empty_states
-from .eager import plain
+from .eager import plain, under_transforms
 from .propagate import (
     _INDICES,
     _autograd,
@@ -25,7 +25,6 @@ from .propagate import (
     _needs_gradient,
     _problem,
     _Saved,
-    _under_transforms,
     propagate,
 )
 
@@ -53,7 +52,7 @@ def propagate_keeping(
     arguments = (*tensors, indices, chunk or 0, normalize, backend)
     if plain(*tensors):
         return _Eager.apply(*arguments)
-    if _under_transforms():
+    if under_transforms():
         return _UnderTransforms.apply(*arguments)[0]
     return torch.ops.gspn2.propagate_keeping(*arguments)[0]
 
@@ -65,7 +64,7 @@ def _pays(x: Tensor, gate: Tensor | None, directions: Sequence[int], backend: st
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
-    if not _under_transforms():
+    if not under_transforms():
         return _needs_gradient(*tensors)
     return torch.is_grad_enabled() and any(tensor is not None and _is_tracked(tensor) for tensor in tensors)
 

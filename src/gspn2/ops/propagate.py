@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import DIRECTIONS, Problem, select
-from .eager import plain
+from .eager import plain, under_transforms
 
 _INDICES = {
     tuple(DIRECTIONS[index] for index in indices): indices
@@ -51,7 +51,7 @@ def propagate(
     arguments = (x, taps, lam, gate, indices, chunk or 0, normalize, backend)
     if plain(x, taps, lam, gate):
         return _Eager.apply(*arguments) if _needs_gradient(x, taps, lam, gate) else _forward(*arguments)
-    if _under_transforms():
+    if under_transforms():
         return _UnderTransforms.apply(*arguments)
     return torch.ops.gspn2.propagate(*arguments)
 
@@ -164,7 +164,7 @@ def _autograd(ctx: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     arguments: tuple[Any, ...] = (dy, x, taps, lam, gate, *options)
     if not torch.is_grad_enabled() and plain(dy, x, taps, lam, gate, hidden):
         gradients = _backward(*arguments)
-    elif _under_transforms():
+    elif under_transforms():
         gradients = _GradientsUnderTransforms.apply(*arguments)
     else:
         gradients = torch.ops.gspn2.propagate_backward(*arguments)
@@ -179,11 +179,6 @@ def _refuse_second_order(ctx: _Saved, *_: Any) -> None:
     raise NotImplementedError(
         "gspn2: the gradient of propagate and line_scan cannot be differentiated a second time"
     )
-
-
-def _under_transforms() -> bool:
-    """Is a torch.func transform at work? None sees the formulas registered for an operator."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class _Eager(torch.autograd.Function):
