@@ -217,15 +217,31 @@ def test_a_run_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     run_cases([counted("a", counts)], path)
     content = json.loads(path.read_text())
-    content["cases"].append({"bench": "ladder", "case": "b", "facts": {}, "commit": "abc", "began": True})
-    content["cases"].append({"bench": "ladder", "case": "c", "facts": {}, "commit": "older"})
+    began = {"bench": "ladder", "facts": {}, "commit": "abc"}
+    content["cases"].append({**began, "case": "b", "began": 2})
+    content["cases"].append({**began, "case": "c", "began": 1})
+    content["cases"].append({**began, "case": "d", "commit": "older"})
     path.write_text(json.dumps(content))
-    content = run_cases([counted(name, counts) for name in "abc"], path, resume=True)
-    assert counts == {"a": 1, "c": 1}
-    assert [row["case"] for row in content["cases"]] == ["a", "b", "c"]
+    content = run_cases([counted(name, counts) for name in "abcd"], path, resume=True)
+    assert counts == {"a": 1, "c": 1, "d": 1}
+    assert [row["case"] for row in content["cases"]] == ["a", "b", "c", "d"]
     by_name = {row["case"]: row for row in content["cases"]}
     assert by_name["b"]["failed"] == "hung, or ended the process"
-    assert {name for name, row in by_name.items() if results.timed(row)} == {"a", "c"}
+    assert {name for name, row in by_name.items() if results.timed(row)} == {"a", "c", "d"}
+
+
+def interrupted() -> dict[str, Pass]:
+    raise KeyboardInterrupt
+
+
+def test_a_case_that_was_interrupted_is_measured_again(tmp_path: Path) -> None:
+    path, counts = tmp_path / "r.json", dict[str, int]()
+    with pytest.raises(KeyboardInterrupt):
+        run_cases([counted("a", counts), fake(Contender("it", interrupted), name="b")], path)
+    assert [row["case"] for row in results.load(path)["cases"]] == ["a"]
+    content = run_cases([counted("a", counts), counted("b", counts)], path, resume=True)
+    assert counts == {"a": 1, "b": 1}
+    assert [row["case"] for row in content["cases"] if results.timed(row)] == ["a", "b"]
 
 
 def test_what_is_extra_comes_last_and_is_left_out_when_time_is_up(tmp_path: Path) -> None:
@@ -448,7 +464,8 @@ def test_a_lost_process_is_started_anew(monkeypatch: pytest.MonkeyPatch, tmp_pat
         commands.append(command)
         if len(commands) == 1:
             found = results.Results(path, {"commit": "abc"}, {"command": "", "device": "cpu"})
-            found.begin("ladder", "a", {})
+            found.begin("ladder", "a", {"size": [1, 1, 1, 1]})
+            assert "Interrupted." in report._case(results.load(path)["cases"][0])
             return SimpleNamespace(returncode=-11)
         content = run_cases([counted(name, counts) for name in "ab"], path, resume=True)
         return SimpleNamespace(returncode=int(any(results.broken(row) for row in content["cases"])))

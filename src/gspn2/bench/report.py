@@ -164,6 +164,8 @@ def _section(part: Part, rows: Sequence[Row], pictures: dict[str, str]) -> str:
 def _case(row: Row) -> str:
     """A case's table, and what has no number."""
     head = f"<h3>{escape(row['case'])} <small>{escape(facts_of(row))}</small></h3>"
+    if "began" in row:
+        return f'{head}<p class="soft">Interrupted.</p>'
     if "failed" in row:
         return f'{head}<p class="bad">Failed: {escape(row["failed"])}</p>'
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in cells(row))

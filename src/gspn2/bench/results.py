@@ -14,6 +14,8 @@ from .measure import rounded
 SCHEMA = 1
 """Of the file. Raised when a reader of the old one would misread the new one."""
 
+MOST_TRIES = 2
+"""After so many beginnings without an end a case is not begun again."""
 FLOOR_TOLERANCE = 0.03
 """By how much a time may be below its floor before that is remarked on."""
 
@@ -42,6 +44,7 @@ class Results:
     def __init__(self, path: Path, machine: dict[str, Any], run: dict[str, Any]) -> None:
         self.path = path
         self._seconds = 0.0
+        self._tries: dict[tuple[str, str], int] = {}
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": machine,
@@ -55,7 +58,11 @@ class Results:
         return self.content["cases"]
 
     def resume(self) -> None:
-        """Take over what the file holds of the same commit; a case that only began has ended its process."""
+        """Take over what the file holds of the same commit.
+
+        A case that only began is measured again, in case the run was ended from outside; if that happens
+        twice it is taken to have ended the process.
+        """
         if not self.path.exists():
             return
         old = load(self.path)
@@ -63,9 +70,11 @@ class Results:
         for row in old["cases"]:
             if row.get("commit") != commit:
                 continue
-            if row.pop("began", False):
-                row["failed"] = "hung, or ended the process"
-            self.rows.append(row)
+            tries = int(row.get("began", 0))
+            if 0 < tries < MOST_TRIES:
+                self._tries[row["bench"], row["case"]] = tries
+                continue
+            self.rows.append(_failed(row) if tries else row)
         if self.rows:
             self.content["rates"] = old["rates"]
             self._seconds = old["run"].get("seconds") or sum(row.get("seconds", 0.0) for row in self.rows)
@@ -77,7 +86,13 @@ class Results:
     def begin(self, bench: str, case: str, facts: dict[str, Any]) -> None:
         """Note that a case begins."""
         commit = self.content["machine"]["commit"]
-        self.rows.append({"bench": bench, "case": case, "facts": facts, "commit": commit, "began": True})
+        tries = 1 + self._tries.get((bench, case), 0)
+        self.rows.append({"bench": bench, "case": case, "facts": facts, "commit": commit, "began": tries})
+        self.save()
+
+    def forget(self) -> None:
+        """The case that began was interrupted."""
+        self.rows.pop()
         self.save()
 
     def end(self, found: Row) -> Row:
@@ -104,10 +119,7 @@ class Results:
 
     def save(self) -> None:
         """Write the file anew, as a whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(_compact(self.content) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        _write(self.content, self.path)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -127,6 +139,18 @@ def load(path: Path) -> dict[str, Any]:
     if content["schema"] != SCHEMA:
         raise ResultsError(f"{path}: expected schema {SCHEMA}, got {content['schema']!r}; measure again")
     return content
+
+
+def give_up(path: Path) -> None:
+    """The case that began in this file has ended its process: no other is to try it again."""
+    content = load(path)
+    content["cases"] = [_failed(row) if "began" in row else row for row in content["cases"]]
+    _write(content, path)
+
+
+def _failed(row: Row) -> Row:
+    found = {key: value for key, value in row.items() if key != "began"}
+    return {**found, "failed": "hung, or ended the process", "contenders": []}
 
 
 def timed(row: Row) -> list[Row]:
@@ -160,6 +184,13 @@ def beaten_floors(rows: Sequence[Row]) -> list[str]:
 def find(row: Row, name: str, which: str) -> Row | None:
     """A contender's timed pass."""
     return next((it for it in timed(row) if it["name"] == name and it["pass"] == which), None)
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(_compact(content) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _compact(content: dict[str, Any]) -> str:

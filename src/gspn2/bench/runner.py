@@ -218,7 +218,11 @@ def run(cases: Sequence[Case], settings: Settings, results: Results, watcher: Wa
         runner = runners.setdefault(device.type, Runner(replace(settings, device=device)))
         if device.type not in rates:
             rates[device.type] = runner.rates()
-        row = results.end(_guarded(runner, case, rates[device.type]))
+        try:
+            row = results.end(_guarded(runner, case, rates[device.type]))
+        except KeyboardInterrupt:
+            results.forget()
+            raise
         clock.took(case, row["seconds"])
         judge(results.rows, rates)
         watcher.ended(row)

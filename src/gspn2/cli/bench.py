@@ -154,12 +154,17 @@ def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -
     path = args.out / "results.json"
     if not args.resume:
         path.unlink(missing_ok=True)
-    if device.type == "cuda":
-        held = _results(device, args)
-        missing = [case for case in cases if not held.holds(case.bench, case.name)]
-        code = _supervise(missing, path, began, _minutes(device, args))
-    else:
-        code = _run(cases, device, args, began)
+    try:
+        if device.type == "cuda":
+            held = _results(device, args)
+            missing = [case for case in cases if not held.holds(case.bench, case.name)]
+            code = _supervise(missing, path, began, _minutes(device, args))
+        else:
+            code = _run(cases, device, args, began)
+    except KeyboardInterrupt:
+        out = shlex.quote(str(args.out))
+        print(f"\n--resume goes on from here; gspn2 bench report --out {out} draws what there is by now")
+        raise
     if not args.no_report and path.exists():
         _report(args.out)
     return code
@@ -181,7 +186,7 @@ def _supervise(cases: list[Case], path: Path, began: float, minutes: float | Non
         minutes: of the run, or None for no limit.
     """
     from gspn2.bench import ahead
-    from gspn2.bench.results import load
+    from gspn2.bench.results import give_up, load
 
     count, failed = ahead.compile_all(cases, 0)
     told = f", {failed} do not compile" if failed else ""
@@ -201,6 +206,7 @@ def _supervise(cases: list[Case], path: Path, began: float, minutes: float | Non
         if done.returncode == USAGE or held <= before:
             return USAGE if done.returncode == USAGE else WRONG
         before = held
+        give_up(path)
     return code
 
 
