@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from gspn2.demo.material import Material
 
-HELP = "train on handwritten digits beside an attention model and write a report"
 GATE = 97.0
 
 EPILOG = """examples:
