@@ -206,7 +206,8 @@ def _supervise(cases: list[Case], path: Path, began: float, minutes: float | Non
         if done.returncode == USAGE or held <= before:
             return USAGE if done.returncode == USAGE else WRONG
         before = held
-        give_up(path)
+        if content is not None:
+            give_up(path)
     return code
 
 
