@@ -62,8 +62,8 @@ u32 shared_address(const void* p) { return 1024 + (u32)((const unsigned char*)p 
 void copy_async(void* shared, const void* global, int size, int bytes) {
   if (bytes < 0 || bytes > size) fail_at(SITE, "copy_async of %d of %d bytes", bytes, size);
   check_shared(shared, (size_t)size, (size_t)size, "copy_async", SITE);
-  if ((u64)global % (u64)size) fail_at(SITE, "copy_async from %p, which is not aligned to %d bytes", global, size);
   if (bytes) {
+    if ((u64)global % (u64)size) fail_at(SITE, "copy_async from %p, which is not aligned to %d bytes", global, size);
     check_global(global, (size_t)bytes, 1, READ, "copy_async", SITE);
     touch(global, (size_t)bytes, READ, SITE);
   }

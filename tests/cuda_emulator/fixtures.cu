@@ -188,8 +188,7 @@ KERNEL(32, 1) strays(CONSTANT_PARAMS p) {
     case 15: while (((volatile int*)p.knobs)[2] == 0) {} break;
     case 16: y[0] = row[1]; break;
     case 17: if (p.knobs[2] != 1) __trap(); break;
-    case 18: copy_async<8>(row, x + 1, 0); break;
-    case 19: named_barrier(1, 24); break;
+    case 18: named_barrier(1, 24); break;
   }
 }
 
