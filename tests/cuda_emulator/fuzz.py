@@ -329,7 +329,7 @@ def shrunk(drawn: Drawn, seconds: float = 240, fails: Callable[[Drawn], str | No
 def campaign(seconds: float, first: int, variants: tuple[str, ...], others: int) -> int:
     """Draws problems until the time is over; returns how many failed."""
     end, spent, runs, failures = time.monotonic() + seconds, Counter(), Counter(), 0
-    seed = first
+    seed, told = first, time.monotonic()
     while time.monotonic() < end:
         variant = min(variants, key=lambda name: spent[name])
         start = time.monotonic()
@@ -345,6 +345,9 @@ def campaign(seconds: float, first: int, variants: tuple[str, ...], others: int)
         Small.case.cache_clear()
         spent[variant] += time.monotonic() - start
         seed += 1
+        if time.monotonic() > told + 300:
+            told = time.monotonic()
+            print(f"seed {seed}: {dict(runs)} runs", flush=True)
     print(f"{dict(runs)} runs, seeds {first} to {seed - 1}, {failures} failures", flush=True)
     return failures
 
