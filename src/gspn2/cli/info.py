@@ -19,9 +19,13 @@ PACKAGES = (
     "numpy",
     "numba",
     "cuda-core",
+    "cuda-bindings",
+    "triton",
     "timm",
     "torchvision",
     "safetensors",
+    "diffusers",
+    "transformers",
     "scikit-learn",
     "rich",
     "matplotlib",
@@ -197,16 +201,16 @@ def _plan(problem: Problem, args: argparse.Namespace) -> dict[str, Any] | None:
 def _text(report: dict[str, Any]) -> str:
     cpu, problem = report["cpu"], report["problem"]
     lines = ["versions"]
-    lines += [f"  {name:<13}{version or 'not installed'}" for name, version in report["versions"].items()]
+    lines += [f"  {name:<14}{version or 'not installed'}" for name, version in report["versions"].items()]
     lines += [
         "devices",
-        f"  {'cpu':<13}{cpu['name']}; {cpu['usable']} of {cpu['cores']} cores, {cpu['threads']} threads",
+        f"  {'cpu':<14}{cpu['name']}; {cpu['usable']} of {cpu['cores']} cores, {cpu['threads']} threads",
     ]
     built = f"CUDA {report['cuda']}" if report["cuda"] else "the CPU only"
     lines += [
-        f"  {f'cuda:{i}':<13}{gpu['name']}; {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"
+        f"  {f'cuda:{i}':<14}{gpu['name']}; {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"
         for i, gpu in enumerate(report["gpus"])
-    ] or [f"  {'cuda':<13}no device (torch is built for {built})"]
+    ] or [f"  {'cuda':<14}no device (torch is built for {built})"]
     shape = " x ".join(map(str, problem["shape"]))
     chunk = f"chunk {problem['chunk']}" if problem["chunk"] else "no chunk"
     lines += [
@@ -215,7 +219,7 @@ def _text(report: dict[str, Any]) -> str:
     ]
     for name, reason in problem["why_not"].items():
         state = "runs" if name == problem["runs"] else "can run" if reason is None else f"no: {reason}"
-        lines.append(f"  {name:<13}{state}")
+        lines.append(f"  {name:<14}{state}")
     if problem["plan"] is not None:
         from .planning import text
 

@@ -77,19 +77,19 @@ def text(report: dict[str, Any]) -> list[str]:
     """Lines for people."""
     where = f"assuming an {report['device']}" if report["assumed"] else f"on {report['device']}"
     lines = [f"plan of the cuda backend, {report['pass']}, layout {report['layout']}, {where}"]
-    lines.append(f"  {'variant':<13}{report['variant']}")
-    lines += [f"  {'':<13}{reason}" for reason in report["reasons"]]
+    lines.append(f"  {'variant':<14}{report['variant']}")
+    lines += [f"  {'':<14}{reason}" for reason in report["reasons"]]
     for launch in report["launches"]:
         clusters = f" in clusters of {launch['cluster']}" if launch["cluster"] > 1 else ""
         lines += [
-            f"  {'launch':<13}{launch['function']}: {launch['grid']:,} blocks{clusters} of {launch['block']} "
+            f"  {'launch':<14}{launch['function']}: {launch['grid']:,} blocks{clusters} of {launch['block']} "
             f"threads, {_bytes(launch['shared'])} of shared memory a block",
-            f"  {'':<13}knobs {' '.join(map(str, launch['knobs'])) or 'none'}; "
+            f"  {'':<14}knobs {' '.join(map(str, launch['knobs'])) or 'none'}; "
             + " ".join(f"{name}={value}" for name, value in launch["defines"].items()),
         ]
     scratch = " + ".join(_bytes(size) for size in report["scratch"] if size)
-    lines.append(f"  {'scratch':<13}{scratch or 'none'}")
-    lines += [f"  {name:<13}no: {reason}" for name, reason in report["declined"].items()]
+    lines.append(f"  {'scratch':<14}{scratch or 'none'}")
+    lines += [f"  {name:<14}no: {reason}" for name, reason in report["declined"].items()]
     return lines
 
 
