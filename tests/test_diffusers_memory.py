@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 
 import diffusion_helpers as tiny
 from gspn2.integrations.diffusers import mount
-from gspn2.integrations.diffusers.execution import frugal
+from gspn2.integrations.diffusers.execution import frugal, graphed
 from gspn2.integrations.diffusers.memory import PeakMemory, bytes_of, peak_of
 from gspn2.integrations.diffusers.stages import Stage, direct, progressive
 
@@ -52,6 +52,12 @@ def test_one_by_one_and_in_runs_is_the_same(unet):
         assert max(lengths) == 7
         assert torch.equal(unet(**given).sample, expected)
     assert not any("forward" in module.__dict__ for module in unet.modules())
+
+
+def test_graphs_need_a_gpu(unet):
+    with pytest.raises(ValueError, match="expected on a CUDA device, for its graphs, got cpu"), graphed(unet):
+        pass
+    assert "forward" not in unet.__dict__
 
 
 def test_tensors_alive_are_counted():

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from PIL import Image
+from safetensors.torch import load_file
 
 import diffusion_helpers as tiny
 from gspn2.cli import generate as command_module
@@ -140,6 +141,20 @@ def test_weights_of_one_variant_are_loaded(folders, tmp_path):
     assert main(words) == 0
     assert main(command(folders, tmp_path / "a.png", "a cat", name="sd15")) == 0
     assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
+def test_text_encoders_count_where_they_are_loaded_with_the_rest(folders, monkeypatch):
+    root = folders / "sdxl"
+    count = sum(
+        torch.tensor(tensor.shape).prod().item()
+        for name in ("text_encoder", "text_encoder_2")
+        for tensor in load_file(root / name / "model.safetensors").values()
+    )
+    assert module.PipelineFolder(root).text_parameters() == count > 0
+    job = module.Job(root, 128, 128, memory=10**12)
+    before = module.plan(job).peak
+    monkeypatch.setattr(module.PipelineFolder, "text_parameters", lambda self: 10**9)
+    assert module.plan(job).peak > max(before, 4e9)
 
 
 def test_prompts_from_a_file(folders, tmp_path):

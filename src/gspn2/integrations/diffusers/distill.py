@@ -30,7 +30,7 @@ from gspn2.training.state import load_optimizer, load_weights, prefixed
 from gspn2.training.stopping import StopRequest
 
 from .distillation import LOSSES, PREDICTIONS, Average, Batch, Distiller
-from .folder import PipelineFolder
+from .folder import TEXT, PipelineFolder
 from .mounting import mount
 from .pairs import Cache, Pair, buckets, fitted
 from .sampling import Sampler
@@ -289,7 +289,7 @@ class _Run:
         except (OSError, ValueError) as error:
             raise UserError(f"pipeline: {error}") from error
         pipe.set_progress_bar_config(disable=True)
-        encoders = [n for n in ("text_encoder", "text_encoder_2") if getattr(pipe, n, None) is not None]
+        encoders = [name for name in TEXT if getattr(pipe, name, None) is not None]
         pipe.vae.to(accelerator.device)
         if captions:
             for name in encoders:

@@ -100,7 +100,12 @@ def graphed(unet: UNet2DConditionModel) -> Iterator[None]:
     A small UNet has two thousand launches that take the host longer than the GPU. The first call with a set
     of shapes runs as it is, the second is captured. Weights of mixers must not change meanwhile. Inside of
     `frugal` it is the call for a single image.
+
+    Raises:
+        ValueError: the UNet is on another device than CUDA.
     """
+    if unet.device.type != "cuda":
+        raise ValueError(f"unet: expected on a CUDA device, for its graphs, got {unet.device}")
     mixers = [module for module in unet.modules() if isinstance(module, AttentionMixer)]
     with replacing() as replace:
         replace(unet, _Graphs(unet.forward, unet.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ KINDS = {
     "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline),
     "StableDiffusionPipeline": (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline),
 }
-MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TEXT = ("text_encoder", "text_encoder_2")
+MODELS = ("unet", "vae", *TEXT)
 """Parts with weights that are used here."""
 _WEIGHTS = re.compile(
     r"(?:(?:diffusion_)?pytorch_)?model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
@@ -145,6 +147,19 @@ class PipelineFolder:
         if not isinstance(blocks, list) or not blocks:
             raise UserError(f"pipeline: no block_out_channels in {self.path / 'vae/config.json'}")
         return 2 ** (len(blocks) - 1)
+
+    def text_parameters(self) -> int:
+        """Parameters of the text encoders, by the headers of their files; 0 for files of other kinds."""
+        variant, count = self.variant(), 0
+        for name in TEXT:
+            for path in (self.path / name).glob("*.safetensors"):
+                matched = _WEIGHTS.fullmatch(path.name)
+                if matched is None or matched["variant"] != variant:
+                    continue
+                with safe_open(path, framework="pt") as file:
+                    shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+                count += sum(math.prod(shape) for shape in shapes)
+        return count
 
     def check(self) -> None:
         """Is every part there, with whole files? Reads their headers only.

@@ -28,7 +28,7 @@ from gspn2.training.errors import UserError
 
 from ..images import SUFFIXES, ImageFile
 from .execution import frugal, fused, graphed
-from .folder import PipelineFolder, check_weights
+from .folder import TEXT, PipelineFolder, check_weights
 from .memory import available, bytes_of, peak_of
 from .mixers import UNetMixers
 from .mounting import mount
@@ -217,7 +217,11 @@ def _foresee(job: Job, tile: int, tokens: int) -> int:
         before = stages[-2]
         small = latents.new_empty(1, latents.shape[1], before.height // vae_scale, before.width // vae_scale)
         peaks.append(peak_of(lambda: _enlarge(tiled, small, last)))
-    return int((weights + max(peaks) + 16 * latents.numel() * 4) * _ALLOWANCE) + _CONTEXT
+    text = job.folder.text_parameters() * dtype.itemsize
+    # On a GPU the text encoders have gone before the rest comes; elsewhere everything is loaded at once.
+    encoding = text if torch.device(job.device).type == "cuda" else text + weights
+    running = weights + max(peaks) + 16 * latents.numel() * 4
+    return int(max(encoding, running) * _ALLOWANCE) + _CONTEXT
 
 
 def _mounted_without_data(unet: UNet2DConditionModel, job: Job) -> UNetMixers:
@@ -299,9 +303,7 @@ class Generator:
         names: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
         if isinstance(pipe, StableDiffusionXLPipeline):
             names += ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        encoders = [
-            name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None
-        ]
+        encoders = [name for name in TEXT if getattr(pipe, name, None) is not None]
         for name in encoders:
             getattr(pipe, name).to(job.device)
         with torch.no_grad():
