@@ -229,7 +229,7 @@ def test_info_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{step.kernel.function}: {step.grid:,} blocks" in printed
         assert "STORAGE=1" in printed
     for name, reason in plan.why_not(case).items():
-        assert reason is None or f"  {name:<13}no: {reason}" in printed
+        assert reason is None or f"  {name:<14}no: {reason}" in printed
 
 
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
