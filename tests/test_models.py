@@ -111,6 +111,25 @@ def test_every_parameter_gets_a_finite_gradient(size, options):
             assert parameter.grad.abs().max() > 0, name
 
 
+def test_fresh_mixers_get_what_they_are_made_for():
+    """Taps, lam and gate of a fresh mixer depend on its input if that is of about unit size."""
+    model = create(num_classes=5).eval()
+    sizes, spreads = [], []
+
+    def look(mixer, given):
+        sizes.append(given[0].square().mean().sqrt().item())
+        logits = mixer.operands(given[0]).logits
+        spreads.append((logits - logits.mean(dim=(0, -2, -1), keepdim=True)).std().item())
+
+    for mixer in (it for it in model.modules() if isinstance(it, Mixer)):
+        mixer.register_forward_pre_hook(look)
+    with torch.no_grad():
+        model(images(2, 3, 64, 64))
+    # Small maps lose most of what a 7x7 convolution adds up.
+    assert 0.1 < min(sizes) < max(sizes) < 1.5, sizes
+    assert min(spreads) > 0.01, spreads
+
+
 def test_features_have_the_strides_they_claim():
     x = images(1, 3, 65, 97)
     model = create(features_only=True).eval()
