@@ -12,18 +12,7 @@ pipe("a lighthouse at dusk")
 unmount(pipe.unet)                                         # the UNet as it was
 """
 
-from .execution import frugal, fused, graphed
 from .mixers import AttentionMixer, UNetMixers
 from .mounting import is_mounted, mixers_of, mount, unmount
 
-__all__ = [
-    "AttentionMixer",
-    "UNetMixers",
-    "frugal",
-    "fused",
-    "graphed",
-    "is_mounted",
-    "mixers_of",
-    "mount",
-    "unmount",
-]
+__all__ = ["AttentionMixer", "UNetMixers", "is_mounted", "mixers_of", "mount", "unmount"]
