@@ -222,7 +222,7 @@ def test_info_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         assert "plan of the cuda backend, forward, layout channels, assuming an H200" in printed
     case = imagined(posed((2, 8, 77, 55)), "channels", Device())
     chosen = plan.choose(case)
-    assert f"  variant      {chosen.variant}" in printed
+    assert f"  variant       {chosen.variant}" in printed
     for reason in chosen.reasons:
         assert reason in printed
     for step in chosen.launches:
