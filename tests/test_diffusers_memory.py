@@ -55,8 +55,11 @@ def test_one_by_one_and_in_runs_is_the_same(unet):
 
 
 def test_graphs_need_a_gpu(unet):
-    with pytest.raises(ValueError, match="expected on a CUDA device, for its graphs, got cpu"), graphed(unet):
-        pass
+    given = tiny.inputs(unet, 8, 8, batch=1)
+    with torch.no_grad(), graphed(unet):
+        unet(**given)
+        with pytest.raises(ValueError, match="expected on a CUDA device, for its graphs, got cpu"):
+            unet(**given)
     assert "forward" not in unet.__dict__
 
 

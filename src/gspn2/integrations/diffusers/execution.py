@@ -98,14 +98,9 @@ def graphed(unet: UNet2DConditionModel) -> Iterator[None]:
     """Within the context the UNet runs as a CUDA graph, one for each set of shapes.
 
     A small UNet has two thousand launches that take the host longer than the GPU. The first call with a set
-    of shapes runs as it is, the second is captured. Weights of mixers must not change meanwhile. Inside of
-    `frugal` it is the call for a single image.
-
-    Raises:
-        ValueError: the UNet is on another device than CUDA.
+    of shapes runs as it is, the second is captured (a ValueError on another device than CUDA). Weights of
+    mixers must not change meanwhile. Inside of `frugal` it is the call for a single image.
     """
-    if unet.device.type != "cuda":
-        raise ValueError(f"unet: expected on a CUDA device, for its graphs, got {unet.device}")
     mixers = [module for module in unet.modules() if isinstance(module, AttentionMixer)]
     with replacing() as replace:
         replace(unet, _Graphs(unet.forward, unet.device))
@@ -151,6 +146,8 @@ class _Graph:
     """A captured call with inputs of its own."""
 
     def __init__(self, call: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> None:
+        if not all(tensor.is_cuda for tensor in tensors):
+            raise ValueError(f"unet: expected on a CUDA device, for its graphs, got {tensors[0].device}")
         self._inputs = [tensor.clone() for tensor in tensors]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
