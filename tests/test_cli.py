@@ -256,6 +256,15 @@ def test_interrupted_while_a_command_is_imported(capsys, monkeypatch):
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
+def test_output_that_cannot_be_written_is_one_line(capsys, monkeypatch):
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.stdout, "write", full)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "gspn2 info: error: [Errno 28] No space left on device\n"
+
+
 @pytest.mark.parametrize("command", ["learn", "draw"])
 def test_no_documents_of_nothing(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -73,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough; keep the interpreter from flushing into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # A full disk behind stdout, say; commands that write files have their own words for theirs.
+        print(f"gspn2 {command}: error: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in OPTIONAL and package not in EXTRAS:
