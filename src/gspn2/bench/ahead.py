@@ -167,8 +167,9 @@ def side_by_side(work: Any, wanted: Sequence[Any], jobs: int, seconds: float | N
             running[-1].start()
         timeout = None if ends == math.inf else max(0.0, ends - time.monotonic())
         connection.wait([it.sentinel for it in running], timeout)
-        ready += sum(it.exitcode == 0 for it in running)
-        running = [it for it in running if it.exitcode is None]
+        ended = [it for it in running if it.exitcode is not None]
+        running = [it for it in running if it not in ended]
+        ready += sum(it.exitcode == 0 for it in ended)
     for it in running:
         it.kill()
         it.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +72,14 @@ def ladder(rows: Rows) -> Figure | None:
             height=0.62,
         )
         for y, (name, value) in enumerate(zip(names, times, strict=True)):
-            told = f" {milliseconds(value)} ms" + (f", {times[0] / value:.1f}x" if y else "")
+            told = f"{milliseconds(value)} ms" + (f", {times[0] / value:.1f}x" if y else "")
             theirs = _paper_rung(row, name)
-            told += f"   (paper {theirs:g} ms)" if theirs else ""
-            axes.text(value, y, told, va="center", fontsize=8.5)
+            told += f" (paper {theirs:g} ms)" if theirs else ""
+            _beside(axes, value, y, told, size=8.5)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xscale("log")
         low, high = min(times), max(times)
-        axes.set_xlim(low / 3, high * 60)
+        _logarithmic(axes, "x", low / 3, high * 60)
         axes.set_xlabel("milliseconds")
         axes.set_title(row["case"])
     return _finished(figure)
@@ -100,9 +100,11 @@ def throughput(rows: Rows) -> Figure | None:
                 at = y + 0.8 * (i + 0.5) / len(found) - 0.4
                 colour, thick = _colour(i, it["name"]), 0.7 / len(found)
                 axes.barh(at, it["gb_per_s"], height=thick, color=colour, label=it["name"])
-                axes.text(it["gb_per_s"], at, f" {digits(it['gb_per_s'])}", va="center", fontsize=7)
+                inside = it["gb_per_s"] > 0.6 * row["copy_gb_per_s"]
+                _beside(axes, it["gb_per_s"], at, digits(it["gb_per_s"]), size=7, inside=inside)
             axes.plot([row["copy_gb_per_s"]] * 2, [y - 0.42, y + 0.42], color=INK, lw=1.4, label="large copy")
         axes.set_yticks(range(len(cases)), ["x".join(map(str, row["facts"]["size"])) for row in cases])
+        axes.set_xlim(right=1.12 * max(row["copy_gb_per_s"] for row in cases))
         axes.invert_yaxis()
         axes.set_xlabel("GB/s")
         axes.set_title(f"{which}, {dtype}")
@@ -145,15 +147,15 @@ def attention(rows: Rows) -> Figure | None:
 
 
 def models(rows: Rows) -> Figure | None:
-    """Images per second against resolution, inference and training, a row a size."""
-    cases = [row for row in of(rows, "models") if "models" in row["facts"] and "compiled" not in row["case"]]
+    """Images per second against resolution, inference and training, eager and compiled, a row a size."""
+    cases = [row for row in of(rows, "models") if "models" in row["facts"]]
     if not cases:
         return None
     sizes = dict.fromkeys(row["case"].split(",")[0] for row in cases)
     shown = [
         (size, which, mine)
         for size in sizes
-        for which in ("inference", "train")
+        for which in ("inference", "train", "inference, compiled", "train, compiled")
         if (mine := [row for row in cases if row["case"].startswith(f"{size},") and _has(row, which)])
     ]
     figure, panels = _panels(len(shown), width=5.4, height=3.0)
@@ -204,10 +206,12 @@ def cpu(rows: Rows) -> Figure | None:
                 i = ("gspn2", "loop in PyTorch", "SDPA").index(it["name"])
                 at = y + 0.26 * (i - 1)
                 axes.barh(at, it["ms"], height=0.24, color=_colour(i, it["name"]), label=it["name"])
-                axes.text(it["ms"], at, f" {milliseconds(it['ms'])}", va="center", fontsize=7.5)
+                _beside(axes, it["ms"], at, milliseconds(it["ms"]), size=7.5)
         axes.set_yticks(range(len(cases)), [row["case"] for row in cases])
         axes.invert_yaxis()
-        axes.set_xscale("log")
+        times = [it["ms"] for row in cases for it in timed(row) if it["pass"] == which]
+        if times:
+            _logarithmic(axes, "x", min(times) / 2, 2 * max(times))
         axes.set_xlabel("milliseconds")
         axes.set_title(which)
     _legend(figure, panels)
@@ -252,8 +256,9 @@ def roofline(rows: Rows) -> Figure | None:
         colour = THEIRS if kind == "baseline" else COLOURS[i]
         axes.plot(xs, ys, MARKS[i], color=colour, ms=5.5, alpha=0.75, mew=0, label=kind)
     axes.axhline(100, color=INK, lw=1.2)
+    shares = [y for pairs in points.values() for _, y in pairs]
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes, "y", min(shares) / 2, 200)
     axes.set_xlabel("bytes that have to move")
     axes.set_ylabel("share of copy bandwidth, %")
     axes.set_title("How near to copying")
@@ -291,6 +296,8 @@ def _lines(
     y: Callable[[Row], float] = lambda it: it["ms"],
 ) -> None:
     """A line a contender through all rows that have it; log-log."""
+    from matplotlib.ticker import NullLocator
+
     names = list(dict.fromkeys(it["name"] for row in rows for it in timed(row)))
     for i, name in enumerate(names):
         points: dict[float, float] = {}
@@ -303,11 +310,36 @@ def _lines(
             style: Any = {"marker": MARKS[i % len(MARKS)], "ms": 4.5, "lw": width, "color": _colour(i, name)}
             axes.plot(xs, ys, label=name, **style)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    values = [y(it) for row in rows for it in timed(row) if it["pass"] == which]
+    if values:
+        _logarithmic(axes, "y", min(values) / 1.25, 1.25 * max(values))
     ticks = sorted({x(row) for row in rows})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=0 if len(ticks) < 6 else 30)
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("milliseconds")
+
+
+def _logarithmic(axes: Axes, which: str, low: float, high: float) -> None:
+    """A logarithmic axis over a range, with plain numbers, more of them where powers of ten are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}lim")(low, high)
+    decades = math.log10(high / low)
+    steps = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _beside(axes: Axes, x: float, y: float, text: str, size: float, inside: bool = False) -> None:
+    """What a horizontal bar means, at its end: behind it, or within."""
+    options: Any = {"textcoords": "offset points", "va": "center", "fontsize": size}
+    if inside:
+        axes.annotate(text, (x, y), (-3, 0), ha="right", color="white", **options)
+    else:
+        axes.annotate(text, (x, y), (3, 0), **options)
 
 
 def _has(row: Row, which: str) -> bool:

@@ -104,7 +104,8 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
     ]
     if shares:
         share, row = max(shares, key=lambda pair: pair[0])
-        found.append((f"{100 * share:.0f}%", f"of copy bandwidth at best, forward at {_size(row)}"))
+        why = "; memory that is mostly read is faster than a copy" if share > 1 else ""
+        found.append((f"{100 * share:.0f}%", f"of copy bandwidth at best, forward at {_size(row)}{why}"))
     found += _beside_attention(rows)
     found += [
         (digits(images_per_second(it)), f"images per second, {it['name']}, {row['case'].split(', ')[1]}")
@@ -178,8 +179,12 @@ def _case(row: Row) -> str:
         for it in row["contenders"]
         if "ms" not in it
     )
-    table = f'<div class="wide"><table><tr>{heads}</tr>{body}</table></div>' if body else ""
+    table = f'<div class="wide"><table class="all"><tr>{heads}</tr>{body}</table></div>' if body else ""
     return head + table + notes
+
+
+WORDS = ("rung",)
+"""Headings of columns that hold words."""
 
 
 def _paper_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -187,7 +192,11 @@ def _paper_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f'<h3>{escape(title)}</h3><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    # What comes second is words only where what comes first has no name of its own.
+    kind = "words" if heads[1] in WORDS else "figures"
+    return (
+        f'<h3>{escape(title)}</h3><div class="wide"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+    )
 
 
 def _paper_ladder(rows: Sequence[Row]) -> str:
@@ -311,8 +320,8 @@ def _size(row: Row) -> str:
 
 
 def _inline(name: str, svg: str) -> str:
-    """The SVG element alone, with ids of its own: pictures of one page must not share any."""
-    svg = svg[svg.index("<svg") :]
+    """The SVG element alone, in the page's ink, with ids of its own: a page's pictures must not share any."""
+    svg = svg[svg.index("<svg") :].replace(figures.INK, "var(--soft)")
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(xlink:href="#|href="#|url\(#)(?=[\w-])', rf"\g<1>{name}-", svg)
     head, rest = svg.split(">", 1)

@@ -34,13 +34,13 @@ EPILOG = f"""names:
   list                      what would be measured
   compare A.json B.json     what became slower or faster
   report                    pictures and report.html from results.json in --out
-  docs A.json B.json        docs/benchmarks.md from result files
+  docs A.json B.json        docs/benchmarks.md from result files; with --check after them, is it in step?
 
 examples:
   gspn2 bench all --out bench
   gspn2 bench ladder throughput
   gspn2 bench attention --only SigLIP --resume
-  gspn2 bench compare before/results.json bench/results.json
+  gspn2 bench compare before/results.json bench/results.json --tolerance 0.1
 
 Nothing is timed before its result is found right. The output folder gets results.json, written after every
 case, report.html (one file that loads nothing) and the pictures in it as SVG and PNG. Exit code 1 if a result
