@@ -37,10 +37,14 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class NoAttention(nn.Module):
-    """Stands in for a self-attention and adds nothing."""
+    """Stands in for a self-attention and takes no time.
+
+    Its output is its input: adding a tensor of that size then costs what it costs behind a mixer, and less
+    than PyTorch takes to add a single zero to all of it.
+    """
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> Tensor:
-        return hidden_states.new_zeros(1)
+        return hidden_states
 
 
 class Networks:
