@@ -95,19 +95,21 @@ def truth(case: Case) -> dict[str, Tensor]:
 def eager_scan(u: Tensor, w: Tensor, direction: str, chunk: int | None) -> Tensor:
     """h (B, C, H, W) from u (B, C, H, W) and taps w (B, C, 3, H, W), line after line in image coordinates."""
     axis = 2 if direction in ("down", "up") else 3
-    lines = u.shape[axis]
+    # Taken apart once: the gradient of every single `select` would be as large as the image.
+    sources, taps = u.unbind(axis), w.unbind(axis + 1)
+    lines = len(sources)
     order = range(lines) if direction in ("down", "right") else range(lines - 1, -1, -1)
     scanned: dict[int, Tensor] = {}
     h = torch.zeros_like(u.select(axis, 0))
     for count, i in enumerate(order):
         if chunk is not None and count % chunk == 0:
             h = torch.zeros_like(h)
-        before, here, after = w.select(axis + 1, i).unbind(2)
+        before, here, after = taps[i].unbind(2)
         h = (
             torch.cat((torch.zeros_like(h[..., :1]), before[..., 1:] * h[..., :-1]), -1)
             + here * h
             + torch.cat((after[..., :-1] * h[..., 1:], torch.zeros_like(h[..., :1])), -1)
-            + u.select(axis, i)
+            + sources[i]
         )
         scanned[i] = h
     return torch.stack([scanned[i] for i in range(lines)], axis)
