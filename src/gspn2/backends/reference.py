@@ -81,9 +81,10 @@ def to_neighbours(w: Tensor, g: Tensor) -> Tensor:
 def scan_lines(u: Tensor, w: Tensor, chunk: int | None) -> Tensor:
     """h_i = w_i h_(i-1) + u_i over lines: u (L, B, G, C/G, P), w (L, B, G, 1, 3, P) -> h like u."""
     hidden: list[Tensor] = []
-    for i in range(u.shape[0]):
+    # Taken apart at once: autograd would fill a whole tensor for the gradient of every line.
+    for i, (u_i, w_i) in enumerate(zip(u.unbind(), w.unbind(), strict=True)):
         restart = i == 0 or (chunk is not None and i % chunk == 0)
-        hidden.append(u[i] if restart else from_neighbours(w[i], hidden[-1]) + u[i])
+        hidden.append(u_i if restart else from_neighbours(w_i, hidden[-1]) + u_i)
     return torch.stack(hidden)
 
 
