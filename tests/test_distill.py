@@ -153,6 +153,22 @@ def test_a_signal_saves_first(folders, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_encoding_can_be_left_at_once(folders, tmp_path):
+    run = settings(folders / "sd15", folders / "data", tmp_path / "run", steps=1)
+
+    def interrupt(what, done, total, found):
+        if what == "latents" and done == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(run, interrupt)
+    assert len(list((tmp_path / "run/cache").glob("latents-*.safetensors"))) == 2
+    told = []
+    distill(run, lambda what, done, total, found: told.append((what, done, total)))
+    assert ("latents", 2, 2) in told
+    assert ("prompts", 1, 1) not in told
+
+
 def test_two_processes_take_the_steps_of_one(folders, tmp_path):
     """Also when each takes its share in two passes."""
     distill(config(folders, tmp_path / "one", steps=3, batch_size=4))

@@ -70,7 +70,8 @@ def test_three_aspect_ratios(folders, tmp_path, capsys, name, size):
     printed = capsys.readouterr().out
     assert "peak memory: about" in printed
     assert f"stage 2: {height} x {width}, 1 steps" in printed
-    assert "stage 2/2" in printed
+    told = [line for line in printed.splitlines() if line.startswith(f"stage 2/2 ({height} x {width})")]
+    assert [line.rpartition(")")[2] for line in told] == [": decoding: done", ": encoding: done", ": done"]
     assert os.listdir(tmp_path) == ["image.png"]
 
 

@@ -355,8 +355,7 @@ class Generator:
             stage = stages[i]
             name = f"stage {i + 1}/{len(stages)} ({stage.height} x {stage.width})"
             if latents is not None:
-                tiled.progress = functools.partial(self.progress, f"{name}: enlarging")
-                latents = _enlarge(tiled, latents, stage)
+                latents = _enlarge(tiled, latents, stage, functools.partial(self._tell, name))
             latents = self._stage(stage, i, prompt, latents, name)
             folder.mkdir(parents=True, exist_ok=True)
             about = {"fingerprint": self.job.fingerprint(prompt, i)}
@@ -369,6 +368,9 @@ class Generator:
                 file.write(pixels.permute(1, 2, 0).cpu().numpy())
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _tell(self, name: str, what: str, done: int, total: int) -> None:
+        self.progress(f"{name}: {what}", done, total)
 
     @property
     def _on_gpu(self) -> bool:
@@ -418,13 +420,17 @@ class Generator:
             return self._again(image=before, strength=stage.strength, **options).images
 
 
-def _enlarge(tiled: TiledVae, latents: Tensor, stage: Stage) -> Tensor:
+def _enlarge(
+    tiled: TiledVae, latents: Tensor, stage: Stage, tell: Progress = lambda what, done, total: None
+) -> Tensor:
     """Latents of the picture, enlarged to the size of a stage. Enlarging latents themselves would blur."""
     with torch.no_grad():
+        tiled.progress = functools.partial(tell, "decoding")
         image = torch.cat([strip.float() for strip in tiled.decode(latents)], dim=2)
         image = F.interpolate(
             image, size=(stage.height, stage.width), mode="bicubic", align_corners=False
         ).clamp_(-1, 1)
+        tiled.progress = functools.partial(tell, "encoding")
         return tiled.encode(image).to(latents.dtype)
 
 
