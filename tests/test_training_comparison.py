@@ -73,6 +73,8 @@ def test_ablations_change_what_they_say():
         "gspn2": {},
         "gspn2-one-axis": {"directions": ("down", "up")},
         "gspn2-local": {"chunk": 4},
+        "gspn2-still": {"chunk": 1},
+        "gspn2-deep": {},
         "gspn2-per-channel": {"groups": 8},
         "gspn2-proxy-2": {"proxy_dim": 2},
         "gspn2-proxy-4": {"proxy_dim": 4},
@@ -96,10 +98,10 @@ def test_weights_are_a_function_of_the_seed():
 
 def test_the_plan_compares_everything_with_one_seed_before_the_next():
     runs = plan()
-    assert len(runs) == len(set(runs)) == 3 * (2 * 3 + 3) + 2 * 3 + 2 * 7
+    assert len(runs) == len(set(runs)) == 3 * (2 * 3 + 3) + 2 * 3 + 2 * 9
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.size for run in runs if run.contender not in MAIN} == {64}
-    assert len(plan(extra_seeds=3)) == 3 * (2 * 2 * 3 + 3 + 2 * 7)
+    assert len(plan(extra_seeds=3)) == 3 * (2 * 2 * 3 + 3 + 2 * 9)
 
 
 @pytest.mark.parametrize(
