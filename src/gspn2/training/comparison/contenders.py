@@ -72,7 +72,7 @@ CONTENDERS = {
             "gspn2-one-axis", "down and up only", "gspn2", {"directions": ("down", "up")}, "directions"
         ),
         Contender("gspn2-local", "chunks of 4 lines", "gspn2", {"chunk": 4}, "reach"),
-        # A state that restarts on every line is lam * x: the same layers and weights, and nothing is passed on.
+        # A state that restarts on every line is lam * x: the same layers, and nothing is passed on.
         Contender("gspn2-still", "no propagation", "gspn2", {"chunk": 1}, "reach"),
         # As many blocks as the ConvNet has.
         Contender("gspn2-deep", "9 narrower blocks", "gspn2", {"depths": (9,)}, "depth"),
