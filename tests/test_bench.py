@@ -185,7 +185,7 @@ def test_one_contender_does_not_stop_the_others() -> None:
 def run_cases(cases: list[Case], path: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
     found = results.Results(path, {"commit": "abc"}, {"command": "gspn2 bench", "device": "cpu"})
     if resume:
-        found.resume()
+        assert found.resume() == sum(row["commit"] == "older" for row in results.load(path)["cases"])
     runner.run(cases, settings(**changes), found, runner.Watcher(), began=changes.get("began", 0.0))
     return results.load(path)
 

@@ -57,14 +57,14 @@ class Results:
     def rows(self) -> list[Row]:
         return self.content["cases"]
 
-    def resume(self) -> None:
+    def resume(self) -> int:
         """Take over what the file holds of the same commit.
 
         A case that only began is measured again, in case the run was ended from outside; if that happens
-        twice it is taken to have ended the process.
+        twice it is taken to have ended the process. Returns how many cases are dropped, of other commits.
         """
         if not self.path.exists():
-            return
+            return 0
         old = load(self.path)
         commit = self.content["machine"]["commit"]
         for row in old["cases"]:
@@ -78,6 +78,7 @@ class Results:
         if self.rows:
             self.content["rates"] = old["rates"]
             self._seconds = old["run"].get("seconds") or sum(row.get("seconds", 0.0) for row in self.rows)
+        return sum(row.get("commit") != commit for row in old["cases"])
 
     def holds(self, bench: str, case: str) -> bool:
         """Has the case been run?"""

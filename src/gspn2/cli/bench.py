@@ -242,8 +242,10 @@ def _results(device: torch.device, args: argparse.Namespace) -> Results:
     command = shlex.join(["gspn2", *(word for word in _shown(_typed()))])
     run: dict[str, Any] = {"command": command, "device": device.type, "rounds": args.rounds}
     results = Results(args.out / "results.json", machine(device, command), run)
-    if args.resume:
-        results.resume()
+    dropped = results.resume() if args.resume else 0
+    if dropped and args.in_process is None:
+        cases = "1 case" if dropped == 1 else f"{dropped} cases"
+        print(f"{cases} of another commit than {results.content['machine']['commit']}: not kept", flush=True)
     return results
 
 
