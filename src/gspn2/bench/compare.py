@@ -96,7 +96,7 @@ def lines(it: Comparison, tolerance: float) -> list[str]:
     found += [f"no longer right  {text}" for text in it.lost]
     for title, keys in (("only in the first", it.only_before), ("only in the second", it.only_after)):
         if keys:
-            found.append(f"{len(keys)} times are {title}")
+            found.append(f"{title}: {len(keys)}")
     return found
 
 
