@@ -25,7 +25,7 @@ __device__ __forceinline__ void fetch_weights(float2* weights, const Params& p, 
   const int first = slice * count;
   for (int i = threadIdx.x; i < TAPS * count; i += blockDim.x) {
     const int channel = i / TAPS, tap = i - channel * TAPS;
-    const float v = first + channel < CHANNELS ? widen_weight(__ldg(p.weight + (first + channel) * TAPS + tap)) : 0.f;
+    const float v = first + channel < CHANNELS ? widen(__ldg(p.weight + (first + channel) * TAPS + tap)) : 0.f;
     to[(p.flip ? TAPS - 1 - tap : tap) * count + channel] = v;
   }
 }
@@ -91,7 +91,7 @@ KERNEL(THREADS, BLOCKS) depthwise_forward(CONSTANT_PARAMS p) {
   fetch_weights(weights, p, blockIdx.x - s.group * p.slices);
   __syncthreads();
   if (s.idle) return;
-  const float2 bias = p.bias ? make_float2(widen_weight(__ldg(p.bias + s.channel)), widen_weight(__ldg(p.bias + s.channel + 1)))
+  const float2 bias = p.bias ? make_float2(widen(__ldg(p.bias + s.channel)), widen(__ldg(p.bias + s.channel + 1)))
                              : make_float2(0.f, 0.f);
   const u32 down = tiles_down(p), across = tiles_across(p), tiles = p.batch * down * across;
   for (u32 number = s.group * p.slots + s.slot; number < tiles; number += p.groups * p.slots)

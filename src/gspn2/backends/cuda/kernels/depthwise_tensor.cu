@@ -37,7 +37,7 @@ __device__ __forceinline__ float silu(float v) {
 __device__ __forceinline__ u32 weight_bits(const Params& p, int channel, int row, int column) {
   if (column < 0 || column >= SIDE) return 0u;
   const int tap = row * SIDE + column;
-  const float v = widen_weight(__ldg(p.weight + channel * TAPS + (p.flip ? TAPS - 1 - tap : tap)));
+  const float v = widen(__ldg(p.weight + channel * TAPS + (p.flip ? TAPS - 1 - tap : tap)));
   return narrow(make_float2(v, 0.f)) & 0xffffu;
 }
 
@@ -111,7 +111,7 @@ KERNEL(32 * WARPS, 2) depthwise_tensor(CONSTANT_PARAMS p) {
   float bias[2];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    bias[c] = p.bias && !idle ? widen_weight(__ldg(p.bias + channel + c)) : 0.f;
+    bias[c] = p.bias && !idle ? widen(__ldg(p.bias + channel + c)) : 0.f;
 #pragma unroll
     for (int r = 0; r < SIDE; ++r) {
       bands[c][r] = idle ? make_uint2(0u, 0u) : band(p, channel + c, r, lane);

@@ -2,7 +2,7 @@
 //   STORAGE  of images: 0 float32, 1 bfloat16, 2 float16
 //   WEIGHTS  of parameters, the same codes
 #pragma once
-#include "ptx.cuh"
+#include "storage.cuh"
 
 #if STORAGE == 0
 typedef float2 pair_t;
@@ -44,15 +44,5 @@ __device__ __forceinline__ pair_t narrow(float2 v) {
   return (u32)__bfloat16_as_ushort(__float2bfloat16_rn(v.x)) | (u32)__bfloat16_as_ushort(__float2bfloat16_rn(v.y)) << 16;
 #else
   return (u32)__half_as_ushort(__float2half_rn(v.x)) | (u32)__half_as_ushort(__float2half_rn(v.y)) << 16;
-#endif
-}
-
-__device__ __forceinline__ float widen_weight(weight_t v) {
-#if WEIGHTS == 0
-  return v;
-#elif WEIGHTS == 1
-  return __bfloat162float(v);
-#else
-  return __half2float(v);
 #endif
 }

@@ -57,7 +57,7 @@ __device__ __forceinline__ Shared shared_parts() {
 }
 
 __device__ __forceinline__ float2 parameters(const weight_t* p, int pair) {
-  return make_float2(widen_weight(__ldg(p + 2 * pair)), widen_weight(__ldg(p + 2 * pair + 1)));
+  return make_float2(widen(__ldg(p + 2 * pair)), widen(__ldg(p + 2 * pair + 1)));
 }
 
 __device__ __forceinline__ bool exists(int pair) { return EVEN || pair < PAIRS; }
@@ -221,8 +221,8 @@ KERNEL(THREADS, BLOCKS) response(CONSTANT_PARAMS p) {
   for (int pair = threadIdx.x; pair < PAIRS; pair += THREADS) {
 #pragma unroll
     for (int q = 0; q < PROXIES; ++q)
-      s.proxy[q * PAIRS + pair] = make_float2(widen_weight(__ldg(p.proxy_weight + 2 * pair * PROXIES + q)),
-                                              widen_weight(__ldg(p.proxy_weight + (2 * pair + 1) * PROXIES + q)));
+      s.proxy[q * PAIRS + pair] = make_float2(widen(__ldg(p.proxy_weight + 2 * pair * PROXIES + q)),
+                                              widen(__ldg(p.proxy_weight + (2 * pair + 1) * PROXIES + q)));
     s.bias[pair] = p.proxy_bias ? parameters(p.proxy_bias, pair) : make_float2(0.f, 0.f);
   }
   __syncthreads();

@@ -13,15 +13,9 @@ typedef __nv_bfloat16 storage_t;
 typedef __half storage_t;
 #endif
 
-__device__ __forceinline__ float widen(storage_t v) {
-#if STORAGE == 0
-  return v;
-#elif STORAGE == 1
-  return __bfloat162float(v);
-#else
-  return __half2float(v);
-#endif
-}
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 
 __device__ __forceinline__ storage_t narrow(float v) {
 #if STORAGE == 0
