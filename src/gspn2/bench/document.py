@@ -27,10 +27,10 @@ gspn2 bench all --out bench
 ```
 
 That takes 15 minutes on a GPU, 2 on a laptop without one, and ends with `bench/report.html`: all numbers,
-pictures, and the paper's figures beside them. What each part is known for is measured first, and what there was
-no time for is told. `gspn2 bench list` shows the cases, `gspn2 bench ladder throughput` runs some of them,
-`--resume` goes on where a run was stopped, or its time was up, and `gspn2 bench compare before/results.json
-bench/results.json` says what has become slower.
+pictures, and the paper's figures beside them. What each part is known for is measured first, and what there
+was no time for is told. `gspn2 bench list` shows the cases, `gspn2 bench ladder throughput` runs some of
+them, `--resume` goes on where a run was stopped, or its time was up, and `gspn2 bench compare
+before/results.json bench/results.json` says what has become slower.
 """
 
 BASELINE = """## The baseline
