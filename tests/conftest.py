@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +15,31 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from helpers import CPU_BACKENDS
+from helpers import CPU_BACKENDS, make_case, run
+from kept import kept_folder
 
 
 @pytest.fixture(params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on the CPU, by name."""
     return request.param
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Workers of xdist share out the compilation of the CPU kernels, in place of each doing all of it."""
+    worker, count = (os.environ.get(f"PYTEST_XDIST_{name}", "") for name in ("WORKER", "WORKER_COUNT"))
+    wanted = any("backend" in getattr(item, "fixturenames", ()) for item in session.items)
+    if not worker or not wanted or sys.platform == "win32":
+        return
+    import fcntl
+
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    first = int(worker.removeprefix("gw")) * len(dtypes) // int(count)
+    for dtype in dtypes[first:] + dtypes[:first]:
+        # What is wrong with a kernel the tests tell better.
+        with (kept_folder() / f"{dtype}.lock").open("w") as lock, contextlib.suppress(Exception):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            run(make_case(1, 1, 1, 1, dtype=dtype), backend="cpu")
 
 
 @pytest.fixture
