@@ -536,7 +536,7 @@ def test_floors_are_made_of_the_fastest_that_was_seen() -> None:
     probes = rates_module.Probes(HOST)
     found = probes.start(3, 0.0)
     assert found["matrix_by"] in ("matrix product", "convolution")
-    assert list(probes.beside(False)) == ["copy", "read"]
+    assert list(probes.beside(False)) == ["copy", "read", "mix"]
     found |= {"fastest_gb_per_s": 1.0, "matrix_tflop_per_s": 1e-6}
     it: dict[str, Any] = {
         "name": "x",
@@ -551,6 +551,7 @@ def test_floors_are_made_of_the_fastest_that_was_seen() -> None:
     assert [row["contenders"][0]["over_floor"] for row in rows] == [1.0, 0.5]
     # The fastest samples count: what is read at 4 GB/s, a product at 4e-6 TFLOP/s.
     times: dict[Any, Any] = {"copy": samples(90.0, 90.0), "read": samples(2**16 // 128 / 4e6, 1.0)}
+    times |= {"mix": samples(2.0)}
     times |= {("convolution", 16): samples(16**3 / 2e3, 90.0), ("matrix product", 16): samples(60.0, 1.0e3)}
     probes.note(times, found)
     assert found["fastest_gb_per_s"] == pytest.approx(4.0)

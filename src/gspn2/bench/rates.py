@@ -1,9 +1,9 @@
 """How fast a device copies, reads and multiplies, of which floors are made.
 
 A floor must not be beaten. So it is made of the fastest sample of a whole run, not of a median at its
-start, when a processor may still be slow or shared; of reading as well as copying, because memory that is
-mostly read is faster than memory that is written as often; and of the fastest of several products: on some
-processors PyTorch's convolutions multiply twice as fast as its BLAS.
+start, when a processor may still be slow or shared; of reading, and of reading more than is written, as well
+as copying, because memory that is mostly read is faster than memory that is written as often; and of the
+fastest of several products: on some processors PyTorch's convolutions multiply twice as fast as its BLAS.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ class Probes:
         return Work(lambda _: numbers.sum(), graph=False)
 
     @cached_property
+    def mix(self) -> Work:
+        """A product and a sum of three tensors, with as many bytes in all: one is written for three read."""
+        a, b, c, out = (torch.rand(self._read_bytes // 16, device=self.device) for _ in range(4))
+        return Work(lambda _: torch.addcmul(a, b, c, out=out), graph=False)
+
+    @cached_property
     def products(self) -> dict[Any, Work]:
         """Those of `PRODUCTS`."""
         return {which: product(*which, self.device) for which in PRODUCTS[self.device.type]}
@@ -68,13 +74,14 @@ class Probes:
 
     def beside(self, computes: bool) -> dict[Any, Work]:
         """To be timed in turn with passes; products only beside those that compute."""
-        return {"copy": self.copy, "read": self.read, **(self.products if computes else {})}
+        memory = {"copy": self.copy, "read": self.read, "mix": self.mix}
+        return {**memory, **(self.products if computes else {})}
 
     def note(self, times: dict[Any, Any], rates: Rates) -> None:
         """Raise the rates where these times are the fastest that were seen."""
         if "copy" in times:
             copied = bytes_per_ms({"ms": times["copy"]["range"][0]}, self.device) / 1e6
-            read = self._read_bytes / times["read"]["range"][0] / 1e6
+            read = self._read_bytes / min(times[it]["range"][0] for it in ("read", "mix")) / 1e6
             rates["fastest_gb_per_s"] = max(rates["fastest_gb_per_s"], copied, read)
         for how, side in PRODUCTS[self.device.type]:
             if (how, side) not in times:

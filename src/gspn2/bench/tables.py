@@ -121,7 +121,7 @@ def beaten(content: dict[str, Any]) -> str:
     if not found:
         return ""
     if by_fastest(content):
-        why = "caches, or clocks that rose, were not in the rates that the floors are made of"
+        why = "caches, clocks that rose, or other patterns of access were not in the rates it is made of"
     elif content["run"]["device"] == "cuda":
         why = (
             "floors are made of the median of a copy, which writes as much as it reads, and memory that is "
