@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gspn2
 from gspn2.cli.main import COMMANDS, _parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +99,11 @@ def test_extras_exist() -> None:
     named = {page: set(re.findall(r"gspn2\[(\w+)\]", text)) for page, text in PAGES.items()}
     assert named[ROOT / "README.md"] == {"models", "train"}
     assert set.union(*named.values()) <= set(project["optional-dependencies"])
+
+
+def test_the_package_is_of_the_version_that_it_tells() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == gspn2.__version__
 
 
 def test_every_file_of_the_package_is_installed() -> None:
