@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -413,7 +414,7 @@ def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they compile")
-def test_models_that_do_not_compile_are_no_error() -> None:
+def test_models_that_do_not_compile_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that a run always measures are compiled ahead; here none can be."""
     device = torch.device("cuda")
     wanted = [it for it in case.parts()["models"].cases(device) if it.compiled and not it.extra]
@@ -423,6 +424,18 @@ def test_models_that_do_not_compile_are_no_error() -> None:
     }
     assert ahead._does_not_compile((wanted[0].key, 0))
     assert ahead.compile_models([it for it in case.parts()["ladder"].cases(device)]) == (0, 0)
+    told: list[str | None] = []
+
+    def note(work: Any, wanted: list[Any], jobs: int, seconds: float | None) -> int:
+        told.append(os.environ.get(ahead.COMPILERS))
+        return len(wanted) - 1
+
+    monkeypatch.setattr(ahead, "side_by_side", note)
+    monkeypatch.delenv(ahead.COMPILERS, raising=False)
+    count, missing = ahead.compile_models(wanted)
+    assert (count, missing) == (sum(len(it.contenders(device)) for it in wanted), 1)
+    assert told == [str(ahead.COMPILER_CORES)], "read at import: it has to be there before"
+    assert ahead.COMPILERS not in os.environ
 
 
 def any_device(index: int) -> Device:

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -119,6 +120,7 @@ def compile_all(cases: Sequence[Case], index: int, jobs: int | None = None) -> t
     return len(wanted), failed
 
 
+COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 COMPILER_CORES = 4
 """That a model of torch.compile keeps busy, once it is traced: for that it has only one."""
 
@@ -144,7 +146,17 @@ def compile_models(
         for number in range(len(case.contenders(device)))
     ]
     jobs = jobs or max(1, (os.cpu_count() or 1) // 2)
-    return len(wanted), len(wanted) - side_by_side(_compile_one, wanted, jobs, seconds)
+    # PyTorch reads this when it is imported: in the process itself it would be too late, and each would start
+    # as many compilers as there are processors.
+    before = os.environ.get(COMPILERS)
+    os.environ[COMPILERS] = str(COMPILER_CORES)
+    try:
+        ready = side_by_side(_compile_one, wanted, jobs, seconds)
+    finally:
+        del os.environ[COMPILERS]
+        if before is not None:
+            os.environ[COMPILERS] = before
+    return len(wanted), len(wanted) - ready
 
 
 def side_by_side(work: Any, wanted: Sequence[Any], jobs: int, seconds: float | None) -> int:
@@ -181,7 +193,6 @@ def _compile_one(which: tuple[str, int]) -> None:
 
 
 def _does_not_compile(which: tuple[str, int]) -> bool:
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(COMPILER_CORES)
     device = torch.device("cuda")
     key, number = which
     try:
@@ -191,6 +202,8 @@ def _does_not_compile(which: tuple[str, int]) -> bool:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except Exception:
+        if os.environ.get("GSPN2_BENCH_TRACEBACKS"):
+            traceback.print_exc()
         return True
     return False
 
