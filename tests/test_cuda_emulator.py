@@ -172,6 +172,7 @@ def test_races(function: str, wrong: int, size: int, shared: int, seed: int) -> 
         ("collectives", 2, {}, "leaves out the lane that calls it"),
         ("reverse", 2, {"block": 256, "shared": 1024}, r"deadlock(.|\n)*255 of 256(.|\n)*fixtures.cu"),
         ("reverse", 3, {"block": 256, "shared": 1024}, r"deadlock(.|\n)*id 1: 192 of 224"),
+        ("reverse", 4, {"block": 256, "shared": 1024}, "lanes of a warp come to in different branches"),
         ("ring", 1, {"shared": 1152}, "without mbarrier_init_fence"),
         ("ring", 3, {"shared": 1152}, r"deadlock(.|\n)*missing: 0 arrivals, 256 bytes"),
         ("ring", 6, {"shared": 1152}, "no thread of the block has called bulk_store_fence"),

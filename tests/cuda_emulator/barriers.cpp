@@ -5,7 +5,7 @@ namespace emulator {
 
 namespace {
 
-// A barrier of some of a block's threads takes whole warps.
+// A barrier of some of a block's threads takes whole warps, and all lanes of one come to it by the same instruction.
 void check_warps(const Barrier& barrier, void* site) {
   for (Fiber* f : barrier.waiting) warps[f->warp].at_barrier |= 1u << f->lane;
   for (Fiber* f : barrier.waiting) {
@@ -13,6 +13,8 @@ void check_warps(const Barrier& barrier, void* site) {
     if (w.at_barrier != w.lanes && w.at_barrier)
       fail_at(site, "a block barrier met by lanes %08x only of a warp", w.at_barrier);
     w.at_barrier = 0;
+    if (f->site != w.fibers->site)
+      fail_at(site, "a block barrier that lanes of a warp come to in different branches; lane %d @{%p}", f->lane, f->site);
   }
 }
 
@@ -109,6 +111,7 @@ int block_barrier(int id, int expected, int vote) {
   if (barrier.expected != expected)
     fail_at(SITE, "barrier %d of %d threads, where others said %d", id, expected, barrier.expected);
   barrier.votes += vote;
+  f->site = SITE;
   barrier.waiting.push_back(f);
   if ((int)barrier.waiting.size() < expected) {
     f->wait_mask = (u32)id;

@@ -31,7 +31,12 @@ KERNEL(256, 1) reverse(CONSTANT_PARAMS p) {
   row[t] = p.x.data[t];
   if (wrong == 2 && t == 3) return;
   if (wrong == 3 && t >= 64) named_barrier(1, n - 32);
-  if (wrong != 1) __syncthreads();
+  if (wrong == 4 && (t & 1)) {
+    p.y.data[t] = 0.f;
+    __syncthreads();
+  } else if (wrong != 1) {
+    __syncthreads();
+  }
   p.y.data[t] = row[n - 1 - t];
 }
 
