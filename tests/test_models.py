@@ -378,6 +378,21 @@ def test_construction_on_a_device_and_in_a_dtype():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_a_model_made_on_meta_gets_its_initial_weights():
+    """As a fresh one has them: the same where they are constant, of the same spread elsewhere."""
+    made = create(device="meta", ls_init_value=0.1).to_empty(device="cpu")
+    assert all(parameter.isnan().all() for parameter in made.parameters())
+    made.init_weights()
+    expected = dict(create(ls_init_value=0.1).named_parameters())
+    for name, parameter in made.named_parameters():
+        if expected[name].std() < 1e-6:
+            assert torch.equal(parameter, expected[name]), name
+        else:
+            assert parameter.std().item() == pytest.approx(expected[name].std().item(), rel=0.4), name
+    assert made(images(1, 3, 64, 64)).isfinite().all()
+
+
 def test_far_pixels_matter():
     """Two blocks carry one corner everywhere, the opposite one included, far beyond their convolutions."""
     model = create(depths=(2,), dims=(16,), chunk=0).eval()

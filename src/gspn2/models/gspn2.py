@@ -283,12 +283,15 @@ class GSPN2(nn.Module):
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate
         )
         self.head_hidden_size = self.head.num_features
-        self.init_weights()
+        self.init_weights(needs_reset=False)
         self.to(device=device, dtype=dtype)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
+    def init_weights(self, needs_reset: bool = True) -> None:
         """Truncated normal weights and zero biases, but for the mixers, which know better.
+
+        needs_reset: give everything else its initial value, too: for a model that was made on "meta" and has
+        got memory since.
 
         What leads to a mixer keeps its input's size. With the usual 0.02 the inner channels came to 0.014 of
         a unit: 70 times below what a mixer makes its taps, lam and gate from, so that they were constants,
@@ -296,6 +299,10 @@ class GSPN2(nn.Module):
         """
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         in_mixer = {part for mixer in mixers for part in mixer.modules()}
+        for module in [*mixers, *(it for it in self.modules() if it not in in_mixer)]:
+            reset = getattr(module, "reset_parameters", None)
+            if needs_reset and callable(reset):
+                reset()
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module not in in_mixer:
                 trunc_normal_(module.weight, std=0.02)
