@@ -327,7 +327,8 @@ def _logarithmic(axes: Axes, which: str, low: float, high: float) -> None:
     getattr(axes, f"set_{which}scale")("log")
     getattr(axes, f"set_{which}lim")(low, high)
     decades = math.log10(high / low)
-    steps = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 2.5 else (1.0,)
+    choices = {0.6: (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0), 1.7: (1.0, 2.0, 5.0), 2.5: (1.0, 3.0)}
+    steps = next((it for most, it in choices.items() if decades < most), (1.0,))
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}"))
     axis.set_minor_locator(NullLocator())
