@@ -30,6 +30,14 @@ def test_plans_are_legal(seed: int) -> None:
             assert not list(broken(variant.plan(case), case)), name
 
 
+def test_columns_longer_than_a_block() -> None:
+    """A block has no 33 warps, even where a line asks for them."""
+    problem = Problem(("right",), None, True, 1, 1, 1, 1047, 56, torch.float16, "cuda")
+    for device in DEVICES:
+        case = imagined(problem, "planes", device)
+        assert not list(broken(plan.choose(case), case))
+
+
 def test_rules_find_what_is_not_legal() -> None:
     problem = Problem(DIRECTIONS, None, True, 1, 8, 1, 1024, 1024, torch.bfloat16, "cuda")
     case = imagined(problem, "planes", Device())

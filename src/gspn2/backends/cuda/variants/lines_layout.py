@@ -172,7 +172,7 @@ class Layout:
     def fits(self) -> bool:
         problem = self.case.problem
         most = MOST_WARPS * (2 if self.rows is None and not has_sums(self.case) else 1) + 1
-        if self.threads > LANES * most or self.shared > self.case.device.shared_memory:
+        if self.threads > min(LANES * most, 1024) or self.shared > self.case.device.shared_memory:
             return False
         if self.channels > 1 and self.threads > MOST_THREADS_OF_PAIRS:
             return False

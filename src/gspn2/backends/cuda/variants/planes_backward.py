@@ -82,7 +82,8 @@ def plan(case: Case, choice: Mapping[str, Cut | tuple[Pieces, ...]] | None = Non
             reasons += planes_backward_pieces.reasons(direction, cut)
             flags += problem.batch * problem.channels * cut[-1].strips * (memory.chains(case) > 0)
             if len(cut) > 1:
-                states = 4 * room * problem.height * planes_backward_pieces.row_of_states(case, cut)
+                pitch = planes_backward_pieces.row_of_states(case, cut)
+                states = max(states, 4 * room * problem.height * pitch)
             if memory.sums_channels(case):
                 number = memory.chains(case) or problem.channels // problem.groups
                 parts = max(parts, number)
