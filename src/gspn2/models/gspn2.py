@@ -293,9 +293,8 @@ class GSPN2(nn.Module):
         needs_reset: give everything else its initial value, too: for a model that was made on "meta" and has
         got memory since.
 
-        What leads to a mixer keeps its input's size. With the usual 0.02 the inner channels came to 0.014 of
-        a unit: 70 times below what a mixer makes its taps, lam and gate from, so that they were constants,
-        and in the middle of SiLU, where it is linear.
+        What leads to a mixer keeps its input's size. With the usual 0.02 the inner channels would come to a
+        small part of a unit: taps, lam and gate would be constants, and SiLU linear.
         """
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         in_mixer = {part for mixer in mixers for part in mixer.modules()}
