@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..features import Watch, relative_error, twin
 from .mixers import UNetMixers
 from .mounting import mount
 
@@ -88,11 +88,8 @@ class Distiller(nn.Module):
         self.__dict__["teacher"] = teacher
         self.__dict__["mixers"] = mixers
         self.weights = dict(weights)
-        self._features: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
-        self._watched: str | None = None
-        for name, _ in mixers.layers():
-            teacher.get_submodule(name).register_forward_hook(self._watch("teacher", name))
-            self.student.get_submodule(name).register_forward_hook(self._watch("student", name))
+        names = [name for name, _ in mixers.layers()]
+        self._watched = Watch(teacher, names), Watch(self.student, names)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses by name, and their weighted sum as `loss`; each a float32 scalar."""
@@ -101,14 +98,12 @@ class Distiller(nn.Module):
             target = self.schedule.get_velocity(batch.latents, batch.noise, batch.timesteps)
         else:
             target = batch.noise
-        with torch.no_grad(), self._watching("teacher"):
+        teachers, students = self._watched
+        with torch.no_grad(), teachers.watching() as taught:
             expected = self._predict(self.teacher, noisy, batch)
-        with self._watching("student"):
+        with students.watching() as learnt:
             predicted = self._predict(self.student, noisy, batch)
-        features = [
-            _relative_error(self._features["student"].pop(name), self._features["teacher"].pop(name))
-            for name in list(self._features["teacher"])
-        ]
+        features = [relative_error(learnt.pop(name), taught.pop(name)) for name in list(taught)]
         losses = {
             "noise": F.mse_loss(predicted.float(), target.float()),
             "teacher": F.mse_loss(predicted.float(), expected.float()),
@@ -122,38 +117,6 @@ class Distiller(nn.Module):
         if "pooled" in batch.prompt:
             more["added_cond_kwargs"] = {"text_embeds": batch.prompt["pooled"], "time_ids": batch.time_ids}
         return unet(noisy, batch.timesteps, batch.prompt["embeds"], return_dict=False, **more)[0]
-
-    def _watch(self, who: str, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self._watched == who:
-                self._features[who][name] = output
-
-        return hook
-
-    @contextlib.contextmanager
-    def _watching(self, who: str) -> Iterator[None]:
-        """Keep outputs of the layers; not when the backward pass runs them again."""
-        self._watched = who
-        try:
-            yield
-        finally:
-            self._watched = None
-
-
-def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Other modules around the same tensors."""
-    shared = {id(tensor): tensor for tensor in [*unet.parameters(), *unet.buffers()]}
-    return copy.deepcopy(unet, shared)
-
-
-def _relative_error(given: Tensor, expected: Tensor) -> Tensor:
-    """Mean square over that of the expected, so that layers of any scale count alike; mean over pictures.
-
-    By picture, not by batch: the loss must not depend on how processes share a batch.
-    """
-    expected = expected.float()
-    error = (given.float() - expected).square().mean(dim=(1, 2))
-    return (error / expected.square().mean(dim=(1, 2)).clamp_min(1e-8)).mean()
 
 
 class Average:

@@ -17,6 +17,7 @@ from gspn2.functional import DIRECTIONS
 from gspn2.nn import Mixer, Pointwise, TokenMixer
 from gspn2.ops.eager import plain
 
+from ..swapping import check_loaded, place, zero_output
 from .scan import Geometry, Size, propagate
 
 _VECTOR = 8
@@ -150,10 +151,7 @@ class AttentionMixer(nn.Module):
 
     def zero_output(self) -> None:
         """Make the output 0, whatever comes in, until training changes that."""
-        projection = self.tokens.mixer.from_proxy
-        nn.init.zeros_(projection.weight)
-        if projection.bias is not None:
-            nn.init.zeros_(projection.bias)
+        zero_output(self.tokens.mixer)
 
 
 class Prepared(NamedTuple):
@@ -248,7 +246,7 @@ class UNetMixers(ModelMixin, ConfigMixin):
             )
             if zero_output:
                 mixer.zero_output()
-            _place(self, name, mixer)
+            place(self, name, mixer)
 
     def layers(self) -> Iterator[tuple[str, AttentionMixer]]:
         """Names and mixers, in the order of the UNet."""
@@ -267,21 +265,5 @@ class UNetMixers(ModelMixin, ConfigMixin):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-            if info[kind]:
-                shown = ", ".join(str(key) for key in sorted(info[kind], key=str)[:3])
-                raise ValueError(
-                    f"{pretrained_model_name_or_path}: expected exactly the weights that its config"
-                    f" describes, got {len(info[kind])} {kind.replace('_', ' ')}: {shown}"
-                )
+        check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if asked else model
-
-
-def _place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Register a module under a dotted name, with containers on the way."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    root.add_module(last, module)

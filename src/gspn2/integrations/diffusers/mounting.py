@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..swapping import check_fit, sizes
 from .mixers import GRID, AttentionMixer, UNetMixers
 
 _MOUNT = "_gspn2_mount"
@@ -62,18 +63,14 @@ def mount(
     if is_mounted(unet):
         raise ValueError("unet: mixers are mounted already; unmount them first")
     attentions = dict(_self_attentions(unet))
+    dims = {name: attention.query_dim for name, attention in attentions.items()}
     if mixers is None:
-        if proxy_ratio < 1:
-            raise ValueError(f"proxy_ratio: expected at least 1, got {proxy_ratio}")
-        layers = {
-            name: {"dim": attention.query_dim, "proxy_dim": max(1, attention.query_dim // proxy_ratio)}
-            for name, attention in attentions.items()
-        }
+        layers = sizes(dims, proxy_ratio)
         with torch.device(unet.device):  # made where they will be: a GPU draws numbers a hundred times faster
             mixers = UNetMixers(layers, **options)
     elif options:
         raise ValueError(f"{next(iter(options))}: given mixers bring their own options")
-    _check_fit(attentions, mixers)
+    check_fit(dims, mixers.config.layers, "UNet")
     mounted = _Mount(mixers, attentions)
     for name, mixer in mixers.layers():
         unet.set_submodule(name, mixer.to(device=unet.device, dtype=unet.dtype).train(unet.training))
@@ -157,22 +154,6 @@ def _self_attentions(unet: UNet2DConditionModel) -> Iterator[tuple[str, Attentio
             )
     if not found:
         raise ValueError("unet: expected at least one Transformer2DModel with self-attention, got none")
-
-
-def _check_fit(attentions: dict[str, Attention], mixers: UNetMixers) -> None:
-    """The same layers with the same channels."""
-    expected = {name: attention.query_dim for name, attention in attentions.items()}
-    given = {name: sizes["dim"] for name, sizes in mixers.config.layers.items()}
-    for name in [*expected, *given]:
-        if expected.get(name) != given.get(name):
-            raise ValueError(
-                f"mixers: expected {_channels(expected.get(name))} at {name}, got"
-                f" {_channels(given.get(name))}: they were made for another UNet"
-            )
-
-
-def _channels(dim: int | None) -> str:
-    return "no self-attention" if dim is None else f"{dim} channels"
 
 
 def _hand_down_grid(
