@@ -159,7 +159,29 @@ def test_resume_keeps_settings(run, folder, capsys):
     assert "done" in capsys.readouterr().out
 
 
+def test_same_command_goes_on_where_it_was_killed(folder, tmp_path, capsys):
+    """Started again by a batch system: with a recipe of one's own, tuples, weights to start from
+    that are gone by then."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    small = [*SMALL, "--model", "test_gspn2", "--model-arg", "depths=(1,)", "--model-arg", "dims=(8,)"]
+    small += ["--model-arg", "chunk=(4,)", "--data", str(folder), "--epochs", "1"]
+    assert main(["train", *small, "--out", str(source)]) == 0
+    capsys.readouterr()
+    assert main(["train", *small, "--print-config"]) == 0
+    (tmp_path / "mine.json").write_text(capsys.readouterr().out)
+    mine = ["train", "--recipe", str(tmp_path / "mine.json"), "--out", str(out), "--resume"]
+    for command in (mine, ["train", *small, "--out", str(out), "--resume"]):
+        assert main(command) == 0, capsys.readouterr().err
+    tuned = ["train", "--recipe", "finetune", "--no-channels-last", "--init-from", str(source), "--resume"]
+    tuned += ["--data", str(folder), "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--workers"]
+    tuned += ["0", "--device", "cpu", "--out", str(tmp_path / "tuned")]
+    assert main(tuned) == 0
+    shutil.rmtree(source)
+    assert main(tuned) == 0, capsys.readouterr().err
+
+
 ERRORS = [
+    (["train", *SMALL, "--auto-augment", "odd", "--data", "{photos}", "--out", "{tmp}/new"], "take 'odd'"),
     (["train", "--model", "test_efficientne", "--out", "{tmp}/new"], "did you mean test_efficientnet"),
     (["train", *SMALL, "--data", "{tmp}/nowhere", "--out", "{tmp}/new"], "nowhere: no such folder"),
     (["train", *SMALL, "--data", "{tmp}/empty", "--out", "{tmp}/new"], "expected class folders"),
@@ -170,7 +192,10 @@ ERRORS = [
     (["train", *SMALL, "--model-arg", "depht=3", "--out", "{tmp}/new"], "depht"),
     (["train", *SMALL, "--epochs", "0", "--out", "{tmp}/new"], "epochs: expected at least 1, got 0"),
     (["train", *SMALL[:-1], "nowhere", "--out", "{tmp}/new"], "device: 'nowhere' cannot be used"),
+    (["train", *SMALL, "--data", "", "--out", "{tmp}/new"], "data: expected a text that is not empty"),
+    (["train", *SMALL, "--data", "hf:", "--out", "{tmp}/new"], "name of a data set behind hf:"),
     (["train", "--out", "{tmp}/new", "--resume"], "no run to resume"),
+    (["train", *SMALL[:-1], "meta", "--out", "{tmp}/new"], "device: 'meta' cannot be used"),
     (["eval", "{tmp}/empty"], "no best.safetensors"),
     (["eval", "{tmp}/full/file"], "not a readable safetensors file"),
     (["predict", "{tmp}/nothing", "a.png"], "no such file"),
@@ -180,12 +205,12 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("command", "message"), ERRORS, ids=[message[:24] for _, message in ERRORS])
-def test_user_errors_are_one_line(command, message, tmp_path, capsys):
+def test_user_errors_are_one_line(command, message, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    assert main([word.format(tmp=tmp_path) for word in command]) == 2
+    assert main([word.format(tmp=tmp_path, photos=folder) for word in command]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
@@ -236,6 +261,8 @@ def test_failed_job_is_exit_code_1(folder, tmp_path, capsys):
 )
 def test_usage_errors_are_exit_code_2(command, capsys):
     assert main(command) == 2
+    # Without a command there is help; what is wrong with one is a line that says where help is.
+    assert capsys.readouterr().err.count("\n") == (1 if command else 0)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"demo"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,12 +75,26 @@ def test_evaluation_counts(tmp_path):
 
 
 def test_config_round_trip_and_refusals():
-    config = TrainConfig(image_size=(32, 48), model_args={"depth": 2}, clip_grad=None)
+    config = TrainConfig(image_size=(32, 48), model_args={"depths": (1, 2)}, clip_grad=None)
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig(data=Path("photos")).data == "photos"
     assert TrainConfig(lr=1e-3, lr_base_size=512, batch_size=128).peak_lr == 2.5e-4
     with pytest.raises(UserError, match="unknown setting learning_rate"):
         TrainConfig.from_json({"learning_rate": 1})
     for wrong in (
+        {"epochs": "three"},
+        {"epochs": 2.5},
+        {"lr": True},
+        {"mixup": None},
+        {"data": ""},
+        {"compile": "yes"},
+        {"image_size": 224},
+        {"image_size": ("32", 32)},
+        {"betas": (0.9,)},
+        {"model_args": [("depth", 2)]},
+        {"model_args": {"act": torch.nn.ReLU}},
+        {"seed": 2**64},
+        {"warmup_epochs": 1e308},
         {"lr": 0},
         {"lr": float("nan")},
         {"epochs": 0},
@@ -87,11 +102,11 @@ def test_config_round_trip_and_refusals():
         {"in_chans": 2},
         {"graphs": True},
         {"graphs": True, "compile": True, "accumulate": 2},
-        {"mixup": 0.1, "batch_size": 5},
+        {"batch_size": 5, "mixup": 0.1},
         {"crop_scale": (0.5, 0.2)},
         {"model_args": {"num_classes": 3}},
     ):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=f"^{next(iter(wrong))}: "):
             TrainConfig(**wrong)
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 COMMANDS = {
     "demo": "train on handwritten digits beside an attention model and write a report",
@@ -90,11 +91,18 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"gspn2.cli.{command}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are: a page of options would hide them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; of all subcommands only `command` is imported and knows its options."""
     from .. import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gspn2",
         description="GSPN-2: linear-cost 2D propagation for vision.",
         epilog=EXAMPLES,

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
-    if args.model_arg:
-        given["model_args"] = dict(args.model_arg)
-    typed = set(given)
-    if args.recipe is not None:
-        given = {**recipe_settings(args.recipe), **given}
-    if "init_from" in typed and "model" not in typed and args.recipe in (None, *RECIPES):
-        # A recipe's model is a default; weights fit their own.
-        from ..training.checkpoint import model_of
-
-        given |= {name: it for name, it in model_of(given["init_from"]).items() if name not in typed}
+    given = _given(args)
     config = TrainConfig(**given)
     if args.print_config:
         print(json.dumps(config.to_json(), indent=2))
@@ -182,7 +172,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume:
         stored = stored_config(config.out_dir)
         if stored is not None:
-            config = merge(stored, given, config.out_dir)
+            config = merge(stored, config, given)
         elif "data" not in given:
             raise UserError(f"out: no run to resume in {config.out_dir}")
     is_main = int(os.environ.get("RANK", 0)) == 0
@@ -198,17 +188,45 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def merge(stored: TrainConfig, given: dict[str, Any], out: Path) -> TrainConfig:
-    """The settings of a stored run with what may change replaced; anything else that differs is an error."""
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings that were asked for: by a recipe, and what was typed."""
+    typed = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    if args.model_arg:
+        typed["model_args"] = dict(args.model_arg)
+    given = typed if args.recipe is None else {**recipe_settings(args.recipe), **typed}
+    if "init_from" not in typed or "model" in typed or args.recipe not in (None, *RECIPES):
+        return given
+    # A recipe's model is a default; weights fit their own. Of a run that goes on, they may be gone.
+    from ..training.checkpoint import model_of
+    from ..training.engine import stored_config
+
+    stored = stored_config(TrainConfig(**given).out_dir) if args.resume else None
+    if stored is None:
+        told = model_of(given["init_from"])
+    else:
+        told = {"model": stored.model, "model_args": stored.model_args}
+    return given | {name: value for name, value in told.items() if name not in typed}
+
+
+def merge(stored: TrainConfig, config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    """The settings of a stored run with what may change replaced.
+
+    Args:
+        config: what is asked for now.
+        given: settings that were asked for; others are those of the run.
+
+    Raises:
+        UserError: one of them differs and may not.
+    """
     changed = [
-        f"--{name.replace('_', '-')} {value} (the run has {getattr(stored, name)})"
-        for name, value in given.items()
-        if name not in FREE_ON_RESUME and value != getattr(stored, name)
+        f"--{name.replace('_', '-')} {getattr(config, name)} (the run has {getattr(stored, name)})"
+        for name in given
+        if name not in FREE_ON_RESUME and getattr(config, name) != getattr(stored, name)
     ]
     if changed:
         raise UserError(f"a resumed run keeps its settings; leave out {', '.join(changed)}")
-    free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
-    return dataclasses.replace(stored, **{**free, "out": str(out)})
+    free = {name: getattr(config, name) for name in given if name in FREE_ON_RESUME}
+    return dataclasses.replace(stored, **{**free, "out": str(config.out_dir)})
 
 
 def _quoted(path: Path) -> str:

@@ -147,22 +147,37 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], CheckpointInfo
     Raises:
         CheckpointError: no such file, not safetensors, or not one of ours.
     """
+    with _opened(Path(path)) as file:
+        info = _info_of(Path(path), file)
+        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 - no mapping
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """What `read_checkpoint` says of a checkpoint, without reading its tensors."""
+    with _opened(Path(path)) as file:
+        return _info_of(Path(path), file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _info_of(path: Path, file: Any) -> CheckpointInfo:
+    metadata = file.metadata() or {}
     if "gspn2" not in metadata:
         raise NotOursError(
             f"{path}: a safetensors file, but no checkpoint of gspn2 (its metadata is missing)"
         )
-    return tensors, _parse_info(path, metadata["gspn2"])
+    return _parse_info(path, metadata["gspn2"])
 
 
 def _parse_info(path: Path, text: str) -> CheckpointInfo:
@@ -263,7 +278,7 @@ def model_of(path: str | Path) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{stated}: cannot be read: {error}") from error
     try:
-        _, info = read_checkpoint(find_checkpoint(path))
+        info = read_info(find_checkpoint(path))
     except NotOursError:
         return {}
     return {"model": info.config.model, "model_args": dict(info.config.model_args)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,11 +136,10 @@ class TrainConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        # JSON knows no tuples; a frozen dataclass is set through object.
-        for name in ("image_size", "betas", "crop_scale"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
+        # A frozen dataclass is set through object.
+        for setting in dataclasses.fields(self):
+            value = _typed(setting.name, str(setting.type), getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
         _check(self)
 
     @property
@@ -174,6 +175,49 @@ def _short_name(data: str) -> str:
     return data.split(":", 1)[1] if re.match(r"hf(-stream)?:", data) else Path(data).resolve().name
 
 
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "a text that is not empty"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "tuple[int, int]": (int, "two whole numbers"),
+    "tuple[float, float]": ((int, float), "two numbers"),
+}
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """The value of a setting as the run's checkpoint gives it back, or a UserError where its kind is another.
+
+    Recipes are files that people write, and a value of another kind would fail far from here, or not at all.
+    """
+    if kind.startswith("dict"):
+        return _json_object(name, value)
+    kind, _, optional = kind.partition(" | ")
+    if value is None and optional:
+        return None
+    wanted, told = _KINDS[kind]
+    if wanted is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    pair = kind.startswith("tuple")
+    parts = value if pair and isinstance(value, list | tuple) else (value,)
+    # To Python, True is a number.
+    sound = [isinstance(it, wanted) and isinstance(it, bool) == (wanted is bool) and it != "" for it in parts]
+    if not all(sound) or pair != (len(parts) == 2):
+        raise UserError(f"{name}: expected {told}{' or none' if optional else ''}, got {value!r}")
+    return tuple(value) if pair else value
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any]:
+    """Arguments with lists for tuples: what was typed again has to equal what a checkpoint kept."""
+    try:
+        kept = json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: expected what JSON can hold, got {value!r}") from error
+    if not isinstance(kept, dict):
+        raise UserError(f"{name}: expected names with values, got {value!r}")
+    return kept
+
+
 # name: (smallest, largest, is the smallest itself legal)
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "split_fraction": (0, 0.9, False),
@@ -189,7 +233,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "lr": (0, math.inf, False),
     "lr_base_size": (1, math.inf, True),
     "min_lr": (0, 1, True),
-    "warmup_epochs": (0, math.inf, True),
+    "warmup_epochs": (0, 10**9, True),
     "weight_decay": (0, math.inf, True),
     "layer_decay": (0, 1, False),
     "clip_grad": (0, math.inf, False),
@@ -203,8 +247,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "random_erasing": (0, 1, True),
     "workers": (0, math.inf, True),
     "checkpoint_every": (1, math.inf, True),
-    "seed": (0, math.inf, True),
-    "split_seed": (0, math.inf, True),
+    "seed": (0, 2**63 - 1, True),
+    "split_seed": (0, 2**63 - 1, True),
 }
 
 
@@ -222,11 +266,11 @@ def _check(config: TrainConfig) -> None:
         raise UserError(f"amp: expected auto, off or bf16, got {config.amp!r}")
     if config.in_chans not in (None, 1, 3):
         raise UserError(f"in_chans: expected 1 (grey) or 3 (color), got {config.in_chans}")
-    if config.image_size is not None and (len(config.image_size) != 2 or min(config.image_size) < 1):
+    if config.image_size is not None and min(config.image_size) < 1:
         raise UserError(f"image_size: expected two sizes of at least 1, got {config.image_size}")
-    if len(config.crop_scale) != 2 or not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+    if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
         raise UserError(f"crop_scale: expected 0 < smallest <= largest <= 1, got {config.crop_scale}")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+    if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"betas: expected two numbers of at least 0 and below 1, got {config.betas}")
     if (config.mixup > 0 or config.cutmix > 0) and config.batch_size % 2:
         raise UserError(

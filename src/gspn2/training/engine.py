@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .batches import eval_loader, train_loader
-from .checkpoint import BEST, LAST, CheckpointInfo, read_checkpoint, save_checkpoint, write_json
+from .checkpoint import BEST, LAST, CheckpointInfo, read_checkpoint, read_info, save_checkpoint, write_json
 from .config import TrainConfig
 from .data import Data, load_data
 from .distributed import World, joined
@@ -109,7 +109,7 @@ def _train(config: TrainConfig, emit: OnEvent, resume: bool, overwrite: bool, wo
     if world.is_main and not (resume or overwrite):
         check_empty(config.out_dir)
     (resuming,) = world.agree(int(world.is_main and resume and last.exists()))
-    run = Run(config, emit, world)
+    run = Run(config, emit, world, bool(resuming))
     if resuming:
         run.restore(*read_checkpoint(last))
     else:
@@ -128,13 +128,17 @@ def check_empty(folder: Path) -> None:
 def stored_config(folder: Path) -> TrainConfig | None:
     """Settings of the run in this folder, or None if there is no checkpoint to resume from."""
     last = folder / LAST
-    return read_checkpoint(last)[1].config if last.exists() else None
+    return read_info(last).config if last.exists() else None
 
 
 class Run:
-    """The state of one run, from loading to summary."""
+    """The state of one run, from loading to summary.
 
-    def __init__(self, config: TrainConfig, emit: OnEvent, world: World) -> None:
+    Args:
+        resuming: `restore` follows, not `start`: weights to begin with are not needed, and may be gone.
+    """
+
+    def __init__(self, config: TrainConfig, emit: OnEvent, world: World, resuming: bool = False) -> None:
         self.config = config
         self.world = world
         self.emit: OnEvent = emit if world.is_main else (lambda event: None)
@@ -144,8 +148,9 @@ class Run:
         seed_everything(config.seed)
         self.data: Data = load_data(config)
         names, preprocess = self.data.class_names, self.data.preprocess
-        model = build_model(config, preprocess, len(names), config.pretrained)
-        start_weights(model, config)
+        model = build_model(config, preprocess, len(names), config.pretrained and not resuming)
+        if not resuming:
+            start_weights(model, config)
         teacher = make_teacher(config, preprocess, names)
         self.learner = Learner(config, model, len(names), self.device, self.amp, world, teacher)
         self.loader, self.batches = train_loader(self.data.train, config, self.device, world)

@@ -162,6 +162,8 @@ def load_splits(name: str, stream: bool) -> Any:
         raise DataError(f'{name}: needs the library datasets (pip install "gspn2[datasets]")') from None
 
     path, _, config = name.partition("#")
+    if not path:
+        raise DataError(f"data: expected the name of a data set behind {STREAM if stream else WHOLE}")
     folder = Path(path)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

@@ -107,7 +107,7 @@ def _own_teacher(path: str, preprocess: Preprocess, class_names: tuple[str, ...]
 def _timm_teacher(name: str, preprocess: Preprocess, classes: int) -> Teacher:
     import timm
 
-    check_model_name(name)
+    check_model_name(name, "teacher")
     arguments: dict[str, Any] = {}
     cfg = timm.get_pretrained_cfg(name) if ":" not in name else None
     if cfg and cfg.fixed_input_size:

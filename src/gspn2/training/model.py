@@ -13,8 +13,8 @@ from .errors import CheckpointError, UserError
 from .transforms import Preprocess
 
 
-def check_model_name(name: str) -> None:
-    """Raise a UserError that suggests close names unless timm can make the model."""
+def check_model_name(name: str, setting: str = "model") -> None:
+    """Raise a UserError that suggests close names unless timm can make the model; `setting` said so."""
     import timm
 
     import gspn2.models  # noqa: F401 - registers ours
@@ -23,7 +23,7 @@ def check_model_name(name: str) -> None:
         return
     close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
-    raise UserError(f"model: timm has no model {name!r}{hint}")
+    raise UserError(f"{setting}: timm has no model {name!r}{hint}")
 
 
 def build_model(
@@ -48,7 +48,8 @@ def build_model(
         model = timm.create_model(
             config.model, pretrained, num_classes=num_classes, in_chans=preprocess.in_chans, **arguments
         )
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    # OSError: weights that cannot be fetched.
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
         raise UserError(f"model {config.model}: {_first_line(error)}") from error
     _check_image_size(model, config.model, preprocess, num_classes)
     return model
@@ -133,7 +134,7 @@ def pick_device(name: str, number: int | None = None) -> torch.device:
         name = f"cuda:{number}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has tensors without values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device: {name!r} cannot be used: {_first_line(error)}") from error
     return device

@@ -16,7 +16,7 @@ class TensorBoard:
 
     Args:
         folder: of the run.
-        step: where the run goes on; what was written for later steps is hidden.
+        step: where the run goes on, or begins; what an older or killed run wrote for later steps is hidden.
 
     Raises:
         UserError: tensorboard is not installed.
@@ -27,7 +27,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError('tensorboard: not installed: pip install "gspn2[tensorboard]"') from error
-        self._writer = SummaryWriter(folder / FOLDER, purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(folder / FOLDER, purge_step=step + 1)
 
     def steps(self, lines: Iterable[dict[str, float]]) -> None:
         """Write steps."""

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from .config import TrainConfig
-from .errors import DataError
+from .errors import DataError, UserError
 from .tasks import is_task, parse_task
 
 if TYPE_CHECKING:
@@ -148,17 +148,20 @@ def _photo_augmentation(config: TrainConfig, preprocess: Preprocess) -> list[Tra
     from torchvision import transforms as tv
 
     # Policies know RGB only: what grey models see is made grey behind them.
-    geometry, color, _ = create_transform(
-        (3, *preprocess.image_size),
-        is_training=True,
-        scale=config.crop_scale,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=preprocess.interpolation,
-        mean=preprocess.mean if preprocess.in_chans == 3 else preprocess.mean * 3,
-        separate=True,
-    )
+    try:
+        geometry, color, _ = create_transform(
+            (3, *preprocess.image_size),
+            is_training=True,
+            scale=config.crop_scale,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=preprocess.interpolation,
+            mean=preprocess.mean if preprocess.in_chans == 3 else preprocess.mean * 3,
+            separate=True,
+        )
+    except (AssertionError, ValueError, IndexError) as error:
+        raise UserError(f"auto_augment: timm does not take {config.auto_augment!r}: {error}") from error
     _mend_posterize(color)
     to_rgb = tv.Lambda(_rgb)
     return [to_rgb, geometry, color, *([tv.Grayscale(1)] if preprocess.in_chans == 1 else [])]
