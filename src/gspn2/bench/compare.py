@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +38,14 @@ class Comparison:
     Args:
         changes: passes that both have, slowest change first.
         lost: problems of the second file where the first had times.
-        only_before, only_after: passes that one file has.
+        only_before, only_after: cases, and passes of cases that both have, that one file has times of.
         warning: why the two may not be comparable, or "".
     """
 
     changes: list[Change]
     lost: list[str]
-    only_before: list[Key]
-    only_after: list[Key]
+    only_before: list[str]
+    only_after: list[str]
     warning: str
 
     def slower(self, tolerance: float) -> list[Change]:
@@ -62,18 +63,11 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
         for key in old
         if key in new
     ]
-    had = {key[:2] for key in old}
-    lost = [
-        f"{row['bench']}: {row['case']}: {text}"
-        for row in after["cases"]
-        if (row["bench"], row["case"]) in had
-        for text in broken(row)
-    ]
     return Comparison(
         sorted(changes, key=lambda it: -it.ratio),
-        lost,
-        [key for key in old if key not in new],
-        [key for key in new if key not in old],
+        _lost(old, after),
+        _missing(old, new, after),
+        _missing(new, old, before),
         _warning(before["machine"], after["machine"]),
     )
 
@@ -94,9 +88,8 @@ def lines(it: Comparison, tolerance: float) -> list[str]:
                 f"{title}  {change.ratio:6.2f}x  {change.before:.4g} -> {change.after:.4g} ms  {what}"
             )
     found += [f"no longer right  {text}" for text in it.lost]
-    for title, keys in (("only in the first", it.only_before), ("only in the second", it.only_after)):
-        if keys:
-            found.append(f"{title}: {len(keys)}")
+    for title, missing in (("only in the first", it.only_before), ("only in the second", it.only_after)):
+        found += [f"{title}  {text}" for text in missing]
     return found
 
 
@@ -106,6 +99,43 @@ def _times(content: dict[str, Any]) -> dict[Key, dict[str, Any]]:
         for row in content["cases"]
         for it in timed(row)
     }
+
+
+def _lost(old: dict[Key, dict[str, Any]], after: dict[str, Any]) -> list[str]:
+    """What had times in the first file, and has failed or is wrong in the second."""
+    cases, names = {key[:2] for key in old}, {key[:3] for key in old}
+    found = []
+    for row in after["cases"]:
+        key = (row["bench"], row["case"])
+        if key in cases:
+            # One that could not even be made has no pass.
+            had = [
+                it
+                for it in row.get("contenders", [])
+                if ((*key, it["name"], it["pass"]) in old if "pass" in it else (*key, it["name"]) in names)
+            ]
+            found += [f"{key[0]}: {key[1]}: {it}" for it in broken({**row, "contenders": had})]
+    return found
+
+
+def _missing(
+    found: dict[Key, dict[str, Any]], other: dict[Key, dict[str, Any]], content: dict[str, Any]
+) -> list[str]:
+    """What only `found` has times of: whole cases, and single passes with why `content` has none of them."""
+    there = {key[:2] for key in other}
+    cases = Counter(f"{key[0]}: {key[1]}" for key in found if key[:2] not in there)
+    why = {
+        (row["bench"], row["case"], it["name"]): it.get("absent") or it["wrong"]
+        for row in content["cases"]
+        for it in row.get("contenders", [])
+        if "ms" not in it
+    }
+    passes = [
+        f"{part}: {case}: {name}, {which}: {why.get((part, case, name), 'no such pass')}"
+        for part, case, name, which in found
+        if (part, case, name, which) not in other and (part, case) in there
+    ]
+    return [f"{case} ({count} times)" for case, count in cases.items()] + passes
 
 
 def _noise(it: dict[str, Any]) -> float:

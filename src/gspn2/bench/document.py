@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import paper
+from . import beside, paper
 from .case import parts
 from .figures import images_per_second, of
 from .ladder import RUNGS
 from .results import Row, broken, find, timed
 from .t2i_image import DIRECT, IMAGE, PROGRESSIVE
 from .t2i_step import ATTENTION, CUT, GRAPH, MIXERS, STEP
-from .tables import beaten, busy, method, rate_texts, where
+from .tables import beaten, busy, far, method, rate_texts, where
 from .terminal import digits, milliseconds
 
 HEAD = """# Benchmarks
@@ -39,27 +40,52 @@ GSPN-1 launches a kernel for each line: a flat grid of 512 threads over planes w
 along W, with the state in memory in the storage type. The bench has its own kernels for that, forward and
 backward, written from the description (`src/gspn2/bench/kernels/gspn1.cu`), so that everybody can measure
 against it. That it is no straw man is checked against times measured from the released kernel on an H200:
-the bench prints its own times as a fraction of those wherever it runs on such a GPU. Without a GPU a loop
-over lines in PyTorch stands in for it, and is called so.
+wherever the bench runs on such a GPU it prints its own times as a fraction of those, and says where they are
+more than 15% away. Small images are: their lines take less time than Python needs to launch a kernel. Without
+a GPU a loop over lines in PyTorch stands in for the baseline, and is called so.
 """
 
 
 def text(contents: Sequence[dict[str, Any]]) -> str:
-    """The document, a section a result file."""
-    sections = [_section(content) for content in contents]
-    return "\n".join([HEAD, BASELINE, *sections])
+    """The document, a section a result file; GPUs come first."""
+    ordered = sorted(contents, key=lambda it: "device" not in it["machine"])
+    titles = _titles(ordered)
+    listed = "\n".join(f"- [{title}](#{_anchor(title)})" for title in titles)
+    sections, told = [], dict[str, str]()
+    for title, content in zip(titles, ordered, strict=True):
+        how = method(content)
+        # The same words once: a machine may have several files.
+        again = f"Measured as told [above](#{_anchor(told[how])})." if how in told else how
+        told.setdefault(how, title)
+        sections.append(_section(content, title, again))
+    return "\n".join([HEAD, f"{listed}\n", BASELINE, *sections])
 
 
-def _section(content: dict[str, Any]) -> str:
-    machine, rows = content["machine"], content["cases"]
-    title = f"## {machine.get('device') or machine['processor']}"
-    told = f"`{content['run']['command']}` on {where(machine)}. {method(content)}"
-    found = [title, _wrapped(told), _wrapped(busy(content)), _rates(content), _wrapped(_older(content))]
-    found.append(_wrapped(beaten(content)))
+def _titles(contents: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each file its machine; with the parts that it has where others are of that machine, too."""
+    names = [str(it["machine"].get("device") or it["machine"]["processor"]) for it in contents]
+    held = [", ".join(name for name in parts() if of(it["cases"], name)) for it in contents]
+    return [
+        f"{name} ({parts_of})" if names.count(name) > 1 else name
+        for name, parts_of in zip(names, held, strict=True)
+    ]
+
+
+def _anchor(title: str) -> str:
+    """What a link to the heading names, as hosts of Markdown make it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+def _section(content: dict[str, Any], title: str, how: str) -> str:
+    rows = content["cases"]
+    told = f"`{content['run']['command']}` on {where(content['machine'])}. {how}"
+    found = [f"## {title}", _wrapped(told), _wrapped(busy(content)), _rates(content)]
+    found += [_wrapped(_older(content)), _wrapped(beaten(content)), _wrapped(far(content))]
     for part in parts().values():
         mine = of(rows, part.name)
         if mine:
             found += [f"### {part.title}", _wrapped(part.about), _TABLES[part.name](mine)]
+            found.append(_beside(part.name, mine))
     problems = [f"{row['bench']}: {row['case']}: {it}" for row in rows for it in broken(row)]
     if problems:
         found += ["### Without a result", "\n".join(f"- {it}" for it in problems)]
@@ -67,6 +93,12 @@ def _section(content: dict[str, Any]) -> str:
     if left_out:
         found.append(_wrapped(f"Left out when time was up: {'; '.join(left_out)}."))
     return "\n\n".join(it.rstrip() for it in found if it) + "\n"
+
+
+def _beside(part: str, rows: Sequence[Row]) -> str:
+    """The paper's figures, where the table of the part has no column for them."""
+    found = beside.table(part, rows) if part not in ("ladder", "throughput") else None
+    return f"{found.title}:\n\n{_table(found.heads, found.lines, left=found.words)}" if found else ""
 
 
 def _older(content: dict[str, Any]) -> str:

@@ -13,15 +13,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import figures, paper
+from . import beside, figures
 from .case import Part, parts
 from .figures import images_per_second, of
-from .ladder import RUNGS
 from .results import Row, broken, find, timed
 from .schedule import left_out
 from .t2i_image import DIRECT, IMAGE, PROGRESSIVE
-from .tables import HEADS, beaten, busy, cells, facts_of, method, rate_texts, where
-from .terminal import digits, milliseconds
+from .tables import HEADS, beaten, busy, cells, facts_of, far, method, rate_texts, where
+from .terminal import digits
 
 FIGURES = {
     "ladder": ["ladder"],
@@ -70,7 +69,9 @@ def html(content: dict[str, Any], pictures: dict[str, str]) -> str:
             f"<li><b>{escape(value)}</b><span>{escape(text)}</span></li>" for value, text in headlines(rows)
         ),
         problems=_problems(rows),
-        beaten=f'<p class="soft">{escape(beaten(content))}</p>' if beaten(content) else "",
+        beaten="".join(
+            f'<p class="soft">{escape(text)}</p>' for text in (beaten(content), far(content)) if text
+        ),
         contents="".join(
             f'<a href="#{part.name}">{escape(part.title)}</a>'
             for part in parts().values()
@@ -153,8 +154,7 @@ def _section(part: Part, rows: Sequence[Row], pictures: dict[str, str]) -> str:
     shown = "".join(
         f'<figure class="card">{pictures[name]}</figure>' for name in FIGURES[part.name] if name in pictures
     )
-    beside = _PAPER.get(part.name)
-    theirs = beside(rows) if beside else ""
+    theirs = _beside(beside.table(part.name, rows))
     tables = "".join(_case(row) for row in rows)
     return (
         f'<section id="{part.name}"><h2>{escape(part.title)}</h2><p>{escape(part.about)}</p>{shown}{theirs}'
@@ -183,107 +183,17 @@ def _case(row: Row) -> str:
     return head + table + notes
 
 
-WORDS = ("rung",)
-"""Headings of columns that hold words."""
-
-
-def _paper_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    if not lines:
+def _beside(table: beside.Table | None) -> str:
+    """The paper's figures beside ours."""
+    if table is None:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    # What comes second is words only where what comes first has no name of its own.
-    kind = "words" if heads[1] in WORDS else "figures"
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.heads)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in table.lines)
+    kind = "words" if table.words > 1 else "figures"
     return (
-        f'<h3>{escape(title)}</h3><div class="wide"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+        f'<h3>{escape(table.title)}</h3><div class="wide"><table class="{kind}"><tr>{head}</tr>{body}'
+        "</table></div>"
     )
-
-
-def _paper_ladder(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        times = paper.LADDER.get(tuple(row["facts"]["size"][:2]))
-        if times is None or row["facts"]["size"][2] != 1024:
-            continue
-        first = find(row, RUNGS[0], "forward")
-        for rung, theirs in zip(RUNGS, times, strict=True):
-            ours = find(row, rung, "forward")
-            here = f"{milliseconds(ours['ms'])}" if ours else "-"
-            factor = f"{first['ms'] / ours['ms']:.1f}x" if ours and first else "-"
-            lines.append([row["case"], rung, f"{theirs:g}", f"{times[0] / theirs:.1f}x", here, factor])
-    heads = ["", "rung", "paper, ms", "paper, factor", "here, ms", "here, factor"]
-    return _paper_table(f"Beside the paper's ladder ({paper.DEVICE})", heads, lines)
-
-
-def _paper_throughput(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        old, new = row["facts"]["paper_gb_per_s"]
-        if row["facts"]["size"] != row["facts"]["paper_size"]:
-            continue
-        ours = [it for it in timed(row) if it["pass"] == "forward"]
-        found = {it["name"]: f"{digits(it['gb_per_s'])} ({100 * it['share']:.1f}%)" for it in ours}
-        here = [
-            found.get(name, "-") for name in ("baseline", "per-channel taps, right", "per-channel taps, down")
-        ]
-        lines.append([row["case"], f"{old}", f"{new}", *here])
-    heads = ["B x C x H x W", "paper GSPN-1", "paper GSPN-2", "here, baseline", "here, right", "here, down"]
-    return _paper_table(f"GB/s beside the paper's table ({paper.DEVICE}; share of copy)", heads, lines)
-
-
-def _paper_attention(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        if not row["case"].startswith("SigLIP2-B, 1024") or row["case"].endswith(", linear"):
-            continue
-        attention = [
-            it["ms"] for it in timed(row) if it["name"].startswith("SDPA") and it["pass"] == "forward"
-        ]
-        pairs = {
-            "module": (min(attention, default=None), _forward(row, "GSPN-2, scan")),
-            "block": (_forward(row, "attention, block"), _forward(row, "GSPN-2, block")),
-        }
-        for what, (theirs, ours) in pairs.items():
-            old, new = paper.SIGLIP[what]
-            here = ["-" if it is None else milliseconds(it) for it in (theirs, ours)]
-            factor = f"{theirs / ours:.1f}x" if theirs and ours else "-"
-            lines.append([what, f"{old:g}", f"{new:g}", f"{old / new:.1f}x", *here, factor])
-    heads = [
-        "",
-        "paper: attention, ms",
-        "propagation, ms",
-        "factor",
-        "here: attention, ms",
-        "propagation, ms",
-        "factor",
-    ]
-    return _paper_table("SigLIP2-Base, 1024 pixels, batch 32, beside the paper", heads, lines)
-
-
-def _paper_models(rows: Sequence[Row]) -> str:
-    names = {"gspn2_tiny": "GSPN-2-T", "deit_small_patch16_224": "DeiT-S", "convnext_tiny": "ConvNeXt-T"}
-    row = next((row for row in rows if row["case"] == "T, 224 pixels"), None)
-    if row is None:
-        return ""
-    lines = []
-    for name, theirs in names.items():
-        it = find(row, name, "inference")
-        lines.append([theirs, str(paper.BACKBONES[theirs]), digits(images_per_second(it)) if it else "-"])
-    heads = ["", f"paper ({paper.DEVICE}), images/s", "here, images/s"]
-    return _paper_table("Inference at 224 beside the paper's figure", heads, lines)
-
-
-_PAPER = {
-    "ladder": _paper_ladder,
-    "throughput": _paper_throughput,
-    "attention": _paper_attention,
-    "models": _paper_models,
-}
-
-
-def _forward(row: Row, name: str) -> float | None:
-    it = find(row, name, "forward")
-    return None if it is None else it["ms"]
 
 
 def _problems(rows: Sequence[Row]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +127,59 @@ def load(path: Path) -> dict[str, Any]:
     """A result file.
 
     Raises:
-        ResultsError: it is missing, no JSON, no result file, or of another schema.
+        ResultsError: it is missing, no JSON, no result file, of another schema, or parts of it are missing.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ResultsError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or "schema" not in content:
         raise ResultsError(f"{path}: expected a result file of gspn2 bench, which names its schema")
     if content["schema"] != SCHEMA:
         raise ResultsError(f"{path}: expected schema {SCHEMA}, got {content['schema']!r}; measure again")
+    for flaw in _flaws(content):
+        raise ResultsError(f"{path} is damaged: {flaw}")
     return content
+
+
+def _flaws(content: dict[str, Any]) -> Iterator[str]:
+    """What is not as `Results` describes it, in words."""
+    parts = {"machine": dict, "run": dict, "rates": dict, "cases": list}
+    yield from _lacks("the file", content, parts)
+    for number, row in enumerate(content["cases"], 1):
+        yield from _lacks(f"case {number}", row, {"bench": str, "case": str, "facts": dict})
+        if "began" in row:
+            continue
+        name = f"{row['bench']}: {row['case']}"
+        yield from _lacks(name, row, {"contenders": list})
+        for it in row["contenders"]:
+            yield from _lacks(f"a contender of {name}", it, {"name": str})
+            if "ms" in it:
+                yield from _lacks(
+                    f"{it['name']} of {name}", it, {"pass": str, "ms": (int, float), "quartiles": list}
+                )
+            elif not {"absent", "wrong"} & set(it):
+                yield f"{it['name']} of {name} has no time, and nothing says why"
+
+
+def _lacks(what: str, found: Any, wanted: dict[str, Any]) -> Iterator[str]:
+    if not isinstance(found, dict):
+        yield f"{what} is {found!r:.60}, expected an object"
+        return
+    for name, kind in wanted.items():
+        if not isinstance(found.get(name), kind):
+            yield f"{name!r} of {what} is {found.get(name)!r:.60}, expected {_KINDS[kind]}"
+
+
+_KINDS: dict[Any, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    (int, float): "a number",
+}
+"""As JSON calls them."""
 
 
 def give_up(path: Path) -> None:

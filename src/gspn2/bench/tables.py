@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import terminal
 from .results import Row, beaten_floors, timed
-from .terminal import digits, first_times, milliseconds, share_of_floor
+from .terminal import digits
 
 BASELINE_TOLERANCE = 0.15
 """How far the baseline may be from the released kernel before it is remarked on."""
@@ -14,24 +15,8 @@ HEADS = ("", "pass", "ms", "+-", "GB/s", "of copy", "of the floor", "over the fi
 
 def cells(row: Row) -> list[list[str]]:
     """The timed passes of a case, by `HEADS`."""
-    first = first_times(row.get("contenders", []))
-    return [_cells(it, first[it["pass"]]) for it in timed(row)]
-
-
-def _cells(it: Row, first: float) -> list[str]:
-    low, high = it["quartiles"]
-    computes = it["bytes"] and it["flops"] / it["bytes"] > 200
-    return [
-        it["name"],
-        it["pass"],
-        milliseconds(it["ms"]),
-        f"{50 * (high - low) / it['ms']:.1f}%",
-        digits(it["gb_per_s"]),
-        "-" if computes else f"{100 * it['share']:.1f}%",
-        share_of_floor(it),
-        f"{first / it['ms']:.2f}x" if first != it["ms"] else "",
-        _more(it),
-    ]
+    first = terminal.first_times(row.get("contenders", []))
+    return [[*terminal.cells(it, first), _more(it)] for it in timed(row)]
 
 
 def _more(it: Row) -> str:
@@ -41,14 +26,38 @@ def _more(it: Row) -> str:
     if "peak_bytes" in it:
         found.append(f"{it['peak_bytes'] / 2**30:.2f} GiB")
     if "released_ms" in it:
-        ratio = it["ms"] / it["released_ms"]
-        far = "" if abs(ratio - 1) <= BASELINE_TOLERANCE else f", more than {BASELINE_TOLERANCE:.0%} away"
-        found.append(f"{ratio:.2f} of the released kernel's {it['released_ms']:g} ms{far}")
+        told = f", more than {BASELINE_TOLERANCE:.0%} away" if _is_far(it) else ""
+        found.append(f"{_of_released(it):.2f} of the released kernel's {it['released_ms']:g} ms{told}")
     if it.get("fits_in_cache"):
         found.append("would fit in the cache")
     if "note" in it:
         found.append(it["note"])
     return "; ".join(found)
+
+
+def _of_released(it: Row) -> float:
+    return it["ms"] / it["released_ms"]
+
+
+def _is_far(it: Row) -> bool:
+    """Is the baseline so far from the released kernel that it is remarked on?"""
+    return "released_ms" in it and abs(_of_released(it) - 1) > BASELINE_TOLERANCE
+
+
+def far(content: dict[str, Any]) -> str:
+    """Where the baseline is no good measure of the released kernel, or ""."""
+    found = [
+        f"{row['bench']}: {row['case']}, {it['pass']} ({_of_released(it):.2f})"
+        for row in content["cases"]
+        for it in timed(row)
+        if _is_far(it)
+    ]
+    if not found:
+        return ""
+    return (
+        f"The baseline is more than {BASELINE_TOLERANCE:.0%} away from the time of the released kernel, and "
+        f"factors over it are off by as much, at {'; '.join(found)}."
+    )
 
 
 def facts_of(row: Row) -> str:

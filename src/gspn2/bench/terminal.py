@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 COLUMNS = ("", "pass", "ms", "spread", "GB/s", "of copy", "of floor", "faster")
+COMPUTES = 200
+"""Operations a byte from which on bandwidth says nothing about a pass."""
 
 
 class Terminal(Watcher):
@@ -84,7 +86,7 @@ def table(row: Row) -> list[str]:
     notes = []
     for it in contenders:
         if "ms" in it:
-            lines.append(_cells(it, first.get(it["pass"])))
+            lines.append(cells(it, first))
             if beats_floor(it):
                 notes.append(
                     f"{it['name']} {it['pass']}: faster than its floor, which is none: measured while slow?"
@@ -103,27 +105,45 @@ def table(row: Row) -> list[str]:
     return [line.rstrip() for line in aligned] + notes
 
 
-def first_times(contenders: Sequence[Row]) -> dict[str, float]:
-    """Of every pass the time of the first contender, which the others are compared with."""
-    first: dict[str, float] = {}
+Kind = tuple[str, str]
+KINDS = ("sub-layer", "block")
+"""What contenders of an attention case may be more than: these are compared among themselves."""
+
+
+def first_times(contenders: Sequence[Row]) -> dict[Kind, float]:
+    """By kind the time of the first contender, which the others are compared with."""
+    first: dict[Kind, float] = {}
     for it in contenders:
         if "ms" in it:
-            first.setdefault(it["pass"], it["ms"])
+            first.setdefault(_kind(it), it["ms"])
     return first
 
 
-def _cells(it: Row, first: float | None) -> list[str]:
+def _kind(it: Row) -> Kind:
+    """Its pass, and how much of a network it is."""
+    what = it["name"].rpartition(", ")[2]
+    return it["pass"], what if what in KINDS else ""
+
+
+def cells(it: Row, first: dict[Kind, float]) -> list[str]:
+    """A timed pass by `COLUMNS`; without what was not counted.
+
+    Args:
+        it: of results.
+        first: `first_times` of its case.
+    """
     low, high = it["quartiles"]
-    small = it["flops"] / max(it["bytes"], 1) > 200
+    computes = it["flops"] > COMPUTES * it["bytes"]
+    rival = first[_kind(it)]
     return [
         it["name"],
         it["pass"],
         milliseconds(it["ms"]),
         f"{50 * (high - low) / it['ms']:.1f}%",
-        digits(it["gb_per_s"]),
-        "-" if small else f"{100 * it['share']:.1f}%",
+        digits(it["gb_per_s"]) if it["bytes"] else "-",
+        "-" if computes or not it["bytes"] else f"{100 * it['share']:.1f}%",
         share_of_floor(it),
-        "" if first is None or first == it["ms"] else f"{first / it['ms']:.2f}x",
+        "" if rival == it["ms"] else f"{rival / it['ms']:.2f}x",
     ]
 
 

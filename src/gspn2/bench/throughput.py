@@ -25,8 +25,6 @@ PAPER: dict[Size, tuple[int, int]] = {
 }
 SMALL = [(4, 64, 32, 32), (1, 64, 64, 64)]
 """Of the sizes as they are cut for a CPU those that are measured first."""
-PAPER_PEAK = 1995
-"""GB/s that the paper's shares are of: copying on an A100."""
 
 
 def cases(device: torch.device) -> Iterator[Case]:

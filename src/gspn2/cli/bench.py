@@ -8,10 +8,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import complain, guarded, positive
+from .common import complain, guarded, not_negative, positive
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +28,13 @@ MINUTES = {"cuda": 14.5, "cpu": 2.0}
 COMPILING = 0.3
 """Of the limit that models are compiled ahead for at most; what is not ready then, its case compiles."""
 MOST_RESTARTS = 12
-DONE, WRONG, USAGE, LOST = 0, 1, 2, 4
+NO_MATPLOTLIB = 'it needs matplotlib: pip install "gspn2[bench]"'
+DONE, WRONG, USAGE = 0, 1, 2
 
 EPILOG = f"""names:
   {", ".join(PARTS)}   a part of the bench; several may be given
   all                       every part, in 15 minutes on a GPU, in 2 on a CPU
-  list                      what would be measured
+  list                      what would be measured; after it, of which parts
   compare A.json B.json     what became slower or faster
   report                    pictures and report.html from results.json in --out
   docs A.json B.json        docs/benchmarks.md from result files; with --check after them, is it in step?
@@ -64,12 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=9, metavar="N", help="samples (default: 9)")
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=not_negative,
         metavar="X",
         help="begin no case that would end later (default for all: 14.5, on a CPU 2)",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=0.05, metavar="X", help="of compare (default: 0.05)"
+        "--tolerance", type=not_negative, default=0.05, metavar="X", help="of compare (default: 0.05)"
     )
     parser.add_argument("--check", action="store_true", help="docs: write nothing, fail if out of step")
     parser.add_argument("--no-report", action="store_true", help="measure only")
@@ -91,11 +94,11 @@ def _bench(args: argparse.Namespace) -> int:
         if verb == "docs":
             return _docs(rest, args)
         if verb == "report":
-            return _report(args.out)
-        names, device = _names(args.names), _device(args.device)
+            return _report(args.out, rest)
+        device = _device(args.device)
         if verb == "list":
-            return _list(device)
-        return _measure(names, device, args)
+            return _list(_cases(_names(rest or ["all"]), device, args.only), device)
+        return _measure(_names(args.names), device, args)
     except ResultsError as error:
         return complain("bench", error, USAGE)
 
@@ -104,10 +107,11 @@ def _names(names: list[str]) -> list[str]:
     """The parts that are asked for, in order."""
     from gspn2.training.errors import UserError
 
-    unknown = [name for name in names if name not in (*PARTS, "all", "list")]
-    if unknown:
-        known = ", ".join((*PARTS, *VERBS))
-        raise UserError(f"expected one of {known}, got {unknown[0]!r}")
+    for name in names:
+        if name in VERBS and name != "all":
+            raise UserError(f"{name} comes first, and without parts to measure: gspn2 bench {name} ...")
+        if name not in (*PARTS, "all"):
+            raise UserError(f"expected one of {', '.join((*PARTS, *VERBS))}, got {name!r}")
     return list(PARTS) if "all" in names else [name for name in PARTS if name in names]
 
 
@@ -128,18 +132,22 @@ def _cases(names: list[str], device: torch.device, only: str) -> list[Case]:
     from gspn2.bench.runner import chosen
     from gspn2.training.errors import UserError
 
-    found = list(chosen(parts(), names, device, re.compile(only).search))
+    try:
+        matches = re.compile(only).search
+    except re.error as error:
+        raise UserError(f"--only: expected a regular expression, got {only!r}: {error}") from error
+    found = list(chosen(parts(), names, device, matches))
     if not found:
         raise UserError(f"--only: expected a part of a case's name (gspn2 bench list), got {only!r}")
     return found
 
 
-def _list(device: torch.device) -> int:
+def _list(cases: list[Case], device: torch.device) -> int:
     """The cases in the order in which they run, with the seconds that they take on an H200."""
     from gspn2.bench.schedule import ordered
 
     told = {0: "", 1: "", 2: "  (if there is time)"}
-    for case in ordered(_cases(list(PARTS), device, "")):
+    for case in ordered(cases):
         seconds = f"{case.seconds:4.0f} s  " if device.type == "cuda" else ""
         print(f"{seconds}{case.key}{told[case.turn]}")
     return DONE
@@ -150,6 +158,8 @@ def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -
     cases = _cases(names, device, args.only)
     if args.in_process is not None:
         return _run(cases, device, args, args.in_process)
+    if not args.no_report and find_spec("matplotlib") is None:
+        print(f"there will be no report: {NO_MATPLOTLIB}; gspn2 bench report draws it later", flush=True)
     began = time.monotonic()
     path = args.out / "results.json"
     if not args.resume:
@@ -255,17 +265,20 @@ def _shown(words: list[str]) -> list[str]:
     return shlex.split(re.sub(r" ?--(out|in-process)[ =]\S+| ?--resume", "", text))
 
 
-def _report(out: Path) -> int:
+def _report(out: Path, more: Sequence[str] = ()) -> int:
     from gspn2.bench import report
     from gspn2.bench.results import load
+    from gspn2.training.errors import UserError
 
+    if more:
+        raise UserError(f"report: expected nothing after it, got {more[0]!r}; the folder is --out")
     content = load(out / "results.json")
     try:
         path = report.write(content, out)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        return complain("bench", 'no report: it needs matplotlib: pip install "gspn2[bench]"', WRONG)
+        return complain("bench", f"no report: {NO_MATPLOTLIB}", WRONG)
     print(f"report: {path}")
     return DONE
 

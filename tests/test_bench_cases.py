@@ -1,0 +1,148 @@
+"""`gspn2 bench` before it measures: its command line, its cases, and what is compiled ahead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench_helpers import HOST, absent
+from gspn2.backends import Problem
+from gspn2.backends.cuda.geometry import Device
+from gspn2.bench import ahead, baseline, case
+from gspn2.bench.about import machine
+from gspn2.bench.case import Case, Contender
+from gspn2.bench.contenders import gspn1, operator
+from gspn2.bench.operator import Scan
+from gspn2.cli import bench as command_module
+from gspn2.cli.main import main
+
+
+def test_the_command_line_says_what_it_expects(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "laddder"]) == 2
+    assert "expected one of ladder," in capsys.readouterr().err
+    assert main(["bench", "ladder", "--device", "tpu"]) == 2
+    assert main(["bench", "report", "--out", str(tmp_path)]) == 2
+    assert main(["bench", "docs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["ladder", "--only", "nothing like it"], "a part of a case's name"),
+        (["ladder", "--only", "("], "expected a regular expression, got '('"),
+        (["ladder", "--minutes", "-1"], "at least 0, got '-1'"),
+        (["ladder", "--tolerance", "nan"], "at least 0, got 'nan'"),
+        (["ladder", "compare"], "compare comes first"),
+        (["list", "laddder"], "got 'laddder'"),
+        (["report", "here"], "expected nothing after it, got 'here'"),
+    ],
+)
+def test_a_wrong_word_is_named(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_without_matplotlib_that_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command_module, "find_spec", lambda name: None)
+    words = ["bench", "ladder", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path)]
+    assert main(words) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("there will be no report")
+    assert 'pip install "gspn2[bench]"' in first
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_case_is_unique_and_described(device: str) -> None:
+    keys = [it.key for part in case.parts().values() for it in part.cases(torch.device(device))]
+    assert len(keys) == len(set(keys))
+    assert all(not key.endswith(": ") for key in keys)
+    assert {part.name for part in case.parts().values()} == {key.split(":")[0] for key in keys}
+
+
+def test_list_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "list", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "ladder: 2x8x128x128 fp32" in shown
+    assert main(["bench", "list", "cpu", "throughput", "--only", "56", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        line for line in shown if line.startswith("cpu: 8x8x56x56")
+    ]
+
+
+def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward and the baseline's, planned without a GPU and without memory."""
+    sizes = Scan(
+        (4, 8, 256, 256), torch.bfloat16, "shared", ("down",), scan=True, passes=("forward", "backward")
+    )
+    right = Scan((4, 8, 256, 256), torch.bfloat16, "per-channel", ("right",), scan=True, passes=sizes.passes)
+
+    def contenders(device: torch.device) -> list[Contender]:
+        return [gspn1(right, device), operator("gspn2", sizes, device), Contender("absent", absent)]
+
+    cases = [Case("ladder", "x", {}, contenders), Case("ladder", "none", {}, lambda device: [])]
+    found = ahead.kernels(cases, Device())
+    functions = [kernel.function for kernel in found]
+    assert {"gspn1_forward", "gspn1_backward"} < set(functions)
+    assert any("backward" in it and "gspn1" not in it for it in functions)
+    assert any("forward" in it and "gspn1" not in it for it in functions)
+    # And side by side, with nothing left to compile.
+    monkeypatch.setattr(ahead.driver, "device", any_device)
+    monkeypatch.setattr(ahead, "_fails", fails_never)
+    assert ahead.compile_all(cases, 0, jobs=2) == (len(found), 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they compile")
+def test_models_that_do_not_compile_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a run always measures are compiled ahead; here none can be."""
+    device = torch.device("cuda")
+    wanted = [it for it in case.parts()["models"].cases(device) if it.compiled and not it.extra]
+    assert {it.name for it in wanted} >= {
+        "T, 224 pixels, compiled inference",
+        "T, 224 pixels, compiled training",
+    }
+    assert ahead._does_not_compile((wanted[0].key, 0))
+    assert ahead.compile_models([it for it in case.parts()["ladder"].cases(device)]) == (0, 0)
+    told: list[str | None] = []
+
+    def note(work: Any, wanted: list[Any], jobs: int, seconds: float | None) -> int:
+        told.append(os.environ.get(ahead.COMPILERS))
+        return len(wanted) - 1
+
+    monkeypatch.setattr(ahead, "side_by_side", note)
+    monkeypatch.delenv(ahead.COMPILERS, raising=False)
+    count, missing = ahead.compile_models(wanted)
+    assert (count, missing) == (sum(len(it.contenders(device)) for it in wanted), 1)
+    assert told == [str(ahead.COMPILER_CORES)], "read at import: it has to be there before"
+    assert ahead.COMPILERS not in os.environ
+
+
+def any_device(index: int) -> Device:
+    return Device()
+
+
+def fails_never(capability: tuple[int, int], kernel: object) -> bool:
+    return False
+
+
+def test_the_released_times_are_found() -> None:
+    assert baseline.released((16, 8, 1024, 1024), torch.bfloat16, backward=True) == 79.14
+    assert baseline.released((16, 8, 1024, 1024), torch.float16, backward=True) is None
+    assert baseline.released((1, 1, 2, 3), torch.float32, backward=False) is None
+    problem = Problem(("right",), None, False, 2, 3, 3, 70, 5, torch.float32, "cuda")
+    plan = baseline.plan(problem, backward=True)
+    assert [launch.knobs[0] for launch in plan.launches] == [4, 3, 2, 1, 0]
+    assert {(launch.grid, launch.block) for launch in plan.launches} == {(1, 512)}
+
+
+def test_the_machine_is_described() -> None:
+    found = machine(HOST, "gspn2 bench ladder")
+    assert found["command"] == "gspn2 bench ladder"
+    assert {"processor", "threads", "python", "torch", "commit", "date"} <= set(found)
