@@ -233,7 +233,7 @@ def test_a_baseline_that_is_far_from_the_released_kernel_is_told_at_the_top() ->
     times = passes(**{"forward:baseline": 33.0}) + passes(**{"backward:baseline": 120.0})
     row = {"bench": "sweep", "case": "channels 64", "facts": {}}
     content = {**content, "cases": [{**row, "contenders": [it | {"released_ms": 80.0} for it in times]}]}
-    told = "factors over it are off by as much, at sweep: channels 64, forward (0.41); sweep: channels 64, backward"
+    told = "are off by as much, at sweep: channels 64, forward (0.41); sweep: channels 64, backward (1.50)."
     assert told in " ".join(document.text([content]).split())
     assert told in report.html(content, {})
     content["cases"][0]["contenders"] = [it | {"released_ms": it["ms"]} for it in times]
