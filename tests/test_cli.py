@@ -51,7 +51,7 @@ def run(folder, tmp_path_factory):
         "--warmup-epochs",
         "1",
     ]
-    assert main([*command, "--color-jitter", "0", "--out", str(out)]) == 0
+    assert main([*command, "--color-jitter", "0", "--amp", "off", "--out", str(out)]) == 0
     return out
 
 
@@ -83,6 +83,18 @@ def test_eval_agrees_with_training(run, tmp_path, capsys):
     assert sum(map(sum, report["confusion"])) == 6
     assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["confusion"] == report["confusion"]
     assert (tmp_path / "e" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_precision_is_that_of_the_training_unless_told(command, run, folder, capsys, monkeypatch):
+    from gspn2.training import model
+
+    asked = []
+    monkeypatch.setattr(model, "amp_dtype", lambda amp, device: asked.append(amp))
+    words = [command, str(run), *([str(folder / "red" / "0.png")] if command == "predict" else [])]
+    for amp in ([], ["--amp", "bf16"]):
+        assert main([*words, *amp]) == 0
+    assert asked == ["off", "bf16"]
 
 
 def test_eval_prints_speed_and_table(run, folder, capsys):
@@ -125,8 +137,9 @@ def test_predict_json_and_patterns(run, folder, capsys):
         assert chances == sorted(chances, reverse=True)
         assert sum(chances) == pytest.approx(1, abs=1e-5)
         assert result["predictions"][0]["class"] == "green"
-    assert main(["predict", str(run), str(folder / "nothing*")]) == 1
-    assert "no file matches" in capsys.readouterr().err
+    for nothing, message in ((str(folder / "nothing*"), "no file matches"), ("", "no such file")):
+        assert main(["predict", str(run), nothing]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -181,6 +194,8 @@ def test_same_command_goes_on_where_it_was_killed(folder, tmp_path, capsys):
 
 
 ERRORS = [
+    (["eval", "{run}", "--workers", "-1"], "workers: expected at least 0, got -1"),
+    (["eval", "{run}", "--data", ""], "data: expected a name"),
     (["train", *SMALL, "--auto-augment", "odd", "--data", "{photos}", "--out", "{tmp}/new"], "take 'odd'"),
     (["train", "--model", "test_efficientne", "--out", "{tmp}/new"], "did you mean test_efficientnet"),
     (["train", *SMALL, "--data", "{tmp}/nowhere", "--out", "{tmp}/new"], "nowhere: no such folder"),
@@ -205,12 +220,12 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("command", "message"), ERRORS, ids=[message[:24] for _, message in ERRORS])
-def test_user_errors_are_one_line(command, message, folder, tmp_path, capsys):
+def test_user_errors_are_one_line(command, message, folder, run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    assert main([word.format(tmp=tmp_path, photos=folder) for word in command]) == 2
+    assert main([word.format(tmp=tmp_path, photos=folder, run=run) for word in command]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from gspn2.training import (
 )
 from gspn2.training.batches import EpochBatches, train_loader
 from gspn2.training.distributed import World
+from gspn2.training.folders import image_files
 from gspn2.training.image_sets import ImageSet
 from gspn2.training.samples import stratified_split
 from gspn2.training.transforms import Preprocess, augmentation_for, preprocess_for
@@ -39,6 +41,16 @@ def test_folder_is_split_by_class_and_stays_so(folder):
     assert len(data.train) + len(data.test) == 36
     assert load_data(dataclasses.replace(config, seed=9)).test.sources == data.test.sources
     assert load_data(dataclasses.replace(config, split_seed=1)).test.sources != data.test.sources
+
+
+def test_hidden_folders_and_links_back_hold_no_images_of_their_own(tmp_path):
+    make_images(tmp_path / "train", per_class=2)
+    shutil.copytree(tmp_path / "train" / "red", tmp_path / "train" / "red" / ".ipynb_checkpoints")
+    (tmp_path / "train" / "red" / "up").symlink_to("..")
+    shutil.move(tmp_path / "train" / "blue", tmp_path / "elsewhere")
+    (tmp_path / "train" / "blue").symlink_to(tmp_path / "elsewhere")
+    found = [Path(name).relative_to(tmp_path).as_posix() for name in image_files(tmp_path / "train")]
+    assert found == [f"train/{color}/{i}.png" for color in ("blue", "green", "red") for i in (0, 1)]
 
 
 def test_split_of_the_folder_itself_is_used(tmp_path):

@@ -70,7 +70,7 @@ def test_evaluation_counts(tmp_path):
     assert torch.equal(result.confusion, expected)
     assert (result.images, result.batch_size) == (50, 30)
     assert model.training
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="at least one image"):
         evaluate(model, [])
 
 

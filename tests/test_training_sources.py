@@ -26,6 +26,7 @@ from gspn2.training import (
     train,
 )
 from gspn2.training.batches import train_loader
+from gspn2.training.hub import class_number
 from gspn2.training.shards import shard_index
 from gspn2.training.tasks import generate, parse_task
 from training_helpers import assert_same_run, make_images, run_killed, settings
@@ -136,6 +137,38 @@ def test_shards_that_cannot_be_used_are_named(folder, tmp_path):
         load_data(TrainConfig(data=str(tmp_path / "b-*.tar"), model="test_efficientnet"))
 
 
+def test_damaged_shards_are_refused_wherever_they_are_cut(folder, tmp_path):
+    """A copy that broke off must not pass for a smaller data set."""
+    (shard,) = write_shards(tmp_path / "whole", folder, 1, LABELS["names"])
+    content = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        header = tar.getmembers()[40].offset
+    cuts = {"in a header": header + 100, "between": header, "in an image": header + 512 + 700}
+    shards = {name: content[:length] for name, length in cuts.items()}
+    shards["damaged header"] = content[:header] + b"\1" * 512 + content[header + 512 :]
+    for name, damaged in shards.items():
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="or a damaged one"):
+            shard_index(str(path))
+
+
+def test_classes_that_are_none_are_refused(folder, tmp_path):
+    for name, label, message in (
+        ("bytes", ("cls", b"\xff\xfe"), "cannot be read"),
+        ("json", ("json", b"{label"), "cannot be read"),
+        ("negative", ("cls", b"-1"), "expected classes from 0 to 999999, got -1"),
+        ("date", ("json", b'{"label": 20261123}'), "got 20261123"),
+        ("list", ("json", b"[1]"), "no image with a class"),
+        ("nothing", ("cls", b""), "no image with a class"),
+    ):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            add(tar, "0.png", (folder / "red" / "0.png").read_bytes())
+            add(tar, f"0.{label[0]}", label[1])
+        with pytest.raises(DataError, match=message):
+            load_data(TrainConfig(data=str(tmp_path / f"{name}.tar"), model="test_efficientnet"))
+
+
 def test_shards_are_read_in_pools(folder, tmp_path):
     write_shards(tmp_path / "shards", folder, 6, LABELS["names"])
     config = settings(tmp_path / "shards", tmp_path / "out", shuffle_buffer=12, workers=0)
@@ -225,6 +258,15 @@ def test_streams_that_end_early_or_never_are_refused(saved, tmp_path):
         train(dataclasses.replace(config, data=f"hf-stream:{saved}"))
     with pytest.raises(DataError, match="give train_images"):
         load_data(dataclasses.replace(config, data=f"hf-stream:{saved}", train_images=None))
+
+
+def test_rows_without_a_class_are_refused():
+    index = {"0": 0, "1": 1, "2": 2}
+    assert class_number(2, index, "row") == class_number("2", index, "row") == 2
+    assert class_number(1, {"1": 0, "7": 1}, "row", numbered=False) == 0
+    for value in (-1, 3, None, "x"):
+        with pytest.raises(DataError, match=r"x/test\[5\]: has class .* expected one of 0, 1, 2"):
+            class_number(value, index, "x/test[5]")
 
 
 # -- generated images
@@ -337,6 +379,9 @@ def test_nothing_readable_is_an_error(tmp_path):
         file.write_text("no image")
     with pytest.raises(DataError, match="none of 4 images in a row can be read"):
         train(settings(images, tmp_path / "out"))
+    data = load_data(settings(images, tmp_path / "out"))
+    with pytest.raises(DataError, match="at least one image that can be read"):
+        evaluate(torch.nn.Linear(1, 1), eval_loader(data.test))
 
 
 def test_batch_of_a_loss_without_sense_is_kept(folder, tmp_path):

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument(
-        "--amp", choices=("auto", "off", "bf16"), default="auto", help="(default: auto, bf16 on CUDA)"
+        "--amp", choices=("auto", "off", "bf16"), help="auto: bf16 on CUDA (default: as in the training)"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write evaluation.json and confusion.png there"
@@ -63,13 +63,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     model, info = load_checkpoint(args.checkpoint, device=device, weights=args.weights)
-    data = args.data or info.config.data
+    data = info.config.data if args.data is None else args.data
     images = load_test_data(data, info.preprocess, info.class_names, info.config, args.split)
     loader = eval_loader(images, args.batch_size, args.workers, device)
+    amp = amp_dtype(args.amp or info.config.amp, device)
     with counting("testing", len(images)) as on_batch:
-        result = evaluate(
-            model, loader, device=device, amp=amp_dtype(args.amp, device), warm_up=True, on_batch=on_batch
-        )
+        result = evaluate(model, loader, device=device, amp=amp, warm_up=True, on_batch=on_batch)
     report = _report(result, info, data)
     if args.out is not None:
         _write(args.out, report, result, info)

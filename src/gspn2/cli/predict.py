@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="(default: 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument(
-        "--amp", choices=("auto", "off", "bf16"), default="auto", help="(default: auto, bf16 on CUDA)"
+        "--amp", choices=("auto", "off", "bf16"), help="auto: bf16 on CUDA (default: as in the training)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -58,7 +58,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     model, info = load_checkpoint(args.checkpoint, device=device, weights=args.weights)
-    amp = amp_dtype(args.amp, device)
+    amp = amp_dtype(args.amp or info.config.amp, device)
     results = []
     for batch in _batches(list(_files(args.images)), args.batch_size):
         for result in _classify(model, info, batch, args.top_k, amp):
@@ -86,7 +86,8 @@ def _files(arguments: Sequence[str]) -> Iterator[Input]:
 
     for argument in arguments:
         path = Path(argument)
-        if path.is_dir():
+        # To Path, no name is the current folder: a variable of a shell that was never set.
+        if path.is_dir() and argument:
             found, missing = image_files(path), "no image in this folder"
         elif not path.exists() and glob.has_magic(argument):
             # A shell hands on a pattern that it was told not to expand, or could not.

@@ -231,6 +231,8 @@ def eval_loader(
 
 
 def _loader_options(workers: int, device: torch.device) -> dict[str, Any]:
+    if workers < 0:
+        raise UserError(f"workers: expected at least 0, got {workers}")
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,

@@ -79,6 +79,8 @@ def _load_streams(config: TrainConfig, preprocess: Preprocess, augmentation: Tra
 
 def find(data: str, config: TrainConfig) -> Parts:
     """The data of this name, as they were found."""
+    if not data:
+        raise DataError("data: expected a name, got none")
     if data == "digits":
         return find_digits()
     if is_task(data):

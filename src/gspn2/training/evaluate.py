@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distributed import World
+from .errors import DataError
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def evaluate(
         world: processes that share the images; the result is that of all of them together.
 
     Raises:
-        ValueError: there is no image.
+        DataError: there is no image, or none that can be read.
     """
     started = time.perf_counter()
     world = world or World()
@@ -136,7 +137,7 @@ def _add_up(confusion: Tensor | None, sums: Tensor, world: World) -> tuple[Tenso
     # A process may have got no image: it learns the number of classes from the others.
     (classes,) = world.agree(0 if confusion is None else len(confusion))
     if classes == 0:
-        raise ValueError("loader: expected at least one batch, got none")
+        raise DataError("loader: expected at least one image that can be read, got none")
     if confusion is None:
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
     return world.sum(confusion), world.sum(sums)

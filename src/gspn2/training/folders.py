@@ -73,13 +73,24 @@ def scan(root: Path, class_names: tuple[str, ...] | None = None) -> tuple[Sample
 
 
 def image_files(root: str | Path) -> list[str]:
-    """Files below `root` with the name of an image, sorted; links are followed, hidden files are not."""
-    return sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if is_image_name(name)
-    )
+    """Files below `root` with the name of an image, sorted.
+
+    Links are followed, but not into a folder that the way there leads through; what is hidden is left out.
+    """
+    found: list[str] = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _contains(os.path.realpath(os.path.join(folder, name)), here)
+        ]
+        found += [os.path.join(folder, name) for name in names if is_image_name(name)]
+    return sorted(found)
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
 
 
 def is_image_name(name: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
-from .samples import Parts, Samples
+from .samples import Parts, Samples, some
 from .transforms import open_image
 
 if TYPE_CHECKING:
@@ -78,9 +78,26 @@ class HubStream:
         index = {name: i for i, name in enumerate(names)}
         rows = self._rows.skip(skip) if skip else self._rows
         for number, row in enumerate(rows, start=skip):
-            label = row[self._columns.label]
-            image = stored_image(row[self._columns.image], f"{self._name}[{number}]")
-            yield image, index[label] if isinstance(label, str) else int(label)
+            name = f"{self._name}[{number}]"
+            label = class_number(row[self._columns.label], index, name)
+            yield stored_image(row[self._columns.image], name), label
+
+
+def class_number(value: Any, index: dict[str, int], name: str, numbered: bool = True) -> int:
+    """The number of a class that a row tells by number or name.
+
+    Args:
+        index: numbers by name.
+        name: of the row, for messages.
+        numbered: are numbers in the column those of classes? Otherwise they are names like others.
+
+    Raises:
+        DataError: there is no such class; rows that nobody labeled have -1, or nothing.
+    """
+    number = value if numbered and isinstance(value, int) else index.get(str(value), -1)
+    if not 0 <= number < len(index):
+        raise DataError(f"{name}: has class {value!r}, expected one of {some(tuple(index))}")
+    return number
 
 
 def stored_image(stored: Any, name: str) -> HubImage:
@@ -103,14 +120,14 @@ def find_hub(data: str) -> Parts:
         labels[split] = rows[columns.label]
         images = rows.select_columns([columns.image]).cast_column(columns.image, undecoded())
         parts[split] = HubImages(images, columns.image, f"{name}/{split}")
-    names = columns.class_names or tuple(sorted({str(v) for part in labels.values() for v in part}))
+    told = columns.class_names
+    names = told or tuple(sorted({str(v) for part in labels.values() for v in part if v is not None}))
     index = {value: i for i, value in enumerate(names)}
-    samples = {
-        split: Samples(
-            parts[split], [v if columns.class_names and isinstance(v, int) else index[str(v)] for v in values]
-        )
-        for split, values in labels.items()
-    }
+    samples: dict[str, Samples] = {}
+    for split, values in labels.items():
+        rows = (f"{name}/{split}[{i}]" for i in range(len(values)))
+        numbers = [class_number(v, index, row, told is not None) for v, row in zip(values, rows, strict=True)]
+        samples[split] = Samples(parts[split], numbers)
     if train and test:
         return Parts(names, train=samples[train], test=samples[test])
     if train:

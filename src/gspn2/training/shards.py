@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 CLASS_NAMES = ("classes.txt", "classnames.txt")
 _TRAIN, _TEST = re.compile(r"train"), re.compile(r"val|test")
 _LABEL_KEYS = ("label", "cls", "class")
+_MOST_CLASSES = 10**6
+"""Larger numbers are no classes but dates, identities and the like."""
 Entry = tuple[str, int, int, str | int]
 """Name of a member, offset and size of its bytes, and the class as it was found."""
 
@@ -181,7 +183,10 @@ def _classes(
     names = tuple(listed.read_text(encoding="utf-8").split("\n")) if listed else ()
     names = tuple(name.strip() for name in names if name.strip())
     if all(isinstance(label, int) for label in found):
-        count = max(int(label) for label in found) + 1
+        lowest, count = min(map(int, found)), max(map(int, found)) + 1
+        if lowest < 0 or count > _MOST_CLASSES:
+            wrong = lowest if lowest < 0 else count - 1
+            raise DataError(f"{data}: expected classes from 0 to {_MOST_CLASSES - 1}, got {wrong}")
         names = names or tuple(str(i) for i in range(count))
         if count > len(names):
             raise DataError(f"{listed}: has {len(names)} names, but the shards have a class {count - 1}")
@@ -204,7 +209,7 @@ def shard_index(path: str) -> list[Entry]:
         status = os.stat(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    identity = f"1\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+    identity = f"2\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
     kept = _cache() / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.json"
     # A cache that cannot be used, for whatever reason, costs time and nothing else.
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -257,10 +262,19 @@ def grouped(path: str) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]
                     group = []
                 key = this
                 group.append(member)
+            _check_end(tar)
             if group:
                 yield tar, group
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: not an uncompressed tar file, or a damaged one: {error}") from error
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """A ReadError unless the file ends as tar files do: tarfile takes a damaged header for an end."""
+    assert tar.fileobj is not None, "it is open"
+    tar.fileobj.seek(tar.offset)
+    if any(block := tar.fileobj.read(tarfile.BLOCKSIZE)) or len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no member and no end of the archive at byte {tar.offset}")
 
 
 def _sample(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> Iterator[Entry]:
@@ -278,11 +292,15 @@ def _label(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> str | int | 
         if kind not in ("cls", "json"):
             continue
         file = tar.extractfile(member)
-        text = file.read().decode("utf-8").strip() if file else ""
+        try:
+            text = file.read().decode("utf-8").strip() if file else ""
+            described = text if kind == "cls" else json.loads(text)
+        except ValueError as error:  # bytes that are no text, or text that is no JSON
+            raise DataError(f"{tar.name}/{member.name}: cannot be read: {error}") from error
         if kind == "cls":
-            return int(text) if text.isdigit() else text
-        described = json.loads(text)
-        value = next((described[k] for k in _LABEL_KEYS if k in described), None)
+            return int(text) if re.fullmatch(r"-?[0-9]+", text) else text or None
+        keys = _LABEL_KEYS if isinstance(described, dict) else ()
+        value = next((described[k] for k in keys if k in described), None)
         if isinstance(value, int | str):
             return value
     return None
