@@ -294,9 +294,9 @@ def _label(tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> str | int | 
         file = tar.extractfile(member)
         try:
             text = file.read().decode("utf-8").strip() if file else ""
-            described = text if kind == "cls" else json.loads(text)
+            described: Any = text if kind == "cls" else json.loads(text)
         except ValueError as error:  # bytes that are no text, or text that is no JSON
-            raise DataError(f"{tar.name}/{member.name}: cannot be read: {error}") from error
+            raise DataError(f"{tar.name!s}/{member.name}: cannot be read: {error}") from error
         if kind == "cls":
             return int(text) if re.fullmatch(r"-?[0-9]+", text) else text or None
         keys = _LABEL_KEYS if isinstance(described, dict) else ()
