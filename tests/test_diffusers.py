@@ -226,6 +226,30 @@ def test_gradients_are_the_same_under_checkpointing(unet):
         torch.testing.assert_close(gradients[1][name], expected)
 
 
+@pytest.mark.parametrize("how", ["cast", "offload"])
+def test_weights_that_are_brought_for_a_call(how):
+    """Stored in 8 bits, or on no device at all, until a layer is called."""
+    unet = tiny.sd15_unet()
+    expected = run(unet)
+    mount(unet, zero_output=False)
+    mixed = run(unet)
+    if how == "cast":
+        unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        assert (run(unet) - mixed).norm() < 0.2 * mixed.norm()
+        return
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(unet, torch.device("cpu"))
+    assert {p.device.type for p in mixers_of(unet).parameters()} == {"meta"}
+    torch.testing.assert_close(run(unet), mixed)
+    with pytest.raises(ValueError, match="offloaded layer by layer"):
+        unmount(unet)
+    with pytest.raises(ValueError, match="mixers are mounted already"):
+        mount(unet)
+    accelerate.hooks.remove_hook_from_module(unet, recurse=True)
+    unmount(unet)
+    torch.testing.assert_close(run(unet), expected)
+
+
 def test_compiled_unet_follows_the_size():
     unet = tiny.sd15_unet()
     mount(unet, zero_output=False)
@@ -384,6 +408,10 @@ def test_bad_calls_are_refused(unet):
         unmount(unet)
     with pytest.raises(ValueError, match="proxy_ratio"):
         mount(unet, proxy_ratio=0)
+    with pytest.raises(TypeError, match=r"proxy_ratio: expected an int, got 2\.5"):
+        mount(unet, proxy_ratio=2.5)
+    with pytest.raises(TypeError, match="mixers: expected UNetMixers"):
+        mount(unet, "folder")
     with pytest.raises(ValueError, match="bring their own options"):
         mount(unet, mixers, groups=2)
 

@@ -240,6 +240,35 @@ def test_channels_last_input_gives_the_same():
     assert features.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hooks_see_every_layer(compiled):
+    """Whoever watches, moves or gathers layers from outside: no layer is computed past its call."""
+    model = create(depths=(2,), dims=(16,), chunk=0, drop_path_rate=0.1, ls_init_value=0.1).eval()
+    x = images(1, 3, 32, 48)
+    expected = model(x)
+    torch._dynamo.reset()
+    seen = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+    runner = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    torch.testing.assert_close(runner(x), expected)
+    assert seen == {name for name, _ in model.named_modules()}
+    torch._dynamo.reset()
+
+
+def test_gradients_of_every_sample():
+    model = create(num_classes=3, depths=(1,), dims=(8,), chunk=0).eval()
+    parameters, x = dict(model.named_parameters()), images(2, 3, 16, 12)
+
+    def score(parameters, x):
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(score), in_dims=(None, 0))(parameters, x)
+    for i in range(2):
+        for name, expected in torch.func.grad(score)(parameters, x[i]).items():
+            torch.testing.assert_close(found[name][i], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_same_bits_again():
     x = images(2, 3, 64, 64)
     first, second = create().eval(), create().eval()
@@ -366,7 +395,12 @@ def test_custom_sizes():
         ({"depths": (1, 1)}, "depths, dims: expected one entry a stage"),
         ({"stem_stride": 3}, "stem_stride: expected 1, 2 or 4, got 3"),
         ({"chunk": (1, 2)}, "chunk: expected one value, or one for each of 4 stages"),
+        ({"chunk": 8.0}, r"chunk: expected one value, .*, got 8\.0"),
         ({"proxy_dim": 3, "groups": 2}, "groups: expected a divisor of proxy_dim = 3, got 2"),
+        ({"kernel_size": 4}, "kernel_size: expected an odd number of at least 1, got 4"),
+        ({"expand_ratio": 0.01}, r"expand_ratio: expected at least one channel, got 0\.01 of 16"),
+        ({"mlp_ratio": 0}, "ratio: expected at least one channel, got 0 of 16"),
+        ({"drop_path_rate": -0.1}, r"rate: expected a probability in \[0, 1\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             create(**options)

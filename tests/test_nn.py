@@ -185,6 +185,39 @@ def test_mixer_takes_any_layout():
     torch.testing.assert_close(mixer(strided), expected)
 
 
+@pytest.mark.parametrize("options", VARIANTS)
+def test_projections_with_something_around_them_are_called(options):
+    """What an adapter or a hook makes of lam, gate, taps and proxy counts; nothing else changes."""
+    mixer = seeded(Mixer, DIM, 4, **options)
+    shake(mixer)
+    x = image(2, DIM, 5, 7)
+    expected = mixer(x)
+    called = []
+    for name in ("to_proxy", "to_operands", "from_proxy"):
+        mixer.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    torch.testing.assert_close(mixer(x), expected)
+    assert called == ["to_proxy", "to_operands", "from_proxy"]
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.bias, self.inner = inner.weight, inner.bias, inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    for name in ("to_proxy", "to_operands"):
+        adapted = seeded(Mixer, DIM, 4, **options)
+        adapted.load_state_dict(mixer.state_dict())
+        setattr(adapted, name, Doubled(getattr(adapted, name)))
+        doubled = seeded(Mixer, DIM, 4, **options)
+        doubled.load_state_dict(mixer.state_dict())
+        with torch.no_grad():
+            for parameter in getattr(doubled, name).parameters():
+                parameter *= 2
+        torch.testing.assert_close(adapted(x), doubled(x))
+
+
 def test_looking_at_operands_gives_what_forward_mixes():
     mixer = seeded(Mixer, DIM, 4, chunk=3, directions=("right", "up"))
     x = image(2, DIM, 6, 5)

@@ -31,8 +31,11 @@ def sizes(dims: Mapping[str, int], proxy_ratio: int) -> dict[str, dict[str, int]
     """`dim` and `proxy_dim` of each layer to swap, given its channels.
 
     Raises:
-        ValueError: the ratio is less than 1.
+        TypeError: the ratio is no whole number.
+        ValueError: it is less than 1.
     """
+    if not isinstance(proxy_ratio, int) or isinstance(proxy_ratio, bool):
+        raise TypeError(f"proxy_ratio: expected an int, got {proxy_ratio!r}")
     if proxy_ratio < 1:
         raise ValueError(f"proxy_ratio: expected at least 1, got {proxy_ratio}")
     return {name: {"dim": dim, "proxy_dim": max(1, dim // proxy_ratio)} for name, dim in dims.items()}

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from ..functional import DIRECTIONS
 from ..nn import FFN, GRN, LPU, LayerNorm2d, Mixer, Pointwise
-from ..nn.layers import Depthwise, is_plain, norm_of, residual_branch
+from ..nn.layers import Depthwise, hidden_width, is_bare, is_plain, norm_of, residual_branch
 from ..ops import fused
+from ..ops.eager import under_transforms
 
 __all__ = ["GSPN2"]
 
@@ -49,7 +50,7 @@ class GSPNModule(nn.Module):
 
     def __init__(self, dim: int, ratio: float, kernel_size: int, **mixer: Any) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = hidden_width("expand_ratio", dim, ratio)
         self.norm1 = LayerNorm2d(dim)
         self.fc1 = Pointwise(dim, hidden)
         self.conv = Depthwise(hidden, kernel_size)
@@ -62,7 +63,7 @@ class GSPNModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fused.at_work(x) and is_plain(self.norm1, self.fc1, self.norm2, self.grn, self.fc2):
             return self._fused(x)
-        x = self.conv.apply_to(self.fc1(self.norm1(x)), silu=True)
+        x = self.conv(self.fc1(self.norm1(x)), silu=True)
         x = x + self.mixer(x)
         return self.fc2(self.grn(self.norm2(x)))
 
@@ -74,9 +75,9 @@ class GSPNModule(nn.Module):
             x = x.permute(0, 3, 1, 2)
         else:
             x = self.fc1(self.norm1(x))
-        x = self.conv.apply_to(x, silu=True)
+        x = self.conv(x, silu=True)
         mixer, proxies = self.mixer, None
-        if mixer.proxy_dim <= fused.MOST_PROXIES and is_plain(mixer.from_proxy):
+        if mixer.proxy_dim <= fused.MOST_PROXIES and is_plain(mixer.from_proxy) and is_bare(mixer):
             back = mixer.from_proxy
             proxies = (mixer.mixed(x).permute(0, 2, 3, 1), back.weight, back.bias)
         else:
@@ -112,11 +113,15 @@ class GSPN2Block(nn.Module):
         self.ffn = FFN(dim, mlp_ratio, layer_scale=layer_scale, drop_path=drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, branch = self.halves(x)
-        return x if branch is None else x + branch
+        x = self.lpu(x)
+        y: Tensor = self.ffn(x, self.tail(self.gspn(x)))
+        return y
 
     def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The two whose sum is the block's output, for the input x or x + other (see `FFN.halves`)."""
+        """The two whose sum is the block's output, for the input x or x + other (see `FFN.halves`).
+
+        Past the calls of the block and its FFN, and so of their hooks.
+        """
         x = self.lpu(x, other)
         halves: tuple[Tensor, Tensor | None] = self.ffn.halves(x, self.tail(self.gspn(x)))
         return halves
@@ -138,9 +143,10 @@ class Stem(nn.Module):
         self.norm2 = LayerNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        if not under_transforms():  # vmap knows no channels_last
+            x = x.contiguous(memory_format=torch.channels_last)
         bias = self.conv1.bias
-        if fused.at_work(x) and is_plain(self.norm1, self.act) and bias is not None:
+        if fused.at_work(x) and is_plain(self.conv1, self.norm1, self.act) and bias is not None:
             first = (self.conv1.weight, bias)
             y = fused.stem(x.permute(0, 2, 3, 1), first, self.conv1.stride[0], norm_of(self.norm1))
             return self.norm2(self.conv2(y.permute(0, 3, 1, 2)))
@@ -150,7 +156,7 @@ class Stem(nn.Module):
     def _first(self, x: Tensor) -> Tensor:
         """conv1; compiled for a GPU as a matrix product: one of 3 channels does not use tensor cores."""
         conv, channels = self.conv1, x.shape[1]
-        if not (torch.compiler.is_compiling() and x.is_cuda and channels <= 4):
+        if not (torch.compiler.is_compiling() and x.is_cuda and channels <= 4 and is_plain(conv)):
             return conv(x)
         stride, used = conv.stride[0], 9 * channels
         padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
@@ -180,12 +186,14 @@ class GSPN2Stage(nn.Module):
         x = self.downsample(x)
         if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
-        if not torch.compiler.is_dynamo_compiling():
+        blocks = cast(list[GSPN2Block], list(self.blocks))
+        bare = all(is_bare(block) and is_bare(block.ffn) for block in blocks)
+        if not (torch.compiler.is_dynamo_compiling() and bare):
             return self.blocks(x)
         # Compiled, a sum between blocks would be a pass over memory of its own.
         branch: Tensor | None = None
-        for block in self.blocks:
-            x, branch = block.halves(x, branch)  # type: ignore[operator]
+        for block in blocks:
+            x, branch = block.halves(x, branch)
         return x if branch is None else x + branch
 
 
@@ -413,8 +421,8 @@ class GSPN2(nn.Module):
 def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
     if isinstance(value, int):
         return [value] * stages
-    if len(value) != stages:
-        raise ValueError(f"{name}: expected one value, or one for each of {stages} stages, got {value}")
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != stages:
+        raise ValueError(f"{name}: expected one value, or one for each of {stages} stages, got {value!r}")
     return list(value)
 
 

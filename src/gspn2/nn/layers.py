@@ -66,12 +66,11 @@ class Depthwise(nn.Conv2d):
     """
 
     def __init__(self, dim: int, kernel_size: int) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number of at least 1, got {kernel_size}")
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.apply_to(input)
-
-    def apply_to(
+    def forward(
         self, x: Tensor, other: Tensor | None = None, *, residual: bool = False, silu: bool = False
     ) -> Tensor:
         """conv(x); plus x if `residual`; through SiLU if `silu`. x: x + other, if that is there."""
@@ -101,16 +100,45 @@ class LPU(nn.Module):
         self.conv = Depthwise(dim, kernel_size)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        return self.conv.apply_to(x, other, residual=True)
+        return self.conv(x, other, residual=True)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Is calling it no more than its class says: no hooks, no other forward put on it?
+
+    Libraries that move, cast or gather weights for the length of a call do it in either way.
+    """
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def is_plain(*modules: nn.Module) -> bool:
-    """Are these layers the ones they were made as? Others may have been put in their place, an adapter's."""
-    return all(type(module) in (Pointwise, LayerNorm2d, GRN) or _is_gelu(module) for module in modules)
+    """Are these layers the ones they were made as, so that their weights are all there is to them?
+
+    Others may have been put in their place, an adapter's, or more be done when they are called (`is_bare`).
+    """
+    return all((type(module) in _PLAIN or _is_gelu(module)) and is_bare(module) for module in modules)
 
 
 def _is_gelu(module: nn.Module) -> bool:
     return type(module) is nn.GELU and module.approximate == "none"
+
+
+def hidden_width(name: str, dim: int, ratio: float) -> int:
+    """Channels inside of a branch, `dim` times a ratio.
+
+    Raises:
+        ValueError: none are left; the message calls the ratio `name`.
+    """
+    hidden = int(dim * ratio)
+    if hidden < 1:
+        raise ValueError(f"{name}: expected at least one channel, got {ratio} of {dim}")
+    return hidden
 
 
 def norm_of(norm: LayerNorm2d) -> tuple[Tensor, Tensor, float]:
@@ -147,6 +175,9 @@ class GRN(nn.Module):
         relative = response / (response.mean(dim=1, keepdim=True) + self.eps)
         scale = torch.addcmul(torch.ones_like(relative), relative, self.weight.float()[:, None, None])
         return torch.addcmul(self.bias.to(x.dtype)[:, None, None], x, scale.to(x.dtype))
+
+
+_PLAIN = (Pointwise, LayerNorm2d, GRN, nn.Conv2d)
 
 
 class DropPath(nn.Module):
@@ -193,7 +224,7 @@ def residual_branch(dim: int, layer_scale: float | None, drop_path: float) -> nn
     tail = nn.Sequential()
     if layer_scale is not None:
         tail.add_module("scale", LayerScale(dim, layer_scale))
-    if drop_path > 0.0:
+    if drop_path != 0.0:
         tail.add_module("drop_path", DropPath(drop_path))
     return tail
 
@@ -239,6 +270,8 @@ def _gelu(x: Tensor, act: nn.Module) -> Tensor:
 class FFN(nn.Module):
     """The second half of a GSPN-2 block: x = LPU(x), then x + MLP(LayerNorm(x)).
 
+    A second image is added to x first, as by `LPU`.
+
     Args:
         dim: channels.
         ratio: hidden channels over `dim`.
@@ -252,7 +285,7 @@ class FFN(nn.Module):
         self, dim: int, ratio: float = 4.0, *, layer_scale: float | None = None, drop_path: float = 0.0
     ) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = hidden_width("ratio", dim, ratio)
         self.lpu = LPU(dim)
         self.norm = LayerNorm2d(dim)
         self.fc1 = Pointwise(dim, hidden)
@@ -260,8 +293,8 @@ class FFN(nn.Module):
         self.fc2 = Pointwise(hidden, dim)
         self.tail = residual_branch(dim, layer_scale, drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, branch = self.halves(x)
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x, branch = self.halves(x, other)
         return x if branch is None else x + branch
 
     def halves(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

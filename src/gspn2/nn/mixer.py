@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional import DIRECTIONS, propagate
 from ..ops import fused
 from ..ops.packed import propagate_packed
-from .layers import Pointwise, pointwise
+from .layers import Pointwise, is_plain, pointwise
 
 OPERANDS_FROM = ("proxy", "input")
 
@@ -63,7 +63,9 @@ class Mixer(nn.Module):
     groups), and `propagate` reads views of it; with operands_from="input" the proxy is in that tensor, too.
     From 16 proxy channels on P is rounded up to a multiple of 8 if proxy_dim is one; the rest is never read.
     With a channels_last input nothing is copied for its layout, forward or backward, and the output is
-    channels_last. A compiled model hands that tensor over as a whole.
+    channels_last. A compiled model hands that tensor over as a whole. Projections that are not what they were
+    made as (an adapter in their place, hooks of a library that moves or casts weights) are called one by one,
+    and what they put out is scaled instead of their weights.
 
     Args:
         dim: channels of input and output.
@@ -163,26 +165,35 @@ class Mixer(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected (B, {self.dim}, H, W), got shape {tuple(x.shape)}")
         merge = self._merge(x.shape[2], x.shape[3])
+        proxy, lam, gate, logits = self._projected(x, merge)
+        return Operands(
+            x=proxy,
+            logits=logits.unflatten(-1, (len(self.directions), self.groups, 3)).permute(0, 3, 4, 5, 1, 2),
+            lam=self._per_channel(lam) if self.sizes[0] else None,
+            gate=self._per_channel(gate) if self.sizes[1] else self._constant_gate(merge, logits),
+        )
+
+    def _projected(self, x: Tensor, merge: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The proxy (B, proxy_dim, H, W); lam, gate and logits (B, H, W, channels), as `sizes` has them."""
+        if not is_plain(self.to_proxy, self.to_operands):
+            proxy = self.to_proxy(x)
+            made = self.to_operands(proxy if self.operands_from == "proxy" else x)
+            lam, gate, logits = made.permute(0, 2, 3, 1).split(self.sizes, dim=-1)
+            return proxy, lam, gate * merge.flatten().to(gate.dtype) if self.sizes[1] else gate, logits
         weight, bias = self._operand_rows(merge)
         if self.operands_from == "proxy":
             proxy = self.to_proxy(x)
             packed = pointwise(proxy, weight, bias).permute(0, 2, 3, 1)
             lam, gate, logits, _ = packed.split((*self.sizes, self.padding), dim=-1)
-        else:
-            packed = self._packed(x, weight, bias)
-            sizes = (self.proxy_dim, *self.sizes, self.padding)
-            pixels, lam, gate, logits, _ = packed.split(sizes, dim=-1)
-            proxy = pixels.permute(0, 3, 1, 2)
-        return Operands(
-            x=proxy,
-            logits=logits.unflatten(-1, (len(self.directions), self.groups, 3)).permute(0, 3, 4, 5, 1, 2),
-            lam=self._per_channel(lam) if self.sizes[0] else None,
-            gate=self._per_channel(gate) if self.sizes[1] else self._constant_gate(merge, packed),
-        )
+            return proxy, lam, gate, logits
+        sizes = (self.proxy_dim, *self.sizes, self.padding)
+        pixels, lam, gate, logits, _ = self._packed(x, weight, bias).split(sizes, dim=-1)
+        return pixels.permute(0, 3, 1, 2), lam, gate, logits
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mixed(x)
-        summed = torch.compiler.is_dynamo_compiling() and y.is_cuda and self.proxy_dim <= _MOST_SUMMED
+        compiled = torch.compiler.is_dynamo_compiling() and y.is_cuda
+        summed = compiled and self.proxy_dim <= _MOST_SUMMED and is_plain(self.from_proxy)
         return self._sums(y) if summed else self.from_proxy(y)
 
     def mixed(self, x: Tensor) -> Tensor:
@@ -217,6 +228,7 @@ class Mixer(nn.Module):
             and self.sizes[1] > 0
             and not self.padding
             and not self.keep_hidden
+            and is_plain(self.to_proxy, self.to_operands)
         )
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor, aligned: bool = False) -> Tensor:
@@ -278,10 +290,10 @@ class Mixer(nn.Module):
         """(B, H, W, D C) -> (B, D, C, H, W), a view."""
         return pixels.unflatten(-1, (len(self.directions), self.proxy_dim)).permute(0, 3, 4, 1, 2)
 
-    def _constant_gate(self, merge: Tensor, packed: Tensor) -> Tensor:
-        """The merge weights (D, C) as a gate (B, D, C, H, W), a view."""
-        batch, height, width, _ = packed.shape
-        return merge.to(packed.dtype)[None, :, :, None, None].expand(batch, -1, -1, height, width)
+    def _constant_gate(self, merge: Tensor, logits: Tensor) -> Tensor:
+        """The merge weights (D, C) as a gate (B, D, C, H, W), a view; of the size and dtype of the logits."""
+        batch, height, width, _ = logits.shape
+        return merge.to(logits.dtype)[None, :, :, None, None].expand(batch, -1, -1, height, width)
 
     def extra_repr(self) -> str:
         text = f"{self.dim}, proxy_dim={self.proxy_dim}, groups={self.groups}"

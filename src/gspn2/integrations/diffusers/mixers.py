@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from gspn2.functional import DIRECTIONS
 from gspn2.nn import Mixer, Pointwise, TokenMixer
+from gspn2.nn.layers import is_bare
 from gspn2.ops.eager import plain
 
 from ..swapping import check_loaded, place, zero_output
@@ -91,6 +92,7 @@ class AttentionMixer(nn.Module):
         """Can `_inference` stand for the mixer: no gradients, and nothing that has to see its parts?"""
         if torch.is_grad_enabled() or not x.is_cuda or not plain(x):
             return False
+        tokens: Any = self._modules["tokens"]
         mixer, *projections = self._parts()
         merge = mixer._parameters["merge"]
         return (
@@ -99,6 +101,8 @@ class AttentionMixer(nn.Module):
             and x.is_contiguous()
             and mixer.operands_from == "proxy"
             and all(mixer.sizes)
+            and is_bare(mixer)
+            and is_bare(tokens)
             and _bare(projections[0])
             and _bare(projections[1])
             and _bare(projections[2])
@@ -197,7 +201,7 @@ def _bare(projection: nn.Module) -> bool:
     weights = projection._parameters
     return (
         type(projection) is Pointwise
-        and not (projection._forward_pre_hooks or projection._forward_hooks)
+        and is_bare(projection)
         and type(weights["weight"]) is Parameter
         and type(weights["bias"]) in (Parameter, NoneType)
     )

@@ -55,13 +55,19 @@ def mount(
 
     Raises:
         TypeError: not a UNet2DConditionModel.
-        ValueError: the UNet has mixers, has a self-attention that cannot be swapped, or the given mixers do
-            not fit it.
+        ValueError: the UNet has mixers, has a self-attention that cannot be swapped, is offloaded layer by
+            layer, or the given mixers do not fit it.
     """
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(f"unet: expected a UNet2DConditionModel, got {type(unet).__name__}")
+    if not isinstance(mixers, UNetMixers | None):
+        raise TypeError(
+            "mixers: expected UNetMixers, as UNetMixers.from_pretrained reads them, got"
+            f" {type(mixers).__name__}"
+        )
     if is_mounted(unet):
         raise ValueError("unet: mixers are mounted already; unmount them first")
+    _check_not_offloaded(unet)
     attentions = dict(_self_attentions(unet))
     dims = {name: attention.query_dim for name, attention in attentions.items()}
     if mixers is None:
@@ -95,9 +101,10 @@ def unmount(unet: UNet2DConditionModel) -> UNetMixers:
     The attentions follow the UNet to the device and dtype that it has now.
 
     Raises:
-        ValueError: nothing is mounted.
+        ValueError: nothing is mounted, or the UNet is offloaded layer by layer.
     """
     mounted = _mount_of(unet)
+    _check_not_offloaded(unet)
     for handle in mounted.hooks:
         handle.remove()
     for name, attention in mounted.attentions.items():
@@ -125,6 +132,18 @@ def _mount_of(unet: nn.Module) -> _Mount:
     if not is_mounted(unet):
         raise ValueError("unet: no mixers are mounted")
     return unet.__dict__[_MOUNT]
+
+
+def _check_not_offloaded(unet: nn.Module) -> None:
+    """Weights that are brought for the call of each layer are those of the layers that were there before."""
+    for name, module in unet.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        grouped = registry is not None and registry.get_hook("group_offloading") is not None
+        if grouped or getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"unet: its weights are offloaded layer by layer ({name or 'as a whole'}); mount before that,"
+                " and remove the offloading (pipe.remove_all_hooks()) before unmounting"
+            )
 
 
 def _self_attentions(unet: UNet2DConditionModel) -> Iterator[tuple[str, Attention]]:
