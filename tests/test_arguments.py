@@ -66,13 +66,16 @@ WRONG: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("chunk", 2.0, TypeError, ["int", "float"]),
     ("chunk", True, TypeError, ["int", "bool"]),
     ("chunk", "4", TypeError, ["int", "str"]),
+    ("x", zeros(B, C, H, W).to_sparse(), TypeError, ["dense", "(B, C, H, W)", "sparse_coo"]),
+    ("logits", zeros(B, D, 2, 3, H, W).to_sparse(), TypeError, ["dense", "sparse_coo"]),
     ("backend", "tpu", ValueError, ["reference", "'tpu'"]),
+    ("backend", ["cpu"], TypeError, ["str", "list"]),
 ]
 
 
 def shown(value: Any) -> str:
     return (
-        f"{tuple(value.shape)}-{value.dtype}-{value.device}"
+        f"{tuple(value.shape)}-{value.dtype}-{value.device}-{value.layout}"
         if isinstance(value, torch.Tensor)
         else repr(value)
     )

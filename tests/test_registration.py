@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
@@ -220,6 +221,17 @@ def test_vmap(mapped: tuple[int | None, ...], backend: str) -> None:
         assert max_error(found[i], propagate(*alone)) <= 1e-12
 
 
+@pytest.mark.parametrize(("images", "batch"), [(0, 2), (3, 0)])
+def test_vmap_of_nothing(images: int, batch: int, backend: str) -> None:
+    x = torch.randn(images, batch, 2, 3, 4, dtype=torch.float64)
+    logits = torch.randn(batch, 4, 1, 3, 3, 4, dtype=torch.float64)
+
+    def total(image: Tensor) -> Tensor:
+        return gspn2.propagate(image, logits, backend=backend).sum()
+
+    assert torch.func.vmap(torch.func.grad(total))(x).shape == x.shape
+
+
 def test_vmap_inside_vmap(backend: str) -> None:
     x = torch.randn(2, 3, 1, 2, 3, 4, dtype=torch.float64)
     logits = torch.randn(1, 4, 1, 3, 3, 4, dtype=torch.float64)
@@ -260,14 +272,16 @@ def test_per_sample_gradients(backend: str) -> None:
 
 
 def test_jacobian(backend: str) -> None:
-    """jacrev against autograd's own loop over outputs."""
+    """jacrev against autograd's own ways over outputs: a loop, and gradients in batches."""
     case = make_case(1, 2, 3, 2)
 
     def of_x(x: Tensor) -> Tensor:
         return gspn2.propagate(x, case.logits, case.lam, backend=backend)
 
     found = torch.func.jacrev(of_x)(case.x)
-    assert max_error(found, torch.autograd.functional.jacobian(of_x, case.x)) <= 1e-12
+    for vectorize in (False, True):
+        expected = torch.autograd.functional.jacobian(of_x, case.x, vectorize=vectorize)
+        assert max_error(found, expected) <= 1e-12
 
 
 # First order only, and never silently wrong.
@@ -283,13 +297,38 @@ def test_double_backward_is_refused(name: str, backend: str) -> None:
         gradient.square().sum().backward()
 
 
-def test_forward_mode_is_refused(backend: str) -> None:
+def with_dual_numbers(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, x))
+
+
+FORWARD_MODE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "linearize": lambda f, x: torch.func.linearize(f, x),
+    "compiled": lambda f, x: torch.compile(lambda v: torch.func.jvp(f, (v,), (v,)), backend="eager")(x),
+    "dual numbers": with_dual_numbers,
+}
+
+
+@pytest.mark.parametrize("differentiate", FORWARD_MODE.values(), ids=FORWARD_MODE)
+@pytest.mark.parametrize("name", ["x", "gate"])
+def test_forward_mode_is_refused(name: str, differentiate: Any) -> None:
     """A tangent of zero would be wrong without a word."""
+    inputs = make_case(1, 2, 3, 4).tensors()
+
+    def of_one(tensor: Tensor) -> Tensor:
+        return gspn2.propagate(**(inputs | {name: tensor}))
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        differentiate(of_one, inputs[name])
+
+
+def test_forward_mode_elsewhere_does_not_disturb() -> None:
+    """What carries no tangent may be propagated while others do."""
     case = make_case(1, 2, 3, 4)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(
-            lambda x: gspn2.propagate(x, case.logits, backend=backend), (case.x,), (torch.ones_like(case.x),)
-        )
+    with forward_ad.dual_level():
+        assert torch.equal(gspn2.propagate(**case.tensors()), run(case)["y"])
 
 
 # Activation checkpointing

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from helpers import LAYOUTS, Case, assert_same_bits, make_case, run
+from gspn2.backends.cpu import threads as cpu_threads
+from helpers import LAYOUTS, Case, assert_same_bits, make_case, run, truth
 
 PATIENCE = 60  # seconds until a hang is called one
 
@@ -64,6 +67,16 @@ def assert_repeats(case: Case, backend: str) -> None:
         assert_same_bits(run(case, backend=backend), expected)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("threads")
+def test_adding_directions_does_not_warn_of_what_is_not_finite() -> None:
+    """Infinities are the caller's business, as they are to PyTorch's own operations."""
+    torch.set_num_threads(4)
+    case = make_case(1, 1, 9, 9, dtype=torch.float32)
+    case.x[0, 0, 4, 4] = torch.inf
+    assert_same_bits({"y": run(case)["y"].isnan()}, {"y": truth(case)["y"].isnan()})
+
+
 # Python threads
 
 
@@ -93,6 +106,30 @@ def test_python_threads_do_not_disturb_each_other(backend: str) -> None:
         worker.join(PATIENCE)
     assert not failures, failures
     assert sorted(finished) == list(range(8)), "threads still running: a deadlock"
+
+
+def test_an_interrupt_waits_for_the_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a helper still writes: it is raised when nobody uses the caller's memory any more."""
+    done: list[int] = []
+
+    class Helper(Future):
+        """Is interrupted as soon as it is waited for, and only then does its work."""
+
+        def cancel(self) -> bool:
+            return False
+
+        def result(self, timeout: float | None = None) -> None:
+            if not done:
+                done.append(0)
+                raise KeyboardInterrupt
+            done.append(1)
+            self.set_result(None)
+
+    monkeypatch.setattr(cpu_threads, "_parallel", None)
+    monkeypatch.setattr(cpu_threads, "_executor", lambda: SimpleNamespace(submit=lambda _: Helper()))
+    with pytest.raises(KeyboardInterrupt):
+        cpu_threads.run_tasks(lambda *_: None, tasks=2, threads=2, scratch_bytes=0)
+    assert done == [0, 1]
 
 
 # Forked processes
@@ -132,12 +169,16 @@ def repeats_in_child(case: Case, expected: dict[str, torch.Tensor], backend: str
     if backend == "reference":
         torch.set_num_threads(1)
     found = run(case, backend=backend)
-    return all(np.array_equal(found[name].numpy(), expected[name].numpy()) for name in expected)
+    bits = {
+        name: (tensor.view(torch.uint8).numpy() for tensor in (found[name], expected[name]))
+        for name in expected
+    }
+    return all(np.array_equal(*pair) for pair in bits.values())
 
 
 @fork_only
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("threads")
 def test_forked_where_tasks_are_directions(dtype: torch.dtype) -> None:
     """One image, one group: the adjoint gives every direction to a thread and adds the results afterwards."""

@@ -84,7 +84,7 @@ def propagate(
         if tensor is not None:
             _check_tensor(name, tensor, 5, "(B, D, C, H, W)")
             _check_shape(name, tensor, per_channel, "(B, D, C, H, W)")
-    _check_chunk(chunk)
+    _check_options(chunk, backend)
     x, logits, lam, gate = _follow_autocast(x, logits, lam, gate)
     _check_alike(x, ("logits", "lam", "gate"), (logits, lam, gate))
     run = ops.propagate_keeping if keep_hidden else ops.propagate
@@ -131,7 +131,7 @@ def line_scan(
     if lam is not None:
         _check_tensor("lam", lam, 4, "(B, C, H, W)")
         _check_shape("lam", lam, (batch, channels, height, width), "(B, C, H, W)")
-    _check_chunk(chunk)
+    _check_options(chunk, backend)
     x, w, lam, _ = _follow_autocast(x, w, lam, None)
     _check_alike(x, ("w", "lam"), (w, lam))
     lam = None if lam is None else lam.unsqueeze(1)
@@ -141,6 +141,8 @@ def line_scan(
 def _check_tensor(name: str, value: object, ndim: int, layout: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor {layout}, got one of layout {value.layout}")
     if value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions {layout}, got shape {tuple(value.shape)}")
 
@@ -177,7 +179,9 @@ def _check_directions(directions: Sequence[str], name: str = "directions") -> tu
     return names
 
 
-def _check_chunk(chunk: int | None) -> None:
+def _check_options(chunk: int | None, backend: str | None) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
     if chunk is None:
         return
     # SymInt stands for a size under torch.compile.

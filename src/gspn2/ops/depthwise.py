@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .eager import refuse_forward_mode
+
 _library = torch.library.Library("gspn2", "FRAGMENT")
 _library.define(
     "depthwise(Tensor x, Tensor weight, Tensor? bias, Tensor? other, bool residual, bool silu) -> Tensor"
@@ -34,6 +36,7 @@ def depthwise(
     If `other` is there, all this is done with x + other in place of x.
     Sums are float32 and rounded once. With `silu` there is no gradient.
     """
+    refuse_forward_mode(x, weight, bias, other)
     y: Tensor = torch.ops.gspn2.depthwise(x, weight, bias, other, residual, silu)
     return y
 

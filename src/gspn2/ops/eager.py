@@ -14,6 +14,28 @@ from torch.nn import Parameter
 _PLAIN = (Tensor, Parameter)
 
 
+def forward_mode() -> bool:
+    """May tensors carry tangents?"""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise where forward-mode differentiation would take the operator's derivative for zero.
+
+    Without a formula for tangents, the dispatcher hands on the values and drops the tangents without a word.
+    """
+    if not forward_mode():
+        return
+    # A compiler's tensors do not show their tangents.
+    if torch.compiler.is_compiling() or any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError(
+            "gspn2: its operators have no forward-mode derivative (jvp, jacfwd, linearize, hessian); "
+            "use reverse mode (vjp, jacrev)"
+        )
+
+
 def under_transforms() -> bool:
     """Is a torch.func transform at work? None sees the formulas registered for an operator."""
     return not torch.compiler.is_compiling() and _C._are_functorch_transforms_active()
@@ -31,7 +53,7 @@ def plain(x: Tensor, *others: Tensor | None) -> bool:
         or _C._len_torch_dispatch_stack()
         or _C._is_torch_function_mode_enabled()
         or _C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        or forward_mode()
         or torch.autograd._profiler_enabled()
     ):
         return False

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import under_transforms
+from .eager import forward_mode, under_transforms
 
 MOST_CHANNELS = 128
 """Rows of so many channels fit in registers, with all that an FFN makes of them."""
@@ -58,6 +58,7 @@ def at_work(x: Tensor) -> bool:
         and active_dtype(x) in (torch.bfloat16, torch.float16)
         and (torch.compiler.is_dynamo_compiling() or not torch.compiler.is_compiling())
         and not under_transforms()
+        and not forward_mode()
     )
 
 

@@ -15,7 +15,7 @@ from torch._C import _functorch
 
 from ..backends import select
 from ..backends.keeping import empty_states
-from .eager import plain, under_transforms
+from .eager import plain, refuse_forward_mode, under_transforms
 from .propagate import (
     _INDICES,
     _autograd,
@@ -52,6 +52,7 @@ def propagate_keeping(
     arguments = (*tensors, indices, chunk or 0, normalize, backend)
     if plain(*tensors):
         return _Eager.apply(*arguments)
+    refuse_forward_mode(*tensors)
     if under_transforms():
         return _UnderTransforms.apply(*arguments)[0]
     return torch.ops.gspn2.propagate_keeping(*arguments)[0]
@@ -148,10 +149,9 @@ class _UnderTransforms(torch.autograd.Function):
 def _vmap(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    size = info.batch_size
-    tensors = [_fold(tensor, dim, size) for tensor, dim in zip(args[:4], in_dims[:4], strict=True)]
+    tensors, folded = _fold(args[:4], in_dims[:4], info.batch_size)
     y, hidden = torch.ops.gspn2.propagate_keeping(*tensors, *args[4:])
-    return (y.unflatten(0, (size, -1)), hidden.unflatten(0, (size, -1))), (0, 0)
+    return (y.unflatten(0, folded), hidden.unflatten(0, folded)), (0, 0)
 
 
 _library.impl("propagate_keeping", _forward, "CompositeExplicitAutograd")

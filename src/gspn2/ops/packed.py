@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import DIRECTIONS
+from .eager import refuse_forward_mode
 from .propagate import _backward as _unpacked_backward
 from .propagate import _forward as _unpacked_forward
 from .propagate import _refuse_second_order
@@ -38,6 +39,7 @@ def propagate_packed(
     backend: str | None,
 ) -> Tensor:  # (B, C, H, W), channels_last
     """`gspn2.propagate` of the views into `packed`."""
+    refuse_forward_mode(packed)
     indices = [DIRECTIONS.index(name) for name in directions]
     y: Tensor = torch.ops.gspn2.propagate_packed(packed, channels, groups, indices, chunk or 0, lam, backend)
     return y

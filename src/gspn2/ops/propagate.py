@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from ..backends import DIRECTIONS, Problem, select
-from .eager import plain, under_transforms
+from .eager import plain, refuse_forward_mode, under_transforms
 
 _INDICES = {
     tuple(DIRECTIONS[index] for index in indices): indices
@@ -51,6 +52,7 @@ def propagate(
     arguments = (x, taps, lam, gate, indices, chunk or 0, normalize, backend)
     if plain(x, taps, lam, gate):
         return _Eager.apply(*arguments) if _needs_gradient(x, taps, lam, gate) else _forward(*arguments)
+    refuse_forward_mode(x, taps, lam, gate)
     if under_transforms():
         return _UnderTransforms.apply(*arguments)
     return torch.ops.gspn2.propagate(*arguments)
@@ -162,7 +164,9 @@ def _autograd(ctx: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     options = (ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs, hidden)
     arguments: tuple[Any, ...] = (dy, x, taps, lam, gate, *options)
-    if not torch.is_grad_enabled() and plain(dy, x, taps, lam, gate, hidden):
+    # Batched by `is_grads_batched`, which is older than torch.func and no transform of it.
+    batched = _functorch.is_legacy_batchedtensor(dy)
+    if not torch.is_grad_enabled() and not batched and plain(dy, x, taps, lam, gate, hidden):
         gradients = _backward(*arguments)
     elif under_transforms():
         gradients = _GradientsUnderTransforms.apply(*arguments)
@@ -231,32 +235,36 @@ class _GradientsUnderTransforms(torch.autograd.Function):
         _refuse_second_order(ctx)
 
 
-def _fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Fold the mapped dimension of vmap into the batch: (..., V, ...) -> (V * B, ...)."""
-    if tensor is None:
-        return None
-    front = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return front.flatten(0, 1)
+def _fold(
+    tensors: Sequence[Tensor | None], dims: Sequence[int | None], size: int
+) -> tuple[list[Tensor | None], tuple[int, int]]:
+    """Fold the mapped dimension of vmap into the batch: (..., V, ...) -> (V * B, ...), and (V, B)."""
+
+    def front(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    fronts = [t if t is None else front(t, dim) for t, dim in zip(tensors, dims, strict=True)]
+    first = fronts[0]
+    assert first is not None  # x, or the gradient that came in
+    return [t if t is None else t.flatten(0, 1) for t in fronts], (size, first.shape[1])
 
 
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    size = info.batch_size
-    tensors = [_fold(tensor, dim, size) for tensor, dim in zip(args[:4], in_dims[:4], strict=True)]
+    tensors, folded = _fold(args[:4], in_dims[:4], info.batch_size)
     y = torch.ops.gspn2.propagate(*tensors, *args[4:])
-    return y.unflatten(0, (size, -1)), 0
+    return y.unflatten(0, folded), 0
 
 
 def _backward_vmap(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    size = info.batch_size
-    tensors = [_fold(tensor, dim, size) for tensor, dim in zip(args[:5], in_dims[:5], strict=True)]
+    hidden, hidden_dim = (args[10], in_dims[10]) if len(args) > 10 else (None, None)
+    (*tensors, hidden), folded = _fold((*args[:5], hidden), (*in_dims[:5], hidden_dim), info.batch_size)
     needs = args[9]
-    hidden = _fold(args[10], in_dims[10], size) if len(args) > 10 else None
     gradients = torch.ops.gspn2.propagate_backward(*tensors, *args[5:10], hidden)
     present = [tensor is not None and needed for tensor, needed in zip(tensors[1:], needs, strict=True)]
     unfolded = tuple(
-        gradient.unflatten(0, (size, -1)) if there else gradient
+        gradient.unflatten(0, folded) if there else gradient
         for gradient, there in zip(gradients, present, strict=True)
     )
     return unfolded, tuple(0 if there else None for there in present)

@@ -23,6 +23,9 @@ _STORED = {
 _LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 _ABSENT = Operand(0, 0, 0, 0, 0, 0, 0)
 
+UNSHARED = 2**14
+"""Elements that PyTorch copies on the thread that asks: it shares out from twice as many on."""
+
 
 def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, problem: Problem) -> Tensor:
     """As `reference.propagate`."""
@@ -103,7 +106,7 @@ class _Sums:
             return
         wide = accumulation_dtype(result.dtype)
         if cut.splits > 1:
-            self.parts = torch.empty((cut.splits, *result.shape), dtype=wide)
+            self.parts = torch.empty((cut.splits, *result.shape), dtype=wide, device="cpu")
             d, b, c, h, w = self.parts.stride()
             self.operand = Operand(self.parts.data_ptr(), b, d, c, 0, h, w)
         else:
@@ -119,17 +122,24 @@ class _Sums:
 
         def add_planes(_: int, first: int, last: int) -> None:
             for index in range(first, last):
-                plane = result[index // channels, index % channels]
-                total = parts[0, index].numpy()
-                # NumPy, because PyTorch's own threads hang in a forked child.
-                for part in parts[1:, index].numpy():
-                    np.add(total, part, out=total)
-                if plane.dtype == parts.dtype:
-                    np.copyto(plane.numpy(), total)
-                else:
-                    plane.copy_(parts[0, index])
+                total, *others = parts[:, index]
+                # NumPy and small copies, because PyTorch's own threads hang in a forked child.
+                with np.errstate(all="ignore"):
+                    for part in others:
+                        np.add(total.numpy(), part.numpy(), out=total.numpy())
+                _copy_in_pieces(result[index // channels, index % channels], total)
 
         run_tasks(add_planes, parts.shape[1], threads, 0)
+
+
+def _copy_in_pieces(target: Tensor, source: Tensor) -> None:
+    """Copy a plane (H, W), converting, in pieces that PyTorch does not share out between its threads."""
+    height, width = source.shape
+    across = min(width, UNSHARED)
+    down = max(1, UNSHARED // across)
+    for i in range(0, height, down):
+        for j in range(0, width, across):
+            target[i : i + down, j : j + across].copy_(source[i : i + down, j : j + across])
 
 
 def _image(tensor: Tensor) -> Operand:

@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -71,9 +71,9 @@ def run_tasks(work: Callable[[int, int, int], None], tasks: int, threads: int, s
     errors: list[BaseException] = []
 
     def take_shares(_: object = None) -> None:
-        with hand_out:
-            slot = next(slots, None)
         try:
+            with hand_out:
+                slot = next(slots, None)
             while slot is not None and not errors:
                 with hand_out:
                     share = next(remaining, None)
@@ -90,18 +90,26 @@ def run_tasks(work: Callable[[int, int, int], None], tasks: int, threads: int, s
         helpers = [_executor().submit(take_shares) for _ in range(threads - 1)]
         take_shares()
         for helper in helpers:
-            # A helper still queued behind another caller's work has nothing left to do here.
-            if not helper.cancel():
-                helper.result()
+            _wait(helper, errors)
     if errors:
         raise errors[0]
+
+
+def _wait(helper: Future[None], errors: list[BaseException]) -> None:
+    """Until it has ended, even if Ctrl-C comes meanwhile: it may be writing where memory would be freed."""
+    # One still queued behind another caller's work has nothing left to do here.
+    while not helper.cancel() and not helper.done():
+        try:
+            helper.result()
+        except BaseException as error:
+            errors.append(error)
 
 
 def _scratch(size: int) -> torch.Tensor:
     """Uninitialized memory of the calling thread's own, valid until its next call."""
     kept: torch.Tensor | None = getattr(_local, "scratch", None)
     if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=torch.uint8)
+        kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         _local.scratch = kept if size <= KEPT_SCRATCH_BYTES else None
     return kept
 
