@@ -28,14 +28,12 @@ def relative_error(given: Tensor, expected: Tensor, kept: Tensor | None = None) 
         kept: (B, N), False where a token does not count; None where all do.
     """
     expected = expected.float()
-    error = (given.float() - expected).square()
-    scale = expected.square()
+    difference = given.float() - expected
     if kept is not None:
-        # Where padding is not finite either, it must not come through a product with 0.
-        error, scale = (tensor.masked_fill(~kept[..., None], 0) for tensor in (error, scale))
-        share = kept.float().mean(dim=1).clamp_min(1e-8)
-        return (error.mean(dim=(1, 2)) / share / (scale.mean(dim=(1, 2)) / share).clamp_min(1e-8)).mean()
-    return (error.mean(dim=(1, 2)) / scale.mean(dim=(1, 2)).clamp_min(1e-8)).mean()
+        # Not by a product with 0: padding may be anything, infinite, too.
+        expected, difference = (it.masked_fill(~kept[..., None], 0) for it in (expected, difference))
+    error = difference.square().mean(dim=(1, 2))
+    return (error / expected.square().mean(dim=(1, 2)).clamp_min(1e-8)).mean()
 
 
 class Watch:

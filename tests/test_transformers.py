@@ -1,0 +1,515 @@
+"""GSPN-2 mixers in place of the self-attentions of vision encoders of transformers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import vision_helpers as tiny
+from gspn2.integrations.transformers import (
+    AttentionMixer,
+    Distiller,
+    VisionMixers,
+    is_mounted,
+    mixers_of,
+    mount,
+    unmount,
+)
+
+WITH_PREFIX = [name for name, number in tiny.PREFIX.items() if number]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only get slower on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=list(tiny.PREFIX))
+def encoder(request):
+    return tiny.encoder(request.param)
+
+
+def run(model, grid):
+    with torch.no_grad():
+        return tiny.tokens(model, tiny.images(grid))
+
+
+def swapped(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionMixer)}
+
+
+def test_every_attention_is_swapped_and_put_back(encoder):
+    """Outputs differ with mixers and are the same bits without, whatever the size."""
+    expected = [run(encoder, grid) for grid in tiny.GRIDS]
+    weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    hooks = [len(module._forward_pre_hooks) for module in encoder.modules()]
+    kinds = [type(module) for module in encoder.modules()]
+    mixers = mount(encoder, zero_output=False)
+    assert is_mounted(encoder)
+    assert mixers_of(encoder) is mixers
+    assert swapped(encoder).keys() == dict(mixers.layers()).keys()
+    assert len(swapped(encoder)) == tiny.SIZES["num_hidden_layers"]
+    for _, mixer in mixers.layers():
+        assert mixer.mixer.proxy_dim == 32 // 8
+    for grid, before in zip(tiny.GRIDS, expected, strict=True):
+        after = run(encoder, grid)
+        assert after.shape == before.shape
+        assert after.isfinite().all()
+        assert not torch.allclose(after, before)
+    assert unmount(encoder) is mixers
+    assert not is_mounted(encoder)
+    for grid, before in zip(tiny.GRIDS, expected, strict=True):
+        assert torch.equal(run(encoder, grid), before)
+    after = encoder.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    assert [len(module._forward_pre_hooks) for module in encoder.modules()] == hooks
+    assert [type(module) for module in encoder.modules()] == kinds
+
+
+def test_mixers_get_the_grid_of_the_image(encoder):
+    """Rows and columns as they are, not the other way round, and no tokens of the prefix."""
+    mixers = mount(encoder)
+    seen = []
+    for _, mixer in mixers.layers():
+        mixer.register_forward_pre_hook(lambda module, args: seen.append((args[0].shape[1], args[1])))
+    for grid in tiny.GRIDS:
+        seen.clear()
+        run(encoder, grid)
+        assert seen == [(grid[0] * grid[1], grid)] * tiny.SIZES["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", WITH_PREFIX)
+def test_tokens_of_the_prefix_read_out_as_before(name):
+    """In the first layer, where they see the same tokens, they get what attention gave them."""
+    model = tiny.encoder(name)
+    prefix = tiny.PREFIX[name]
+    layer = next(iter(dict(mount(tiny.encoder(name)).layers())))
+    outputs = {}
+
+    def note(key):
+        def hook(module, args, output):
+            outputs[key] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    model.get_submodule(layer).register_forward_hook(note("attention"))
+    run(model, (4, 6))
+    mount(model, zero_output=False)
+    model.get_submodule(layer).register_forward_hook(note("mixer"))
+    run(model, (4, 6))
+    torch.testing.assert_close(outputs["mixer"][:, :prefix], outputs["attention"][:, :prefix])
+    assert not torch.allclose(outputs["mixer"][:, prefix:], outputs["attention"][:, prefix:])
+
+
+@pytest.mark.parametrize("readout", ["attention", "average"])
+def test_class_tokens_learn_from_the_image(readout):
+    model = tiny.encoder("ViT")
+    mixers = mount(model, zero_output=False, readout=readout)
+    pixels = tiny.images((4, 6)).requires_grad_()
+    tiny.tokens(model, pixels)[:, 0].square().sum().backward()
+    # Every pixel counts, and every mixer that can: the last one comes after the last readout of the grid.
+    assert (pixels.grad.abs().amax(dim=1) > 0).all()
+    first = next(mixers.layers())[1].mixer
+    assert all(parameter.grad.abs().sum() > 0 for parameter in first.parameters())
+    averaging = readout == "average"
+    assert any("q_proj" in name for name, _ in model.named_parameters()) != averaging
+    if averaging:
+        mixer = next(iter(swapped(model).values()))
+        x = torch.randn(2, 25, 32)
+        mixed, maps = mixer(x, gspn2_grid=(4, 6))
+        torch.testing.assert_close(mixed[:, 0], mixed[:, 1:].mean(dim=1))
+        assert maps is None
+
+
+def test_zero_output_cuts_attention():
+    """Fresh mixers add nothing until they learn; the parameters that do not run are none of the model's."""
+    model = tiny.encoder("SiglipVision")
+    before = model.num_parameters()
+    attention = sum(p.numel() for n, p in model.named_parameters() if "self_attn" in n)
+    cut = copy.deepcopy(model)
+    for name, module in cut.named_modules():
+        if name.endswith("self_attn"):
+            torch.nn.init.zeros_(module.out_proj.weight)
+            torch.nn.init.zeros_(module.out_proj.bias)
+    mixers = mount(model)
+    torch.testing.assert_close(run(model, (4, 6)), run(cut, (4, 6)))
+    assert model.num_parameters() == before - attention + mixers.num_parameters()
+
+
+@pytest.mark.parametrize("name", ["Dinov2", "SiglipVision"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_are_the_same_under_checkpointing(name, reentrant):
+    model = tiny.encoder(name)
+    mixers = mount(model, zero_output=False)
+    model.requires_grad_(False).train()
+    mixers.requires_grad_(True)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        mixers.zero_grad()
+        # Another size in between: a grid kept as a state would be wrong in the backward pass.
+        loss = tiny.tokens(model, tiny.images((4, 6)).requires_grad_()).square().mean()
+        run(model, (6, 4))
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in mixers.named_parameters()})
+    assert all(g.abs().sum() > 0 for name, g in gradients[0].items() if name.endswith("from_proxy.weight"))
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected)
+
+
+def test_compiled_encoders_follow_the_size():
+    model = tiny.encoder("CLIPVision")
+    mount(model, zero_output=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for grid in tiny.GRIDS[1:]:
+        with torch.no_grad():
+            output = compiled(tiny.images(grid), interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(output, run(model, grid), atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["ViT", "Dinov2"])
+def test_outputs_of_layers(name, implementation):
+    """Hidden states as ever; no attention maps, and those that there were come back."""
+    model = tiny.encoder(name)
+    model.set_attn_implementation(implementation)
+    pixels = tiny.images((4, 4))
+    hidden = model(pixels, output_hidden_states=True).hidden_states
+    fresh = tiny.encoder(name)
+    fresh.set_attn_implementation(implementation)
+    mount(fresh, zero_output=False)
+    assert len(fresh(pixels, output_hidden_states=True).hidden_states) == len(hidden)
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        fresh(pixels, output_attentions=True)
+    unmount(fresh)
+    if implementation == "eager":
+        assert len(fresh(pixels, output_attentions=True).attentions) == 2
+    again = fresh(pixels, output_hidden_states=True).hidden_states
+    assert all(torch.equal(one, other) for one, other in zip(again, hidden, strict=True))
+
+
+def test_autocast_and_dtypes():
+    model = tiny.encoder("CLIPVision")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mount(model, zero_output=False)
+    exact = run(model, (4, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = run(model, (4, 6))
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+    model.to(torch.float64)
+    unmount(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["ViT", "SiglipVision"])
+def test_what_the_model_saves_loads_with_and_without_mixers(tmp_path, name):
+    """As `Trainer` saves and resumes: the attentions are in there, under their names, and the mixers."""
+    model = tiny.encoder(name)
+    plain, kind = run(model, (4, 4)), type(model)
+    mount(model, zero_output=False)
+    model.save_pretrained(tmp_path)
+    again, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(".mixer." in key for key in info["unexpected_keys"])
+    torch.testing.assert_close(run(again.eval(), (4, 4)), plain)
+    mount(again)
+    assert again.load_state_dict(model.state_dict()) == ([], [])
+    torch.testing.assert_close(run(again, (4, 4)), run(model, (4, 4)))
+    unmount(again)
+    torch.testing.assert_close(run(again, (4, 4)), plain)
+    if name == "ViT":
+        return  # whose files have the names of older versions
+    # A training run that goes on has both from the file.
+    other = tiny.encoder(name)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    mount(other)
+    assert other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True) == ([], [])
+    torch.testing.assert_close(run(other, (4, 4)), run(model, (4, 4)))
+    unmount(other)
+    torch.testing.assert_close(run(other, (4, 4)), plain)
+
+
+def test_saved_mixers_load_in_a_fresh_process(tmp_path):
+    model = tiny.encoder("Dinov2WithRegisters")
+    mixers = mount(model, zero_output=False, groups=2, readout="average")
+    mixers.save_pretrained(tmp_path / "mixers")
+    assert {path.name for path in (tmp_path / "mixers").iterdir()} == {"config.json", "model.safetensors"}
+    torch.save(run(model, (4, 6)), tmp_path / "expected.pt")
+    unmount(model).save_pretrained(tmp_path / "mixers")
+    model.save_pretrained(tmp_path / "model")
+    script = (
+        "import sys, torch\n"
+        "import vision_helpers as tiny\n"
+        "from transformers import AutoModel\n"
+        "from gspn2.integrations.transformers import VisionMixers, mount\n"
+        "torch.set_num_threads(1)\n"
+        "model = AutoModel.from_pretrained(sys.argv[1] + '/model').eval()\n"
+        "mixers = VisionMixers.from_pretrained(sys.argv[1] + '/mixers')\n"
+        "assert (mixers.config.groups, mixers.config.readout) == (2, 'average')\n"
+        "mount(model, mixers)\n"
+        "with torch.no_grad():\n"
+        "    output = tiny.tokens(model, tiny.images((4, 6)))\n"
+        "torch.testing.assert_close(output, torch.load(sys.argv[1] + '/expected.pt'))\n"
+        "print('same')\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "model"])
+def test_loading_is_strict(tmp_path, fault):
+    model = tiny.encoder("ViT")
+    mount(model).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("to_proxy.weight"))
+    if fault == "missing":
+        del weights[name]
+    elif fault == "unexpected":
+        weights["more.weight"] = torch.zeros(3)
+    elif fault == "shape":
+        weights[name] = weights[name][:, :-1].contiguous()
+    else:
+        unmount(model)
+        model.save_pretrained(tmp_path)
+    if fault != "model":
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="another model's config" if fault == "model" else "expected exactly"
+    ):
+        VisionMixers.from_pretrained(tmp_path)
+
+
+def test_mixers_of_an_encoder_fit_into_models_around_it(tmp_path):
+    """Of a SigLIP, in the model with a text encoder, which stays as it is."""
+    mount(tiny.encoder("SiglipVision"), zero_output=False).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = hf.SiglipModel(hf.SiglipConfig(vision_config=tiny.SIZES, text_config=tiny.TEXT)).eval()
+    inputs = {"pixel_values": tiny.images((4, 4)), "input_ids": torch.arange(16).view(2, 8)}
+    with torch.no_grad():
+        before = model(**inputs)
+        mount(model, VisionMixers.from_pretrained(tmp_path, dtype=torch.bfloat16))
+        after = model(**inputs)
+    assert all(name.startswith("vision_model.") for name in swapped(model))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(after.text_embeds, before.text_embeds)
+    assert not torch.allclose(after.image_embeds, before.image_embeds)
+    with pytest.raises(ValueError, match=r"32 channels at layers\.0\.attention, got no self-attention"):
+        mount(tiny.encoder("ViT"), mixers_of(model))
+
+
+def test_classifiers_and_models_that_see():
+    classifier = hf.ViTForImageClassification(hf.ViTConfig(**tiny.SIZES, num_labels=5))
+    mount(classifier)
+    labels = torch.tensor([1, 2])
+    classifier(tiny.images((4, 4)), labels=labels).loss.backward()
+    name = "vit.layers.0.attention.mixer.mixer.from_proxy.weight"
+    assert dict(classifier.named_parameters())[name].grad.abs().sum() > 0
+    torch.manual_seed(0)
+    vision, text = hf.CLIPVisionConfig(**tiny.SIZES), hf.LlamaConfig(**tiny.TEXT)
+    model = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=49)
+    ).eval()
+    ids = torch.tensor([[1, *[49] * 16, 2]])
+    with torch.no_grad():
+        before = model(input_ids=ids, pixel_values=tiny.images((4, 4), 1)).logits
+        mount(model, zero_output=False)
+        after = model(input_ids=ids, pixel_values=tiny.images((4, 4), 1)).logits
+        assert not torch.allclose(after, before)
+        unmount(model)
+        assert torch.equal(model(input_ids=ids, pixel_values=tiny.images((4, 4), 1)).logits, before)
+
+
+def test_a_copy_is_its_own():
+    model = tiny.encoder("Dinov2")
+    mount(model, zero_output=False, readout="average")
+    expected = run(model, (4, 6))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in mixers_of(twin).parameters():
+            parameter.zero_()
+    assert torch.equal(run(model, (4, 6)), expected)
+    assert not torch.equal(run(twin, (4, 6)), expected)
+    unmount(twin)
+    assert is_mounted(model)
+    assert torch.equal(run(model, (4, 6)), expected)
+
+
+def test_images_of_several_grids_are_mixed_each_by_itself():
+    """In a batch padded to one number of tokens, and alone; the padding can be anything."""
+    model = tiny.siglip2()
+    grids = [(2, 5), (5, 2), (3, 3), (2, 5)]
+    mount(model, zero_output=False)
+    with torch.no_grad():
+        batch = model(**tiny.padded(grids, 12))
+        for row, (height, width) in enumerate(grids):
+            alone = model(**tiny.padded([(height, width)], height * width))
+            tokens = batch.last_hidden_state[row : row + 1, : height * width]
+            torch.testing.assert_close(tokens, alone.last_hidden_state, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                batch.pooler_output[row : row + 1], alone.pooler_output, atol=1e-5, rtol=1e-4
+            )
+    inputs = tiny.padded(grids, 12)
+    inputs["spatial_shapes"][0] = torch.tensor([3, 3])
+    with pytest.raises(ValueError, match="pixel_attention_mask: expected ones"):
+        model(**inputs)
+    inputs["spatial_shapes"][0] = torch.tensor([4, 5])
+    with pytest.raises(ValueError, match="spatial_shapes: expected 1 to 12 tokens an image, got 4 x 5"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="a grid for each image"):
+        model(**{**inputs, "spatial_shapes": torch.tensor([[2, 5]])})
+
+
+@pytest.mark.parametrize("name", ["ViT", "Siglip2Vision"])
+def test_mixers_learn_what_attention_does(name):
+    """Losses fall, the teacher stays, and padding is none of it."""
+    cases = {
+        "ViT": (tiny.encoder("ViT"), {"pixel_values": tiny.images((4, 4))}),
+        "Siglip2Vision": (tiny.siglip2(), tiny.padded([(2, 5), (5, 2)], 12)),
+    }
+    teacher, inputs = cases[name]
+    with torch.no_grad():
+        before = teacher(**inputs).last_hidden_state
+    distiller = Distiller(teacher)
+    assert not is_mounted(teacher)
+    learning = {id(p) for p in distiller.parameters() if p.requires_grad}
+    assert learning == {id(p) for p in distiller.mixers.parameters()}
+    optimizer = torch.optim.Adam(distiller.mixers.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        found = distiller(**inputs)
+        assert found.keys() == {"features", "output", "loss"}
+        optimizer.zero_grad()
+        found["loss"].backward()
+        optimizer.step()
+        losses.append(found["loss"].item())
+    assert losses[-1] < 0.9 * losses[0]
+    with torch.no_grad():
+        assert torch.equal(teacher(**inputs).last_hidden_state, before)
+        unmount(distiller.student)
+        assert torch.equal(distiller.student(**inputs).last_hidden_state, before)
+    with pytest.raises(ValueError, match="weights: expected some of features, output"):
+        Distiller(teacher, {"feature": 1.0})
+
+
+def test_padding_does_not_count_in_what_is_learnt():
+    inputs = tiny.padded([(2, 5), (3, 3)], 12)
+    distiller = Distiller(tiny.siglip2(), zero_output=False)
+    expected = distiller(**inputs)
+    shorter = distiller(
+        **{name: t[:, :10] if t.ndim > 1 and t.shape[1] > 2 else t for name, t in inputs.items()}
+    )
+    for name, loss in expected.items():
+        torch.testing.assert_close(shorter[name], loss)
+
+
+def test_trainer_saves_and_resumes(tmp_path):
+    """With nothing to help it: the run goes on with the mixers it had."""
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    data = [{"pixel_values": tiny.images((4, 4), 1)[0] * i, "labels": i % 3} for i in range(8)]
+
+    def trainer(steps):
+        torch.manual_seed(0)
+        model = hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=tiny.SIZES, num_labels=3))
+        mount(model)
+        arguments = hf.TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return hf.Trainer(model, arguments, train_dataset=data)
+
+    whole = trainer(4)
+    whole.train()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(dict(resumed.model.named_parameters())[name], parameter)
+    plain = hf.SiglipForImageClassification.from_pretrained(tmp_path / "checkpoint-4").eval()
+    unmount(whole.model)
+    pixels = tiny.images((4, 4))
+    torch.testing.assert_close(plain(pixels).logits, whole.model.eval()(pixels).logits)
+
+
+def refused():
+    yield hf.CLIPTextModel(hf.CLIPTextConfig(**tiny.TEXT)), "its tokens are text and lie on no grid"
+    swin = hf.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
+    yield hf.SwinModel(swin), "it attends in windows"
+    yield hf.ViTMAEModel(hf.ViTMAEConfig(**tiny.SIZES)), "it leaves tokens out"
+    yield torch.nn.Linear(2, 2), "no vision encoder that is known here"
+    two = torch.nn.ModuleDict({"a": tiny.encoder("ViT"), "b": tiny.encoder("Dinov2")})
+    yield two, r"expected one vision encoder, got a \(ViTModel\), b \(Dinov2Model\); mount each"
+    odd = tiny.encoder("ViT")
+    odd.layers[1].attention = torch.nn.Identity()
+    yield odd, r"cannot swap layers\.1\.attention: expected an attention of transformers, got Identity"
+
+
+def test_what_cannot_be_swapped_is_refused():
+    for model, message in refused():
+        before = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=message):
+            mount(model)
+        assert [type(module) for module in model.modules()] == before
+    with pytest.raises(TypeError, match="expected a model of transformers, got str"):
+        mount("vit")
+
+
+def test_bad_calls_are_refused():
+    model = tiny.encoder("ViT")
+    with pytest.raises(TypeError, match="proxy_dims: expected an option of mixers"):
+        mount(model, proxy_dims=4)
+    with pytest.raises(ValueError, match="proxy_ratio"):
+        mount(model, proxy_ratio=0)
+    with pytest.raises(ValueError, match="readout: expected one of attention, average, got 'mean'"):
+        mount(model, readout="mean")
+    assert not is_mounted(model)
+    mixers = mount(model)
+    with pytest.raises(ValueError, match="mounted already"):
+        mount(model)
+    with pytest.raises(ValueError, match="attention_mask: expected None"):
+        model(tiny.images((4, 4)), attention_mask=torch.ones(2, 17))
+    mixer = next(iter(swapped(model).values()))
+    with pytest.raises(ValueError, match="expected the token grid, got none"):
+        mixer(torch.zeros(1, 17, 32))
+    assert "in place of ViTAttention, prefix_tokens=1, readout='attention'" in repr(model)
+    unmount(model)
+    with pytest.raises(ValueError, match="no mixers are mounted"):
+        unmount(model)
+    with pytest.raises(ValueError, match="bring their own options"):
+        mount(model, mixers, groups=2)
