@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from gspn2.training import (
     TrainConfig,
+    TrainingFailed,
     UserError,
     eval_loader,
     evaluate,
@@ -27,6 +28,7 @@ from gspn2.training import (
     train,
 )
 from gspn2.training.checkpoint import read_checkpoint
+from gspn2.training.distributed import World
 from gspn2.training.export import export
 from gspn2.training.recipes import recipe_settings
 from training_helpers import assert_same_run, settings
@@ -193,6 +195,18 @@ def test_world_that_cannot_share_a_batch_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="need a multiple of 16, got 8"):
         train(dataclasses.replace(recipe(folder, tmp_path / "out"), accumulate=8))
     assert not (tmp_path / "out").exists()
+
+
+def test_process_that_others_left_says_so_in_a_line(monkeypatch):
+    def lost(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer\nand more")
+
+    for name in ("all_reduce", "all_gather_object"):
+        monkeypatch.setattr(torch.distributed, name, lost)
+    world = World(rank=1, size=2)
+    for ask in (world.wait, lambda: world.sum(torch.zeros(1)), lambda: world.gather(["x"])):
+        with pytest.raises(TrainingFailed, match=r"another process of this run has ended.*by peer$"):
+            ask()
 
 
 def test_torchrun_starts_the_command(folder, tmp_path):

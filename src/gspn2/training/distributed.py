@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UserError
+from .errors import TrainingFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class World:
         if self.size == 1:
             return values
         agreed = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        with _needing_others():
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return tuple(agreed.tolist())
 
     def sum(self, values: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ class World:
         values = values.cpu()
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values)
+            with _needing_others():
+                dist.all_reduce(values)
         return values
 
     def gather(self, names: list[str]) -> list[str]:
@@ -57,12 +59,23 @@ class World:
         if self.size == 1:
             return sorted(set(names))
         gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, names)
+        with _needing_others():
+            dist.all_gather_object(gathered, names)
         return sorted({name for part in gathered for name in part})
 
     def wait(self) -> None:
         """Until all processes are here."""
         self.agree(0)
+
+
+@contextlib.contextmanager
+def _needing_others() -> Iterator[None]:
+    """A lost connection as one line: the process that ended has said why, and a traceback would hide it."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingFailed(f"another process of this run has ended, and said why: {reason}") from error
 
 
 def replicated(

@@ -24,7 +24,7 @@ class CheckpointError(UserError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on: the loss or a gradient is no longer finite."""
+    """Training cannot go on: the loss or a gradient is no longer finite, or another process has ended."""
 
 
 class Interrupted(Exception):
