@@ -5,7 +5,7 @@
 One direction with given taps, so that each contender is a few lines. Every result is compared with the
 reference in float64 before anything is timed; contenders are then timed in turn. The first result is measured
 in a fresh process with empty caches, PyTorch imported: further imports, compilation and the call.
-The table in docs/backends.md is made from benchmarks/results/cpu/technology.json.
+The table in docs/cpu.md is made from benchmarks/results/cpu/technology.json.
 """
 
 from __future__ import annotations

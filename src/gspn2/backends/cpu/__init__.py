@@ -1,7 +1,7 @@
 """The native CPU backend: vectorised, threaded kernels that Numba compiles at first use.
 
 All four directions in one call, forward and backward, any strides; no compiler on the user's machine. How
-it works, and why Numba: `docs/backends.md`.
+it works, and why Numba: `docs/cpu.md`.
 """
 
 from __future__ import annotations
