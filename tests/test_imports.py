@@ -162,3 +162,11 @@ def test_importing_loads_nothing_optional() -> None:
     loaded = loaded_by(f"import gspn2, {', '.join(f'gspn2.{name}' for name in light)}")
     assert "gspn2" in loaded
     assert not loaded & set(OPTIONAL)
+
+
+def test_an_integration_needs_the_packages_of_its_extra_only() -> None:
+    """Vision encoders of transformers take mixers where neither diffusers nor what the backbones need is."""
+    pytest.importorskip("transformers")
+    others = ("timm", "torchvision", "diffusers", "accelerate", "PIL", "rich")
+    missing = "; ".join(f"sys.modules['{name}'] = None" for name in others)
+    assert "transformers" in loaded_by(f"{missing}; import gspn2.integrations.transformers")

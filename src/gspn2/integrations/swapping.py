@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -82,3 +84,11 @@ def check_loaded(info: Mapping[str, Any], source: Any) -> None:
                 f"{source}: expected exactly the weights that its config describes, got"
                 f" {len(info[kind])} {kind.replace('_', ' ')}: {shown}"
             )
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Put a finished file where the old one is, or none: whatever happens, there is the one or the other."""
+    # On disk before the name is: a crash in between must not leave a name without its bytes.
+    with open(source, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
+
+OLDEST = (5, 17)
+"""Encoders of older versions of transformers are built in other ways."""
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(f"transformers: expected version 5.17 or newer, got {transformers.__version__}")
 
 Grid = tuple[int, int] | list[tuple[int, int]]
 """Rows and columns of all images, or those of each image, whose tokens are padded to one number."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gspn2.functional import DIRECTIONS
 from gspn2.nn import TokenMixer
-from gspn2.training.checkpoint import replacing
 
-from ..swapping import check_loaded, place, zero_output
+from ..swapping import check_loaded, move_into_place, place, zero_output
 from .readout import Readout
 
 GRID = "gspn2_grid"
@@ -274,8 +272,7 @@ class VisionMixers(PreTrainedModel):
             # The config last: a folder that has one has all that it describes.
             written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")
             for file in written:
-                with replacing(folder / file.name) as new:
-                    os.replace(file, new)
+                move_into_place(file, folder / file.name)
         return told
 
     @classmethod
