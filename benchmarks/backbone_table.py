@@ -9,6 +9,7 @@ import markdown_table as md
 Result = dict[str, Any]
 
 NAME = "backbones"
+PART = "models"
 OURS = "gspn2_tiny"
 ABSENT = "*Not measured yet: `gspn2 bench models` on a GPU fills this table.*\n"
 
@@ -17,9 +18,10 @@ def make(result: Result) -> str:
     """A row for each case and each other model."""
     rows = []
     for case in result["cases"]:
-        rates = {(it["name"], it["pass"]): 1e3 * it["images"] / it["ms"] for it in case["contenders"]}
+        timed = [it for it in case["contenders"] if "ms" in it]
+        rates = {(it["name"], it["pass"]): 1e3 * it["images"] / it["ms"] for it in timed}
         for (name, which), rate in rates.items():
-            if name != OURS:
+            if name != OURS and (OURS, which) in rates:
                 ours = rates[OURS, which]
                 pixels = case["facts"]["pixels"]
                 rows.append(

@@ -10,8 +10,8 @@ A document asks for a table with a pair of lines; what is between them is genera
 
 Names: operator, operator-compact, memory, start, models, models-compact, technology; they need
 benchmarks/results/cpu/NAME.json. And h200/NAME for a section of gpu.py, h200/summary, h200/summary-compact,
-h200/scaling, from benchmarks/results/h200/*.json, and h200/backbones, from
-benchmarks/results/h200_models/bench.json; until there are such files the place says so. A table says under
+h200/scaling, from benchmarks/results/h200/*.json, h200/backbones and h200/steps, from bench.json in
+benchmarks/results/h200_models and h200_t2i; until there are such files the place says so. A table says under
 itself on what, when and how it was measured.
 """
 
@@ -29,11 +29,14 @@ import backbone_table
 import gpu_tables
 import markdown_table as md
 import scaling_table
+import step_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GPUS = ("h200",)
 SCALING = "scaling"
+BENCHED: dict[str, Any] = {it.NAME: it for it in (backbone_table, step_table)}
+"""What is made from a result file of `gspn2 bench`, of the part that it names."""
 Result = dict[str, Any]
 
 OPEN = re.compile(r"<!-- benchmark:(\S+) -->")
@@ -214,13 +217,14 @@ def table(name: str) -> str:
         if not path.exists():
             return scaling_table.ABSENT
         return _made(name, {gpu: path}, lambda results: scaling_table.make(results[gpu]))
-    if gpu == backbone_table.NAME and folder in GPUS:
-        path = RESULTS / f"{folder}_models" / "bench.json"
+    if gpu in BENCHED and folder in GPUS:
+        maker = BENCHED[gpu]
+        path = RESULTS / f"{folder}_{maker.PART}" / "bench.json"
         if not path.exists():
-            return backbone_table.ABSENT
-        return _made(name, {gpu: path}, lambda results: backbone_table.make(results[gpu]))
+            return maker.ABSENT
+        return _made(name, {gpu: path}, lambda results: maker.make(results[gpu]))
     if name not in TABLES:
-        more = (*gpu_tables.NAMES, SCALING, backbone_table.NAME)
+        more = (*gpu_tables.NAMES, SCALING, *BENCHED)
         known = [*TABLES, *(f"{gpu}/{name}" for gpu in GPUS for name in more)]
         raise TableError(f"no table is called {name!r}, only {', '.join(known)}")
     path = RESULTS / "cpu" / f"{name.removesuffix('-compact')}.json"

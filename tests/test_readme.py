@@ -98,6 +98,9 @@ def test_extras_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {page: set(re.findall(r"gspn2\[(\w+)\]", text)) for page, text in PAGES.items()}
     assert named[ROOT / "README.md"] == {"models", "train"}
+    installed = {page: set(re.findall(r'"\.\[(\w+)\]"', text)) for page, text in PAGES.items()}
+    assert installed[ROOT / "README.md"] == {"models", "train", "bench"}
+    assert set.union(*installed.values()) <= set(project["optional-dependencies"])
     assert set.union(*named.values()) <= set(project["optional-dependencies"])
 
 

@@ -85,7 +85,8 @@ def project(tmp_path: Path) -> Path:
     """A project of a generator, its results and two documents: README.md without tables, docs/speed.md."""
     results = tmp_path / "benchmarks" / "results" / "cpu"
     results.mkdir(parents=True)
-    for name in ("tables.py", "gpu_tables.py", "backbone_table.py", "scaling_table.py", "markdown_table.py"):
+    for name in ("tables", "gpu_tables", "backbone_table", "scaling_table", "step_table", "markdown_table"):
+        name += ".py"
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
     for name, result in RESULTS.items():
         (results / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **result}))
@@ -120,7 +121,10 @@ def test_documents_are_in_step_with_the_results() -> None:
 @pytest.mark.parametrize(
     ("document", "names"),
     [
-        ("README.md", {"operator-compact", "models-compact", "h200/summary-compact", "h200/backbones"}),
+        (
+            "README.md",
+            {"operator-compact", "models-compact", "h200/summary-compact", "h200/backbones", "h200/steps"},
+        ),
         ("docs/models.md", {"models"}),
         ("docs/training.md", {"h200/scaling"}),
         ("docs/backends.md", {"h200/summary", "h200/propagate", "h200/gspn1", "h200/memory"}),
@@ -413,12 +417,40 @@ def test_the_table_of_backbones_sets_ours_beside_each(project: Path) -> None:
     path.parent.mkdir()
     times = {"gspn2_tiny": 10.0, "convnext_tiny": 16.0, "swin_tiny": 8.0}
     contenders = [{"name": name, "pass": "train", "ms": ms, "images": 256} for name, ms in times.items()]
+    contenders.append({"name": "deit_small", "absent": "not here"})
     case = {"facts": {"pixels": 224, "batches": {"train": 256}}, "contenders": contenders}
     path.write_text(json.dumps({"machine": GPU_MACHINE, "cases": [case]}))
     assert tables(project).returncode == 0
     rows = document.read_text().splitlines()
     assert "| 224 x 224, train, batch 256 | 25600 | `convnext_tiny` 16000 | 1.60 |" in rows
     assert "| 224 x 224, train, batch 256 | 25600 | `swin_tiny` 32000 | 0.80 |" in rows
+
+
+def test_the_table_of_steps_sets_ours_beside_attention(project: Path) -> None:
+    """By size, what is composed marked, what has no attention beside it left out."""
+    document = ask_for(project, "h200/steps")
+    assert tables(project).returncode == 0
+    assert "*Not measured yet: `gspn2 bench t2i`" in document.read_text()
+    path = project / "benchmarks" / "results" / "h200_t2i" / "bench.json"
+    path.parent.mkdir()
+
+    def step(pixels: int, method: str, **ms: float) -> dict[str, object]:
+        names = {"theirs": "attention", "ours": "GSPN-2"}
+        found = [{"name": names[it], "pass": "step", "ms": ms[it], "method": method} for it in ms]
+        return {"bench": "t2i", "facts": {"pixels": pixels}, "commit": "def5678", "contenders": found}
+
+    cases = [step(4096, "composed", theirs=700.0, ours=280.0), step(512, "events", theirs=50.0, ours=40.0)]
+    cases += [step(1024, "events", ours=40.0)]
+    path.write_text(json.dumps({"machine": GPU_MACHINE, "cases": cases}))
+    assert tables(project).returncode == 0
+    rows = [line for line in document.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        "| 512 x 512 | 50 ms | 40 ms | 1.2x |",
+        "| 4096 x 4096 | 700 ms* | 280 ms | 2.5x |",
+    ]
+    text = joined(document)
+    assert "* is the step without self-attention" in text
+    assert "At other commits: 512 x 512 (def5678), 4096 x 4096 (def5678)." in text
 
 
 def test_a_gpu_table_without_results_says_so(project: Path) -> None:

@@ -1,0 +1,41 @@
+"""The table of a text-to-image step on a GPU, out of a result file of `gspn2 bench t2i`, for `tables.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import markdown_table as md
+
+Result = dict[str, Any]
+
+NAME = "steps"
+PART = "t2i"
+THEIRS, OURS, STEP = "attention", "GSPN-2", "step"
+ABSENT = "*Not measured yet: `gspn2 bench t2i` on a GPU fills this table.*\n"
+
+
+def make(result: Result) -> str:
+    """A row for each size of picture that has a step both ways."""
+    rows, others = [], []
+    composed, commit = False, result["machine"]["commit"]
+    for case in sorted(result["cases"], key=lambda case: case["facts"].get("pixels", 0)):
+        timed = {(it["name"], it["pass"]): it for it in case["contenders"] if "ms" in it}
+        if case["bench"] != PART or (OURS, STEP) not in timed or (THEIRS, STEP) not in timed:
+            continue
+        theirs, ours = timed[THEIRS, STEP], timed[OURS, STEP]
+        star = "*" if theirs["method"] == "composed" else ""
+        composed |= bool(star)
+        pixels = case["facts"]["pixels"]
+        if case.get("commit", commit) != commit:
+            others.append(f"{pixels} x {pixels} ({case['commit']})")
+        factor = md.times(theirs["ms"] / ours["ms"])
+        rows.append([f"{pixels} x {pixels}", f"{theirs['ms']:.0f} ms{star}", f"{ours['ms']:.0f} ms", factor])
+    told = (
+        "SDXL's configuration, random weights, bfloat16, batch 1; attention by the faster of PyTorch's flash "
+        "and cuDNN backends. Small pictures wait for the host, not the GPU."
+    )
+    if composed:
+        told += " * is the step without self-attention and the time of each self-attention, measured singly."
+    told += f" At other commits: {', '.join(others)}." if others else ""
+    heads = ["one step of the UNet", "with self-attention", "with GSPN-2 in its place", "faster"]
+    return md.table(heads, rows) + md.note(result, told)
