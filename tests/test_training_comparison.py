@@ -98,16 +98,16 @@ def test_weights_are_a_function_of_the_seed():
 
 def test_the_plan_compares_everything_with_one_seed_before_the_next():
     runs = plan()
-    assert len(runs) == len(set(runs)) == 3 * (2 * 3 + 3) + 2 * 3 + 2 * 9
+    assert len(runs) == len(set(runs)) == 3 * (3 * 3 + 3) + 3 * 3 + 3 * 9
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.size for run in runs if run.contender not in MAIN} == {64}
-    assert len(plan(extra_seeds=3)) == 3 * (2 * 2 * 3 + 3 + 2 * 9)
+    assert len(plan(extra_seeds=3)) == 3 * (2 * 3 * 3 + 3 + 3 * 9)
 
 
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ({"tasks": ["chess"]}, "tasks: expected some of pathfinder, maze, digits, got 'chess'"),
+        ({"tasks": ["chess"]}, "tasks: expected some of pathfinder, maze, aligned, digits, got 'chess'"),
         ({"contenders": ["vit", "mlp"]}, "contenders: expected some of gspn2, .* got 'mlp'"),
         ({"seeds": []}, "seeds: expected at least one"),
         ({"sizes": [64, 64]}, "sizes: expected at least one, none twice"),

@@ -1,5 +1,6 @@
 """Images made up on the spot, whose class is a matter of global context: Pathfinder and a maze. For the
-comparison they also come with an answer for pixels instead of one for the image.
+comparison they also come with an answer for pixels instead of one for the image, and with them a third task,
+aligned marks, which has no answer for an image (`gspn2.training.aligned`).
 
 Both come in blocks, each from a seed of its own, so that the first images of a set do not depend on how many
 follow. Classes are equally frequent, and the distance of the two marks, which a classifier could otherwise
@@ -16,19 +17,21 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from .aligned import aligned
 from .errors import DataError
 from .rng import derive_seed
 
 Floats = NDArray[np.float32]
 BLOCK = 256
 CLASSES = {"pathfinder": ("apart", "joined"), "maze": ("apart", "joined")}
+ALIGNED = "aligned"
 
 
 class Task(NamedTuple):
     """A task and its scale.
 
     Args:
-        kind: "pathfinder" or "maze".
+        kind: "pathfinder" or "maze"; for answers of pixels also "aligned".
         canvas: side of the scene, in units of its own: longer ways, more distractors.
         size: side of the image in pixels, a multiple of `canvas`.
     """
@@ -49,7 +52,7 @@ def parse_task(data: str) -> Task:
     Raises:
         DataError: no such task, or a size that it does not come in.
     """
-    match = re.fullmatch(r"(pathfinder|maze):(\d+)(?:@(\d+))?", data)
+    match = re.fullmatch(r"(pathfinder|maze|aligned):(\d+)(?:@(\d+))?", data)
     if not match:
         raise DataError(f"{data}: expected pathfinder:SIZE or maze:SIZE, with @PIXELS for other sizes")
     canvas = int(match[2])
@@ -77,7 +80,8 @@ def answered(
     task: Task, count: int, seed: int, levels: tuple[float, float] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Images (count, size, size) as of `generate`, and what their marks say, of the same shape: 0 where there
-    is no mark, 1 for a mark that is apart from the other, 2 for one that is joined with it.
+    is no mark, 1 for a mark that is apart from the other, 2 for one that is joined with it; of "aligned" see
+    `gspn2.training.aligned`.
 
     Args:
         task, count, seed: which, how many.
@@ -94,9 +98,13 @@ def answered(
         level = None
         if levels is not None:
             level = levels[0] + (start + end) / (2 * count) * (levels[1] - levels[0])
-        make = _marked_contours if task.kind == "pathfinder" else _marked_maze
-        made, labels, marks = make(rng, BLOCK, task.canvas, task.size // task.canvas, level)
-        truth = np.where(marks, 1 + labels[:, None, None], 0)
+        scene = task.canvas, task.size // task.canvas, level
+        if task.kind == ALIGNED:
+            made, truth = aligned(rng, BLOCK, *scene)
+        else:
+            make = _marked_contours if task.kind == "pathfinder" else _marked_maze
+            made, labels, marks = make(rng, BLOCK, *scene)
+            truth = np.where(marks, 1 + labels[:, None, None], 0)
         images[start:end], classes[start:end] = made[: end - start], truth[: end - start]
     return images, classes
 

@@ -27,11 +27,13 @@ Tasks whose answer is nowhere in particular: whether two marks are joined, by on
 that walls divide in two (*maze*). The distance between the marks has the same distribution in both classes,
 and both are equally frequent, so guessing is right half of the time; where the marks of a maze lie tells a
 little by itself, enough for 60%. Models answer for every pixel and are asked at the marks alone; accuracy is
-the share of the marks' pixels that are right. scikit-learn's handwritten *digits*, enlarged, are an ordinary
-task beside them, with one answer for an image.
+the share of the marks' pixels that are right. *Aligned* asks for no way, only for reach: whether the one
+other mark in the row or column of a grey mark, in tests half of the image away or more, is bright or dark; it
+tells whether scans carry anything that far, and they are made for it. scikit-learn's handwritten *digits*,
+enlarged, are an ordinary task beside them, with one answer for an image.
 
 ![Four pictures of marks that are apart, then four of marks that are joined: pathfinder and maze at 64 and at
-128 pixels; and digits]({EXAMPLES})
+128 pixels; below both, marks that are aligned; and digits]({EXAMPLES})
 
 GSPN-2 runs beside a ViT and a ConvNet (ConvNeXt's blocks), all with the same convolutional stem, 128 channels
 at every 4 x 4 pixels and {PARAMETERS / 1e6:.2f} M parameters within 2.5%, on the same images in the same
@@ -43,9 +45,9 @@ pixels, and *larger*, scenes of twice the extent. The ViT's position embedding i
 
 Runs are short, a matter of minutes on a GPU for all of them, so training begins with what is easy: contours
 of two dashes and nothing else, marks side by side in mazes without other walls than those between the two
-parts. In three quarters of its steps it comes to the longest contours among all distractors, and to marks
-anywhere among 70% of a maze's walls. Tests are hard from the beginning. At larger sizes, and for ablations,
-there is one seed, unless `--extra-seeds` says otherwise.
+parts, aligned marks side by side. In three quarters of its steps it comes to the longest contours among all
+distractors, and to marks anywhere among 70% of a maze's walls. Tests are hard from the beginning. At larger
+sizes, and for ablations, there is one seed, unless `--extra-seeds` says otherwise.
 
 ```
 gspn2 learn --jobs 16 --out runs/learn

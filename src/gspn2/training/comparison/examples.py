@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tasks import BLOCK, CLASSES, Task, answered
+from ..tasks import ALIGNED, BLOCK, CLASSES, Task, answered
 from .images import Source, digits
 
 COLUMNS, SIDE, GAP = 8, 128, 6
@@ -16,7 +16,7 @@ COLUMNS, SIDE, GAP = 8, 128, 6
 def draw(path: Path) -> None:
     """A PNG: a row of examples of each task and size.
 
-    Marks are apart on the left and joined on the right.
+    Marks are apart on the left and joined on the right; of aligned ones an image has several.
     """
     from PIL import Image
 
@@ -29,6 +29,7 @@ def draw(path: Path) -> None:
             found = classes.max((1, 2)).reshape(half, BLOCK)
             chosen = [n * BLOCK + int(np.argmax(found[n] == it)) for it in (1, 2) for n in range(half)]
             rows.append([pixels[n] for n in chosen])
+        rows.append(list(answered(Task(ALIGNED, size, size), COLUMNS, seed=1)[0]))
     pixels, numbers = digits(Source(Task("digits", 32, 32), "train", 64), 64, 3)
     rows.append([pixels[np.flatnonzero(numbers == digit)[0]] for digit in range(COLUMNS)])
     page = np.full((len(rows) * (SIDE + GAP) - GAP, COLUMNS * (SIDE + GAP) - GAP), 255, np.uint8)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from ..tasks import CLASSES, Task, parse_task
+from ..tasks import ALIGNED, CLASSES, Task, parse_task
 from .contenders import CONTENDERS, MAIN
 from .images import DIGITS_TESTS, Source
 
 DIGITS, DIGITS_SIZE = "digits", 32
-TASKS = (*CLASSES, DIGITS)
+TASKS = (*CLASSES, ALIGNED, DIGITS)
 SIZES = (64, 128)
 SEEDS = (0, 1, 2)
 
@@ -66,7 +66,7 @@ class Run:
     """One training.
 
     Args:
-        task: "pathfinder", "maze" or "digits".
+        task: "pathfinder", "maze", "aligned" or "digits".
         size: pixels, and units of the scene.
         contender: a name out of `CONTENDERS`.
         seed: of weights and order.
