@@ -144,6 +144,13 @@ def resident() -> Picture:
 def lines() -> Picture:
     """Aligned planes."""
     p = Picture("lines: rings of single threads, tiles of single warps, states sent between blocks", 590)
+    _rings(p)
+    _tiles(p)
+    _clusters(p)
+    return p
+
+
+def _rings(p: Picture) -> None:
     p.text(20, 24, "Down and up: a thread's ring", "h")
     kinds = ("p", "r", "t") * 2
     for warp in range(2):
@@ -170,6 +177,9 @@ def lines() -> Picture:
         "those in another warp through shared memory.",
         width=375,
     )
+
+
+def _tiles(p: Picture) -> None:
     p.text(430, 24, "Right and left: a warp's tile", "h")
     for sheet, kind in ((2, "t"), (1, "r"), (0, "p")):
         p.box(446 + 8 * sheet, 62 - 8 * sheet, 176, 96, kind)
@@ -190,6 +200,9 @@ def lines() -> Picture:
         "and whole pieces are written.",
         width=375,
     )
+
+
+def _clusters(p: Picture) -> None:
     p.text(20, 316, "Long lines: the blocks of a cluster", "h")
     for block, kind in enumerate(("p", "r", "t")):
         top = 334 + 80 * block
@@ -225,7 +238,6 @@ def lines() -> Picture:
         "in the same way.",
         width=395,
     )
-    return p
 
 
 def vertical() -> Picture:
