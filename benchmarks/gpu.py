@@ -46,6 +46,7 @@ from gpu_cases import (
     shrunk,
 )
 from gpu_timing import Work, bytes_per_ms, copy, in_turn, rounded
+from gspn2.bench.results import compact
 from planner import Planner
 
 NAMES = [*SECTIONS, "calls", "memory"]
@@ -84,13 +85,7 @@ class Journal:
     def save(self, complete: bool = False) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": machine(self.device), "complete": complete, **self.facts, "cases": self.rows}
-        self.path.write_text(_compact(content) + "\n")
-
-
-def _compact(content: dict[str, Any]) -> str:
-    """JSON with one line for a list of numbers or words."""
-    text = json.dumps(content, indent=1)
-    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        self.path.write_text(compact(content) + "\n")
 
 
 class Bench:

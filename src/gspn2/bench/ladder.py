@@ -125,7 +125,7 @@ def _compact(scan: Scan, device: torch.device) -> Pass:
 
     pixels = batch * height * width
     planes = 2 * channels + 4 * COMPACT
-    flops = pixels * (4 * channels * COMPACT + 10 * COMPACT)
+    flops = 4 * pixels * channels * COMPACT + inner.flops("forward")
     return Pass(Work(run), check, planes * pixels * scan.dtype.itemsize, flops)
 
 

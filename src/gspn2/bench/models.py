@@ -307,7 +307,8 @@ PART = Part(
     "models",
     "Backbones",
     "Random weights, channels_last. Inference in bfloat16 (float32 on a CPU), compiled models as CUDA "
-    "graphs; training with mixed precision: forward, loss, backward and a step of AdamW. Images per second, "
-    "and the allocator's peak.",
+    "graphs; training with mixed precision: forward, loss, backward and a step of AdamW. timm's models are "
+    "as they come, their attention by the backend that PyTorch prefers. Images per second, and the "
+    "allocator's peak.",
     cases,
 )

@@ -102,9 +102,10 @@ class Scan:
         return elements * self.dtype.itemsize
 
     def flops(self, which: str) -> int:
-        """Two for each of three taps, lam and gate, of every state; three times that for gradients."""
+        """Two for each of three taps, and of lam and gate that are there; three times that for gradients."""
         states = len(self.directions) * self.numbers["x"]
-        return 10 * states * (1 if which == "forward" else 3)
+        products = 3 + bool(self.numbers["lam"]) + bool(self.numbers["gate"])
+        return 2 * products * states * (1 if which == "forward" else 3)
 
     @property
     def sets(self) -> int:

@@ -230,11 +230,11 @@ def find(row: Row, name: str, which: str) -> Row | None:
 def _write(content: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(_compact(content) + "\n", encoding="utf-8")
+    partial.write_text(compact(content) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
-def _compact(content: dict[str, Any]) -> str:
+def compact(content: dict[str, Any]) -> str:
     """JSON with one line for a list of numbers or words."""
     text = json.dumps(content, indent=1)
     return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)

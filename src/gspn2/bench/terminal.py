@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ class Terminal(Watcher):
         self._live: Progress | None = None
         self._task: TaskID | None = None
         self._count = self._done = 0
-        self._began = time.monotonic()
         self.bad: list[str] = []
 
     def __enter__(self) -> Terminal:
