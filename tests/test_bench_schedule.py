@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench_helpers import content_with
 from gspn2.bench import ahead, case, results, schedule
 from gspn2.bench.case import Case
 from gspn2.cli import bench as command_module
@@ -74,6 +76,21 @@ def test_what_was_left_out_is_told_with_the_way_on(
     assert f"--resume --out {tmp_path} goes on" in told
     content = results.load(tmp_path / "results.json")
     assert content["run"]["left_out"] == ["ladder: 2x8x128x128 fp32"]
+
+
+def test_results_of_the_run_before_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it came to its end and measured anything; what is damaged or was stopped is not worth it."""
+    command = ["bench", "ladder", "--device", "cpu", "--out", str(tmp_path), "--no-report", "--minutes", "0"]
+    path, before = tmp_path / "results.json", tmp_path / "results.before.json"
+    path.write_text("{")
+    assert main(command) == 0
+    assert main(command) == 0
+    assert not before.exists()
+    path.write_text(json.dumps(content_with(1.0) | {"run": {"complete": True}}))
+    assert main(command) == 0
+    assert f"are kept in {before}" in capsys.readouterr().out
+    assert results.load(before)["cases"]
+    assert not results.load(path)["cases"]
 
 
 def test_processes_side_by_side_are_counted_and_ended_in_time() -> None:

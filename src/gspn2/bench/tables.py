@@ -154,9 +154,10 @@ def method(content: dict[str, Any]) -> str:
         else "the host's clock"
     )
     inputs = (
-        "Inputs are random, larger than the cache or rotated through more memory than it holds."
+        "Inputs are random; those of the operator are larger than the cache or rotated through more memory "
+        "than it holds, the baseline, layers and models find theirs as the call before left them."
         if on_gpu
-        else "Inputs are random; where they are few, four sets are used in rotation."
+        else "Inputs are random; where those of the operator are few, four sets are used in rotation."
     )
     floor = (
         "the floor is the larger of the time of as many bytes at the rate of reading or copying and the time "

@@ -28,6 +28,7 @@ MINUTES = {"cuda": 14.5, "cpu": 2.0}
 COMPILING = 0.3
 """Of the limit that models are compiled ahead for at most; what is not ready then, its case compiles."""
 MOST_RESTARTS = 12
+BEFORE = "results.before.json"
 NO_MATPLOTLIB = 'it needs matplotlib: pip install "gspn2[bench]"'
 DONE, WRONG, USAGE = 0, 1, 2
 
@@ -46,8 +47,9 @@ examples:
   gspn2 bench compare before/results.json bench/results.json --tolerance 0.1
 
 Nothing is timed before its result is found right. The output folder gets results.json, written after every
-case, report.html (one file that loads nothing) and the pictures in it as SVG and PNG. Exit code 1 if a result
-was wrong, a case failed or, for compare, something became slower."""
+case, report.html (one file that loads nothing) and the pictures in it as SVG and PNG; results.before.json has
+what an earlier run without --resume had measured there. Exit code 1 if a result was wrong, a case failed or,
+for compare, something became slower."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +165,7 @@ def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -
     began = time.monotonic()
     path = args.out / "results.json"
     if not args.resume:
-        path.unlink(missing_ok=True)
+        _set_aside(path)
     try:
         if device.type == "cuda":
             held = _results(device, args)
@@ -178,6 +180,24 @@ def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -
     if not args.no_report and path.exists():
         _report(args.out)
     return code
+
+
+def _set_aside(path: Path) -> None:
+    """Make room for new results; those of a run that came to its end stay beside them, to compare with."""
+    from gspn2.bench.results import ResultsError, load
+
+    if not path.exists():
+        return
+    try:
+        content = load(path)
+    except ResultsError:
+        content = {"run": {}, "cases": []}
+    if content["run"].get("complete") and content["cases"]:
+        before = path.with_name(BEFORE)
+        path.replace(before)
+        print(f"the results of the run before are kept in {before}", flush=True)
+    else:
+        path.unlink()
 
 
 def _minutes(device: torch.device, args: argparse.Namespace) -> float | None:
