@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from gspn2.integrations.diffusers import (
     mount,
     unmount,
 )
+from processes import printed_by
 
 UNETS = {"sdxl": tiny.sdxl_unet, "sd15": tiny.sd15_unet}
 SIZES = [(16, 16), (16, 24), (20, 12)]
@@ -173,15 +171,7 @@ def test_saved_mixers_load_in_a_fresh_process(tmp_path):
         "assert torch.equal(output, torch.load(sys.argv[1] + '/expected.pt')), 'not the same'\n"
         "print('same')\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert done.stdout.strip() == "same", done.stderr
+    assert printed_by(script, tmp_path) == "same"
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])

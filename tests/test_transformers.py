@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
+import pickle
 
 import pytest
 import torch
@@ -26,6 +23,7 @@ from gspn2.integrations.transformers import (
     mount,
     unmount,
 )
+from processes import printed_by
 
 WITH_PREFIX = [name for name, number in tiny.PREFIX.items() if number]
 
@@ -274,15 +272,7 @@ def test_saved_mixers_load_in_a_fresh_process(tmp_path):
         "torch.testing.assert_close(output, torch.load(sys.argv[1] + '/expected.pt'))\n"
         "print('same')\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert done.stdout.strip() == "same", done.stderr
+    assert printed_by(script, tmp_path) == "same"
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "model"])
@@ -349,11 +339,12 @@ def test_classifiers_and_models_that_see():
         assert torch.equal(model(input_ids=ids, pixel_values=tiny.images((4, 4), 1)).logits, before)
 
 
-def test_a_copy_is_its_own():
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_its_own(again):
     model = tiny.encoder("Dinov2")
     mount(model, zero_output=False, readout="average")
     expected = run(model, (4, 6))
-    twin = copy.deepcopy(model)
+    twin = again(model)
     with torch.no_grad():
         for parameter in mixers_of(twin).parameters():
             parameter.zero_()
@@ -362,6 +353,26 @@ def test_a_copy_is_its_own():
     unmount(twin)
     assert is_mounted(model)
     assert torch.equal(run(model, (4, 6)), expected)
+
+
+def test_adapters_of_the_readout_take_part_and_leave():
+    peft = pytest.importorskip("peft")
+    model = tiny.encoder("CLIPVision")
+    plain = run(model, (4, 4))
+    mount(model)
+    before = run(model, (4, 4))
+    adapter = peft.LoraConfig(target_modules=["q_proj", "out_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, adapter)
+    output = adapted(pixel_values=tiny.images((4, 4))).last_hidden_state
+    assert not torch.allclose(output, before)
+    output[:, 0].sum().backward()
+    assert all(
+        p.grad.abs().sum() > 0 for name, p in adapted.named_parameters() if ".0." in name and "lora" in name
+    )
+    back = adapted.unload()
+    torch.testing.assert_close(run(back, (4, 4)), before)
+    unmount(back)
+    assert torch.equal(run(back, (4, 4)), plain)
 
 
 def test_images_of_several_grids_are_mixed_each_by_itself():
@@ -513,3 +524,42 @@ def test_bad_calls_are_refused():
         unmount(model)
     with pytest.raises(ValueError, match="bring their own options"):
         mount(model, mixers, groups=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["DINOv3ViT", "SiglipVision"])
+def test_on_a_gpu(name):
+    """In float32 as on the CPU, in 16 bits, and compiled; mixers are made where the model is."""
+    device = torch.device("cuda")
+    model = tiny.encoder(name)
+    mixers = mount(model, zero_output=False)
+    expected = run(model, (4, 6))
+    unmount(model)
+    model.to(device)
+    assert {parameter.device.type for parameter in mount(model).parameters()} == {device.type}
+    unmount(model)
+    mount(model, mixers)
+    pixels = tiny.images((4, 6)).to(device)
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.tokens(model, pixels).cpu(), expected, atol=1e-3, rtol=1e-3)
+        model.to(torch.bfloat16)
+        half = tiny.tokens(model, pixels.bfloat16()).float().cpu()
+        assert (half - expected).norm() < 0.05 * expected.norm()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True)
+        again = tiny.tokens(compiled, pixels.bfloat16()).float().cpu()
+        torch._dynamo.reset()
+    assert (again - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_several_grids_on_a_gpu():
+    model = tiny.siglip2()
+    mount(model, zero_output=False)
+    inputs = tiny.padded([(2, 5), (5, 2), (3, 3)], 12)
+    with torch.no_grad():
+        expected = model(**inputs)
+        model.cuda()
+        found = model(**{name: tensor.cuda() for name, tensor in inputs.items()})
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(found[name].cpu(), expected[name], atol=1e-3, rtol=1e-3)

@@ -58,7 +58,7 @@ def images(grid: tuple[int, int], batch: int = 2) -> Tensor:
 
 def tokens(model: nn.Module, pixels: Tensor) -> Tensor:
     """What an encoder makes of images of any size: (B, N, C)."""
-    name = type(model).__name__
+    name = type(getattr(model, "_orig_mod", model)).__name__  # of what is compiled
     more = {} if name.startswith("D") and not name.startswith("DeiT") else {"interpolate_pos_encoding": True}
     return model(pixels, **more).last_hidden_state
 

@@ -81,10 +81,12 @@ def mount(
         name: AttentionMixer(mixers.of(name), place.attention, encoder.prefix_tokens, mixers.config.readout)
         for name, place in encoder.places.items()
     }
-    kept = _Mount(mixers, encoder.arguments, encoder.patches)
+    # All of what may fail comes before the first change.
     for name, place in encoder.places.items():
         like = _like(place)
         mounted[name].mixer.to(device=like.device, dtype=like.dtype)
+    kept = _Mount(mixers, encoder.arguments, encoder.patches)
+    for name, place in encoder.places.items():
         setattr(place.layer, place.attribute, mounted[name].train(place.layer.training))
         kept.places.append(place)
         kept.dtypes.append(_rest(place).dtype)
@@ -213,6 +215,15 @@ class _Hearing:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs, **{GRID: self.__dict__.get(GRID)})  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (type(self).__mro__[2],), self.__dict__
+
+
+def _restored(kind: Any) -> Any:
+    """A layer without its state: no module has the classes below."""
+    hearing: Any = _hearing(kind)
+    return hearing.__new__(hearing)
 
 
 @cache
