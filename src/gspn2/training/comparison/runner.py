@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import UserError
-from ..series import Progress
+from ..series import Progress, check_settings, read_result
 from ..stopping import StopRequest
 from .images import make
 from .lanes import SCHEMA, Lanes
 from .plan import Run, Settings
 from .pool import Pool
-from .single import check_settings
 
 OnProgress = Callable[[Progress[Run]], None]
 
@@ -57,7 +54,7 @@ def compare(
     for run in runs:
         path = out / f"{run.name}.json"
         if path.exists():
-            check_settings(path, read(path)["settings"], settings)
+            check_settings(path, read(path)["settings"], settings.decisive())
         else:
             waiting.append(run)
     for run in runs:
@@ -97,18 +94,8 @@ def _in_turn(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
-
-    Raises:
-        UserError: no JSON, or not of this kind.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise UserError(f"{path}: expected a result of this comparison, schema {SCHEMA}")
-    return result
+    """A result file; a UserError where it is none of this kind."""
+    return read_result(path, SCHEMA, "this comparison")
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -14,11 +14,11 @@ import torch
 
 from ..checkpoint import write_safetensors
 from ..config import TrainConfig
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted
 from ..model import amp_dtype
 from ..rng import derive_seed
 from ..schedule import learning_rate
-from ..series import read_checkpoint
+from ..series import check_settings, read_checkpoint
 from ..state import count_parameters, learner_tensors, restore_learner
 from .contenders import CONTENDERS, build
 from .images import Images, poses
@@ -31,15 +31,6 @@ LOOKS = 5
 EASIEST, HARDEST = 0.1, 0.75
 """The share of the images that training begins with, and that of the steps until it has all."""
 Say = Callable[..., None]
-
-
-def check_settings(path: Path, stored: dict[str, Any], settings: Settings) -> None:
-    """A UserError that names the settings in which a result or checkpoint differs."""
-    wanted = settings.decisive()
-    changed = [f"{name} was {stored.get(name)}, is {wanted[name]}" for name in wanted]
-    changed = [text for text, name in zip(changed, wanted, strict=True) if stored.get(name) != wanted[name]]
-    if changed:
-        raise UserError(f"{path}: had other settings ({'; '.join(changed)}): take another folder")
 
 
 def make_trainer(
@@ -103,7 +94,7 @@ class SingleRun:
             self.say("begins", f"{self.parameters:,} parameters")
             return
         told, tensors = read_checkpoint(self.checkpoint, "comparison")
-        check_settings(self.checkpoint, told["settings"], self.settings)
+        check_settings(self.checkpoint, told["settings"], self.settings.decisive())
         restore_learner(self.trainer, tensors, self.checkpoint)  # type: ignore[arg-type]
         self.step, self.points = told["step"], told["points"]
         self.seconds, self.spent = told["seconds"], told["spent"]

@@ -20,7 +20,7 @@ from ..learner import make_ema
 from ..model import amp_dtype
 from ..rng import derive_seed
 from ..schedule import learning_rate
-from ..series import Progress, read_checkpoint
+from ..series import Progress, check_settings, read_checkpoint, read_result
 from ..state import count_parameters, load_optimizer, load_weights, prefixed
 from ..stopping import StopRequest
 from . import digits, flow, samples
@@ -63,7 +63,7 @@ def draw(
     for run in runs:
         path = out / f"{run.name}.json"
         if path.exists():
-            _check_settings(path, read(path)["settings"], settings)
+            check_settings(path, read(path)["settings"], settings.decisive())
         elif run.teacher is not None and run.teacher not in runs and not _weights(out, run.teacher).exists():
             raise UserError(f"{run.name}: its teacher {run.teacher.name} is not there: run that first")
     data = prepare(settings, out, device=device)
@@ -110,18 +110,8 @@ def prepare(settings: Settings, out: Path, *, device: torch.device | str = "cpu"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
-
-    Raises:
-        UserError: no JSON, or not of this kind.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA or "judge" not in result:
-        raise UserError(f"{path}: expected a result of gspn2 draw, schema {SCHEMA}")
-    return result
+    """A result file; a UserError where it is none of this kind."""
+    return read_result(path, SCHEMA, "gspn2 draw", "judge")
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -133,17 +123,6 @@ def summary(result: dict[str, Any]) -> str:
         f"{use} {it['distance']:.1f} {100 * it['accuracy']:.1f}%" for use, it in result["samples"].items()
     )
     return f"{result['seconds']:.0f} s{cut}; distance and accuracy: {told}"
-
-
-def _check_settings(path: Path, stored: dict[str, Any], settings: Settings) -> None:
-    wanted = settings.decisive()
-    changed = [
-        f"{name} was {stored.get(name)}, is {value}"
-        for name, value in wanted.items()
-        if stored.get(name) != value
-    ]
-    if changed:
-        raise UserError(f"{path}: had other settings ({'; '.join(changed)}): take another folder")
 
 
 def _weights(out: Path, run: Run) -> Path:
@@ -203,7 +182,7 @@ class _Training:
             self.say("begins", f"{self.parameters:,} parameters, {self.learnt:,} of them learn")
             return
         told, tensors = read_checkpoint(self.checkpoint, "drawing")
-        _check_settings(self.checkpoint, told["settings"], self.settings)
+        check_settings(self.checkpoint, told["settings"], self.settings.decisive())
         load_weights(self.model, part(tensors, "model"), self.checkpoint)
         load_weights(self.ema.module, part(tensors, "ema"), self.checkpoint)
         load_optimizer(self.stepper.optimizer, part(tensors, "optimizer"))
