@@ -14,6 +14,7 @@ from gspn2.training import (
     UserError,
     build_model,
     evaluate,
+    recipe_settings,
 )
 from gspn2.training.log import RunLog
 from gspn2.training.schedule import learning_rate
@@ -108,6 +109,14 @@ def test_config_round_trip_and_refusals():
     ):
         with pytest.raises(UserError, match=f"^{next(iter(wrong))}: "):
             TrainConfig(**wrong)
+
+
+def test_what_a_short_run_never_reaches_is_told():
+    short = TrainConfig(**{**recipe_settings("in1k-tiny"), "epochs": 20})
+    assert [text.split()[0] for text in short.unreached] == ["the", "MESA"]
+    assert "takes 20 epochs and the run 20: the learning rate never reaches its peak" in short.unreached[0]
+    assert dataclasses.replace(short, epochs=21).unreached == []
+    assert len(dataclasses.replace(short, mesa=0.0).unreached) == 1
 
 
 def test_fixed_size_models_are_made_for_the_image():

@@ -286,3 +286,6 @@ def test_tensorboard_gets_every_step_once(folder, tmp_path):
     assert [entry.value for entry in board.Scalars("test/top1")] == pytest.approx(
         [row.top1 for row in result.history]
     )
+    train(dataclasses.replace(config, epochs=1), overwrite=True)
+    board = EventAccumulator(str(Path(result.out) / "tensorboard")).Reload()
+    assert [entry.step for entry in board.Scalars("train/loss")] == list(range(1, 8)), "the older run is gone"

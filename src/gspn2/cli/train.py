@@ -181,7 +181,9 @@ def _train(args: argparse.Namespace) -> int:
             result = train(config, on_event=progress, resume=args.resume, overwrite=args.overwrite)
         except Interrupted as stop:
             if is_main:
-                progress.interrupted(stop, f"gspn2 train --out {_quoted(config.out_dir)} --resume")
+                launcher = "torchrun ... -m " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+                again = f"{launcher}gspn2 train --out {_quoted(config.out_dir)} --resume"
+                progress.interrupted(stop, again)
             return 128 + stop.signum
     if is_main:
         progress.finished(result)

@@ -156,6 +156,18 @@ class TrainConfig:
         """Learning rate after the warm-up, scaled by the batch size where `lr_base_size` asks for it."""
         return self.lr if self.lr_base_size is None else self.lr * self.batch_size / self.lr_base_size
 
+    @property
+    def unreached(self) -> list[str]:
+        """What was asked for and never comes, such as a recipe's warm-up in a run cut short by hand."""
+        texts = []
+        if self.warmup_epochs >= self.epochs:
+            warmup = f"the warm-up takes {self.warmup_epochs:g} epochs and the run {self.epochs}"
+            texts.append(f"{warmup}: the learning rate never reaches its peak (warmup_epochs)")
+        if self.mesa > 0 and self.mesa_start >= self.epochs:
+            start = f"MESA begins after {self.mesa_start:g} epochs and the run takes {self.epochs}"
+            texts.append(f"{start}: there is none (mesa_start)")
+        return texts
+
     def to_json(self) -> dict[str, Any]:
         """All settings, as `from_json` takes them."""
         return dataclasses.asdict(self)

@@ -223,6 +223,8 @@ class Run:
     def finish(self) -> TrainResult:
         """Train and test what is left of the run."""
         self.emit(self._started())
+        for text in self.config.unreached:
+            self.emit(Notice(text))
         self._clock = time.perf_counter()
         try:
             with StopRequest() as self.stop:
