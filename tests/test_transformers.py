@@ -260,10 +260,10 @@ def test_saved_mixers_load_in_a_fresh_process(tmp_path):
     script = (
         "import sys, torch\n"
         "import vision_helpers as tiny\n"
-        "from transformers import AutoModel\n"
+        "from transformers import Dinov2WithRegistersModel\n"
         "from gspn2.integrations.transformers import VisionMixers, mount\n"
         "torch.set_num_threads(1)\n"
-        "model = AutoModel.from_pretrained(sys.argv[1] + '/model').eval()\n"
+        "model = Dinov2WithRegistersModel.from_pretrained(sys.argv[1] + '/model').eval()\n"
         "mixers = VisionMixers.from_pretrained(sys.argv[1] + '/mixers')\n"
         "assert (mixers.config.groups, mixers.config.readout) == (2, 'average')\n"
         "mount(model, mixers)\n"
@@ -515,9 +515,10 @@ def test_bad_calls_are_refused():
         mount(model)
     with pytest.raises(ValueError, match="attention_mask: expected None"):
         model(tiny.images((4, 4)), attention_mask=torch.ones(2, 17))
-    mixer = next(iter(swapped(model).values()))
-    with pytest.raises(ValueError, match="expected the token grid, got none"):
-        mixer(torch.zeros(1, 17, 32))
+    model(tiny.images((4, 4)))
+    for alone in (model.layers[0], next(iter(swapped(model).values()))):
+        with pytest.raises(ValueError, match="expected the token grid, got none"):
+            alone(torch.zeros(1, 17, 32))
     assert "in place of ViTAttention, prefix_tokens=1, readout='attention'" in repr(model)
     unmount(model)
     with pytest.raises(ValueError, match="no mixers are mounted"):
@@ -527,11 +528,10 @@ def test_bad_calls_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["DINOv3ViT", "SiglipVision"])
-def test_on_a_gpu(name):
+def test_on_a_gpu():
     """In float32 as on the CPU, in 16 bits, and compiled; mixers are made where the model is."""
     device = torch.device("cuda")
-    model = tiny.encoder(name)
+    model = tiny.encoder("DINOv3ViT")
     mixers = mount(model, zero_output=False)
     expected = run(model, (4, 6))
     unmount(model)
@@ -544,12 +544,12 @@ def test_on_a_gpu(name):
         torch.testing.assert_close(tiny.tokens(model, pixels).cpu(), expected, atol=1e-3, rtol=1e-3)
         model.to(torch.bfloat16)
         half = tiny.tokens(model, pixels.bfloat16()).float().cpu()
-        assert (half - expected).norm() < 0.05 * expected.norm()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True)
         again = tiny.tokens(compiled, pixels.bfloat16()).float().cpu()
         torch._dynamo.reset()
-    assert (again - expected).norm() < 0.05 * expected.norm()
+    for rounded in (half, again):
+        assert (rounded - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.gpu

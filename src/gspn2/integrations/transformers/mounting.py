@@ -87,18 +87,25 @@ def mount(
         mounted[name].mixer.to(device=like.device, dtype=like.dtype)
     kept = _Mount(mixers, encoder.arguments, encoder.patches)
     for name, place in encoder.places.items():
-        setattr(place.layer, place.attribute, mounted[name].train(place.layer.training))
-        kept.places.append(place)
-        kept.dtypes.append(_rest(place).dtype)
-        if not _hears(place.layer):
-            kind: Any = type(place.layer)
-            place.layer.__class__ = _hearing(kind)
-            kept.deaf.append(place.layer)
-            kept.hooks.append(place.layer.register_forward_pre_hook(_pass_grid, with_kwargs=True))
+        _swap(kept, place, mounted[name])
     kept.hooks.append(encoder.module.register_forward_pre_hook(_hand_down_grid, with_kwargs=True))
+    if kept.deaf:
+        kept.hooks.append(encoder.module.register_forward_hook(_forget_grid))
     # Past nn.Module's own __setattr__: the mixers must not become weights of the encoder twice.
     encoder.module.__dict__[_MOUNT] = kept
     return mixers
+
+
+def _swap(kept: _Mount, place: Place, mixer: AttentionMixer) -> None:
+    """Put a mixer into its place, and note how it was there."""
+    setattr(place.layer, place.attribute, mixer.train(place.layer.training))
+    kept.places.append(place)
+    kept.dtypes.append(_rest(place).dtype)
+    if not _hears(place.layer):
+        kind: Any = type(place.layer)
+        place.layer.__class__ = _hearing(kind)
+        kept.deaf.append(place.layer)
+        kept.hooks.append(place.layer.register_forward_pre_hook(_pass_grid, with_kwargs=True))
 
 
 def unmount(model: nn.Module) -> VisionMixers:
@@ -122,7 +129,6 @@ def unmount(model: nn.Module) -> VisionMixers:
         setattr(place.layer, place.attribute, attention)
     for layer in kept.deaf:
         layer.__class__ = type(layer).__mro__[2]
-        layer.__dict__.pop(GRID, None)
     del encoder.__dict__[_MOUNT]
     _forget_captures(encoder)
     return kept.mixers
@@ -202,6 +208,12 @@ def _hand_down_grid(
     for layer in kept.deaf:
         layer.__dict__[GRID] = grid
     return args, {**kwargs, GRID: grid}
+
+
+def _forget_grid(module: nn.Module, args: Any, output: Any) -> None:
+    """Hook of an encoder whose layers hold the grid: it is that of one call."""
+    for layer in module.__dict__[_MOUNT].deaf:
+        layer.__dict__.pop(GRID, None)
 
 
 def _hears(layer: nn.Module) -> bool:
