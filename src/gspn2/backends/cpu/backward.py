@@ -28,17 +28,18 @@ from .simd import LANES, advance, is_double, pointer_to
 
 
 @jit
-def panels_of(plan: Any) -> int:
-    """The most panels a direction has."""
-    return (max(plan.height, plan.width) + plan.lines - 1) // plan.lines
+def panel_size(plan: Any, lines: int) -> int:
+    """Elements of scratch for the panels of one kind of scans, and for the states between its `lines`."""
+    panel_rows = (5 * plan.channel_block + 9 * plan.group_block) * plan.lines
+    panels = (lines + plan.lines - 1) // plan.lines
+    return (panel_rows + plan.lines + (panels + 1) * plan.task_channels + 2) * plan.row
 
 
 @jit
-def scratch_size(plan: Any, sums: bool) -> int:
+def scratch_size(plans: Any, sums: bool) -> int:
     """Elements of scratch for one thread; `sums` says whether dx needs sums in a wider type."""
-    panel_rows = (5 * plan.channel_block + 9 * plan.group_block) * plan.lines
-    channel_rows = (panels_of(plan) + 1) * plan.task_channels
-    total = (panel_rows + plan.lines + channel_rows + 2) * plan.row
+    plan = plans[0]
+    total = max(panel_size(plan, plan.height), panel_size(plans[1], plan.width))
     return total + (plan.task_channels * plan.height * plan.width + LANES if sums else 0)
 
 
@@ -275,7 +276,7 @@ def unstage_taps(
 
 @jit_inline
 def run_tasks(
-    dy: Any, x: Any, taps: Any, lam: Any, gate: Any, dx: Any, dtaps: Any, dlam: Any, dgate: Any, plan: Any,
+    dy: Any, x: Any, taps: Any, lam: Any, gate: Any, dx: Any, dtaps: Any, dlam: Any, dgate: Any, plans: Any,
     sums: bool, scratch_address: int, first_task: int, last_task: int, itemsize: int,
     stored: Any, like: Any,
 ) -> None:  # fmt: skip
@@ -289,8 +290,9 @@ def run_tasks(
     """
     wide = 8 if is_double(like) else 4
     scratch = pointer_to(scratch_address, like)
+    plan = plans[0]  # for what both kinds of scans share
     plane = plan.height * plan.width
-    sums_offset = scratch_size(plan, False)
+    sums_offset = scratch_size(plans, False)
     scanned_places = 0
     height, width = plan.height, plan.width
     for task in range(first_task, last_task):
@@ -303,10 +305,11 @@ def run_tasks(
                 continue
             direction = plan.direction_codes >> (2 * d) & 3
             vertical = is_vertical(direction)
-            places = plan.width if vertical else plan.height
+            lines, places = (height, width) if vertical else (width, height)
+            scans = plans[0] if vertical else plans[1]
             if places != scanned_places:
                 # What lies beyond the last place of a row must be 0, and longer lines may have been there.
-                zero_fill(scratch, sums_offset, like)
+                zero_fill(scratch, panel_size(scans, lines), like)
                 scanned_places = places
             if dx.address == 0:
                 out = Lines(0, 0, 0, 0)
@@ -331,9 +334,9 @@ def run_tasks(
                 dtaps.k,
                 lines_of(dlam, itemsize, b, d, direction, height, width),
                 lines_of(dgate, itemsize, b, d, direction, height, width),
-                plan,
+                scans,
                 d > 0 and plan.splits == 1,
-                height if vertical else width,
+                lines,
                 places,
                 c_low,
                 c_high,
@@ -353,14 +356,14 @@ def run_tasks(
 def _entry_point(sources: str) -> Callable[..., Any]:
     @cached_jit
     def backward(
-    dy: Any, x: Any, taps: Any, lam: Any, gate: Any, dx: Any, dtaps: Any, dlam: Any, dgate: Any, plan: Any,
+    dy: Any, x: Any, taps: Any, lam: Any, gate: Any, dx: Any, dtaps: Any, dlam: Any, dgate: Any, plans: Any,
     sums: bool, scratch_address: int, first_task: int, last_task: int, itemsize: int,
     stored: Any, like: Any,
 ) -> None:  # fmt: skip
         sources  # noqa: B018 - closed over to be part of the cache's key
         run_tasks(
             dy, x, taps, lam, gate, dx, dtaps, dlam, dgate,
-            plan, sums, scratch_address, first_task, last_task, itemsize, stored, like,
+            plans, sums, scratch_address, first_task, last_task, itemsize, stored, like,
         )  # fmt: skip
 
     return backward

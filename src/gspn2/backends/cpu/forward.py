@@ -21,10 +21,17 @@ from .simd import LANES, advance, is_double, pointer_to
 
 
 @jit
-def scratch_size(plan: Any, sums: bool) -> int:
-    """Elements of scratch for one thread; `sums` says whether y needs sums in a wider type."""
+def panel_size(plan: Any) -> int:
+    """Elements of scratch for the panels of one kind of scans."""
     rows = (4 * plan.channel_block + 3 * plan.group_block) * plan.lines + 2 * plan.task_channels
-    total = (rows + 2) * plan.row
+    return (rows + 2) * plan.row
+
+
+@jit
+def scratch_size(plans: Any, sums: bool) -> int:
+    """Elements of scratch for one thread; `sums` says whether y needs sums in a wider type."""
+    plan = plans[0]
+    total = max(panel_size(plan), panel_size(plans[1]))
     return total + (plan.task_channels * plan.height * plan.width + LANES if sums else 0)
 
 
@@ -178,7 +185,7 @@ def forward_direction(
 
 @jit_inline
 def run_tasks(
-    x: Any, taps: Any, lam: Any, gate: Any, y: Any, plan: Any, sums: bool, scratch_address: int,
+    x: Any, taps: Any, lam: Any, gate: Any, y: Any, plans: Any, sums: bool, scratch_address: int,
     first_task: int, last_task: int, itemsize: int, stored: Any, like: Any,
 ) -> None:  # fmt: skip
     """Run tasks first_task .. last_task - 1.
@@ -188,13 +195,15 @@ def run_tasks(
         y: the output, in the arithmetic type; with its d axis one partial sum for each direction when the
             plan splits directions. With `sums`, the output as stored, to be rounded from sums in scratch.
         scratch_address: `scratch_size` elements of this thread's own.
+        plans: of scans of rows and of scans of columns.
         itemsize: bytes of a stored element.
         stored, like: scalars of the storage type and of the arithmetic type.
     """
     wide = 8 if is_double(like) else 4
     scratch = pointer_to(scratch_address, like)
+    plan = plans[0]  # for what both kinds of scans share
     plane = plan.height * plan.width
-    sums_offset = scratch_size(plan, False)
+    sums_offset = scratch_size(plans, False)
     scanned_places = 0
     for task in range(first_task, last_task):
         split = task % plan.splits
@@ -206,10 +215,11 @@ def run_tasks(
                 continue
             direction = plan.direction_codes >> (2 * d) & 3
             vertical = is_vertical(direction)
-            places = plan.width if vertical else plan.height
+            scans = plans[0] if vertical else plans[1]
+            lines, places = (plan.height, plan.width) if vertical else (plan.width, plan.height)
             if places != scanned_places:
                 # What lies beyond the last place of a row must be 0, and longer lines may have been there.
-                zero_fill(scratch, sums_offset, like)
+                zero_fill(scratch, panel_size(scans), like)
                 scanned_places = places
             if sums:
                 address = scratch_address + wide * sums_offset
@@ -235,9 +245,9 @@ def run_tasks(
                 lines_of(gate, itemsize, b, d, direction, plan.height, plan.width),
                 out,
                 wide,
-                plan,
+                scans,
                 d > 0 and plan.splits == 1,
-                plan.height if vertical else plan.width,
+                lines,
                 places,
                 c_low,
                 c_high,
@@ -257,12 +267,12 @@ def run_tasks(
 def _entry_point(sources: str) -> Callable[..., Any]:
     @cached_jit
     def forward(
-    x: Any, taps: Any, lam: Any, gate: Any, y: Any, plan: Any, sums: bool, scratch_address: int,
+    x: Any, taps: Any, lam: Any, gate: Any, y: Any, plans: Any, sums: bool, scratch_address: int,
     first_task: int, last_task: int, itemsize: int, stored: Any, like: Any,
 ) -> None:  # fmt: skip
         sources  # noqa: B018 - closed over to be part of the cache's key
         run_tasks(
-            x, taps, lam, gate, y, plan, sums, scratch_address,
+            x, taps, lam, gate, y, plans, sums, scratch_address,
             first_task, last_task, itemsize, stored, like,
         )  # fmt: skip
 

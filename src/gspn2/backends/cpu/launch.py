@@ -33,20 +33,19 @@ def propagate(x: Tensor, taps: Tensor, lam: Tensor | None, gate: Tensor | None, 
     if x.numel() == 0:
         return y
     threads = thread_count()
-    cut = plan(problem, threads, x.stride(), backward=False)
-    sums = _Sums(y, problem, cut)
+    plans = plan(problem, threads, x.stride(), backward=False)
+    sums = _Sums(y, plans[0])
     operands = (_image(x), _taps(taps), _images(lam), _images(gate), sums.operand)
     wide = accumulation_dtype(x.dtype)
-    elements = forward.scratch_size(cut, sums.in_scratch)
+    elements = forward.scratch_size(plans, sums.in_scratch)
 
     def work(scratch: int, first: int, last: int) -> None:
         forward.forward(
-            *operands, cut, sums.in_scratch, scratch, first, last, x.element_size(),
+            *operands, plans, sums.in_scratch, scratch, first, last, x.element_size(),
             _STORED[x.dtype], _LIKE[wide],
         )  # fmt: skip
 
-    tasks = problem.batch * cut.blocks * cut.splits
-    run_tasks(work, tasks, threads, elements * wide.itemsize)
+    run_tasks(work, problem.batch * plans[0].blocks * plans[0].splits, threads, elements * wide.itemsize)
     sums.finish(threads)
     return y
 
@@ -69,23 +68,22 @@ def propagate_backward(
     if x.numel() == 0:
         return dx, dtaps, dlam, dgate
     threads = thread_count()
-    cut = plan(problem, threads, x.stride(), backward=True)
-    sums = _Sums(dx, problem, cut)
+    plans = plan(problem, threads, x.stride(), backward=True)
+    sums = _Sums(dx, plans[0])
     operands = (
         _image(dy), _image(x), _taps(taps), _images(lam), _images(gate),
         sums.operand, _ABSENT if dtaps is None else _taps(dtaps), _images(dlam), _images(dgate),
     )  # fmt: skip
     wide = accumulation_dtype(x.dtype)
-    elements = backward.scratch_size(cut, sums.in_scratch)
+    elements = backward.scratch_size(plans, sums.in_scratch)
 
     def work(scratch: int, first: int, last: int) -> None:
         backward.backward(
-            *operands, cut, sums.in_scratch, scratch, first, last, x.element_size(),
+            *operands, plans, sums.in_scratch, scratch, first, last, x.element_size(),
             _STORED[x.dtype], _LIKE[wide],
         )  # fmt: skip
 
-    tasks = problem.batch * cut.blocks * cut.splits
-    run_tasks(work, tasks, threads, elements * wide.itemsize)
+    run_tasks(work, problem.batch * plans[0].blocks * plans[0].splits, threads, elements * wide.itemsize)
     sums.finish(threads)
     return dx, dtaps, dlam, dgate
 
@@ -97,7 +95,7 @@ class _Sums:
     one wide tensor for each, added here in their order, so that the result does not depend on the cut.
     """
 
-    def __init__(self, result: Tensor | None, problem: Problem, cut: Plan) -> None:
+    def __init__(self, result: Tensor | None, cut: Plan) -> None:
         self.result = result
         self.parts: Tensor | None = None
         self.in_scratch = False
