@@ -152,9 +152,10 @@ def _direction(x: Any, taps: Any, lam: Any, direction: str, chunk: int, normaliz
     restart = op.Equal(
         op.Mod(number, op.Constant(value_int=chunk)) if chunk else number, op.Constant(value_int=0)
     )
-    from .onnx_scan import scan_backward, scan_forward
+    from .onnx_scan import scan_lines
 
-    h = (scan_backward if backward else scan_forward)(u, w, restart)
+    # Restarts count lines as they are met.
+    h = scan_lines(u, w, restart, reads=[int(backward), int(backward), 0], writes=[int(backward)])
     rows = op.Reshape(h, op.Concat(head, _numbers(-1), places, axis=0))
     return op.Transpose(rows, perm=[1, 2, 0, 3] if vertical else [1, 2, 3, 0])
 
