@@ -153,6 +153,15 @@ def test_a_signal_saves_first(folders, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises, also in the child of a shell that runs it in the background and had it ignore that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_encoding_can_be_left_at_once(folders, tmp_path):
     run = settings(folders / "sd15", folders / "data", tmp_path / "run", steps=1)
 
@@ -257,6 +266,8 @@ def test_bad_data_is_refused(folders, tmp_path, fault, message):
     [
         (["--resolution", "100"], "resolution: expected a multiple of"),
         (["--drop", "1"], "drop: expected"),
+        (["--lr", "inf"], "lr: expected a number of more than 0, got inf"),
+        (["--sample-steps", "1001"], "sample_steps: expected at most the 1000 that"),
         (["--batch-size", "6", "--accumulate", "4"], "multiple of 4 (1 processes x 4 passes), got 6"),
         (["--data", "hf:nowhere/at/all"], "nowhere/at/all: cannot be loaded"),
         (["--data", "missing-{0..3}.tar"], "no such file"),

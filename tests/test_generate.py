@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,13 +159,21 @@ def test_text_encoders_count_where_they_are_loaded_with_the_rest(folders, monkey
     assert module.plan(job).peak > max(before, 4e9)
 
 
-def test_prompts_from_a_file(folders, tmp_path):
+def test_prompts_from_a_file(folders, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
     prompts.write_text("a cat\n\na dog\n", encoding="utf-8-sig")
     out.mkdir()
     assert main(command(folders, out, "--prompts", str(prompts), size="128")) == 0
     assert sorted(os.listdir(out)) == ["0.png", "1.png"]
     assert (pixels(out / "0.png") != pixels(out / "1.png")).any()
+    (out / "1.png").unlink()
+    capsys.readouterr()
+    assert main(command(folders, out, "--prompts", str(prompts), "--resume", size="128")) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 2 pictures are there already" in printed
+    assert printed.count("wrote") == 1
+    assert main(command(folders, out, "--prompts", str(prompts), "--resume", size="128")) == 0
+    assert capsys.readouterr().out == "2 of 2 pictures are there already\n"
 
 
 BAD = {
@@ -174,17 +183,21 @@ BAD = {
     "seed": (["--seed", "99999999999999999999"], "32 bits, got 99999999999999999999"),
     "memory": (["--memory", "0.5"], "needs about"),
     "steps": (["--steps", "1"], "less than one"),
+    "too many steps": (["--steps", "1001"], "steps: expected at most the 1000 that"),
     "strengths": (["--strengths", "0.5,0.5"], "expected 1, one for each pass"),
     "pipeline": (["--pipeline", "nowhere"], "no model_index.json in nowhere"),
     "mixers": (["--mixers", "nowhere"], "no config.json in nowhere"),
     "dtype": (["--dtype", "int8"], "expected one of float32"),
     "guidance": (["--guidance", "nan"], "at least 1, got nan"),
+    "endless guidance": (["--guidance", "inf"], "of at least 1, got inf"),
     "no memory": (["--memory", "-1"], "more than 0, got -1 GB"),
     "suffix": (["--out", "image.jpg"], "ends in .png"),
     "folder": (["--out", "nowhere/image.png"], "no such folder"),
     "prompts": (["--prompts", "nowhere.txt"], "either PROMPT or --prompts"),
 }
 
+if Path("/proc").is_dir():
+    BAD["unwritable"] = (["--out", "/proc/image.png"], "cannot write to /proc")
 if find_spec("torchsde") is None:
     BAD["package"] = (["--scheduler", "DPMSolverSDEScheduler"], "expected one of DDIMScheduler")
 

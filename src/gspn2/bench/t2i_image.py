@@ -188,7 +188,7 @@ class Run:
     def _check(self, job: Job, out: Path) -> None:
         from safetensors.torch import load_file
 
-        from ..integrations.diffusers.generate import stages_folder
+        from ..integrations.diffusers.output import stages_folder
 
         stages = stages_folder(out)
         for index in range(len(job.stages())):

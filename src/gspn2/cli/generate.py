@@ -89,7 +89,8 @@ def _generate(args: argparse.Namespace) -> int:
     tasks = _tasks(args)
     import torch
 
-    from ..integrations.diffusers.generate import Generator, Job, check_output, plan
+    from ..integrations.diffusers.generate import Generator, Job, plan
+    from ..integrations.diffusers.output import check_picture
 
     device = pick_device(args.device)
     job = Job(
@@ -109,7 +110,13 @@ def _generate(args: argparse.Namespace) -> int:
         memory=None if args.memory is None else _bytes(args.memory),
     )
     for _, out in tasks:
-        check_output(out)
+        check_picture(out)
+    if args.resume and args.prompts is not None:
+        left = [(prompt, out) for prompt, out in tasks if not out.exists()]
+        print(f"{len(tasks) - len(left)} of {len(tasks)} pictures are there already", flush=True)
+        tasks = left
+    if not tasks:
+        return 0
     job.check_files()
     how = plan(job)
     print(f"peak memory: about {how.peak / 1e9:.1f} GB", flush=True)
@@ -124,8 +131,6 @@ def _generate(args: argparse.Namespace) -> int:
     try:
         generator.encode([prompt for prompt, _ in tasks])
         for prompt, out in tasks:
-            if args.resume and args.prompts is not None and out.exists():
-                continue
             began = time.perf_counter()
             generator.run(prompt, out, resume=args.resume, keep=args.keep_stages)
             print(f"wrote {out} ({time.perf_counter() - began:.1f} s)", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from gspn2.training.checkpoint import part, write_safetensors
@@ -30,8 +30,9 @@ from gspn2.training.state import load_optimizer, load_weights, prefixed
 from gspn2.training.stopping import StopRequest
 
 from .distillation import LOSSES, PREDICTIONS, Average, Batch, Distiller
-from .folder import TEXT, PipelineFolder
+from .folder import TEXT, PipelineFolder, check_steps
 from .mounting import mount
+from .output import check_writable
 from .pairs import Cache, Pair, buckets, fitted
 from .sampling import Sampler
 from .sources import Options, Source, find_source, list_pictures
@@ -111,28 +112,30 @@ class DistillConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
         for name in ("warmup", "noise", "teacher", "features", "sample_every"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}: expected more than 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}: expected a number of more than 0, got {getattr(self, name)}")
         for name in ("drop", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 0 and less than 1, got {getattr(self, name)}")
         if not self.noise + self.teacher + self.features > 0:
             raise UserError("noise, teacher, features: expected one loss with a weight of more than 0")
-        if not self.guidance >= 1:
-            raise UserError(f"guidance: expected at least 1, got {self.guidance}")
+        if not 1 <= self.guidance < math.inf:
+            raise UserError(f"guidance: expected a number of at least 1, got {self.guidance}")
 
     def sizes(self) -> list[tuple[int, int]]:
         """Heights and widths in pixels; also finds out whether the pipeline can be distilled at all."""
         folder = PipelineFolder(self.pipeline)
         folder.kind()
-        prediction = folder.scheduler().config.get("prediction_type", "epsilon")
+        scheduler = folder.scheduler()
+        prediction = scheduler.config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise UserError(
                 f"scheduler: expected prediction of {' or '.join(PREDICTIONS)}, got {prediction!r}"
             )
+        check_steps("sample_steps", scheduler, self.sample_steps)
         folder.check()
         folder.variant()
         unet, vae = folder.without_data()
@@ -176,6 +179,9 @@ def distill(config: DistillConfig, report: Report = _silent, *, resume: bool = F
         raise CheckpointError(f"out: no {LAST} to resume from in {config.out}")
     if not resume and any((config.out / name).exists() for name in (LAST, MIXERS)):
         raise UserError(f"out: {config.out} holds a run; --resume goes on with it, or take another folder")
+    check_writable(config.out)
+    if config.cache is not None:
+        check_writable(config.cache)
     accelerator = Accelerator(
         mixed_precision="bf16" if config.bf16 else "no",
         cpu=config.device == "cpu",
@@ -279,15 +285,8 @@ class _Run:
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         # Everybody has looked before anybody writes: the shares must be of the same list.
         accelerator.wait_for_everyone()
-        try:
-            # The VAE of SDXL is not safe in less than float32, and pictures are encoded once only.
-            pipe = DiffusionPipeline.from_pretrained(
-                config.pipeline,
-                dtype={"vae": torch.float32, "default": dtype},
-                variant=PipelineFolder(config.pipeline).variant(),
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"pipeline: {error}") from error
+        # The VAE of SDXL is not safe in less than float32, and pictures are encoded once only.
+        pipe: Any = PipelineFolder(config.pipeline).load({"vae": torch.float32, "default": dtype})
         pipe.set_progress_bar_config(disable=True)
         encoders = [name for name in TEXT if getattr(pipe, name, None) is not None]
         pipe.vae.to(accelerator.device)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -137,6 +142,21 @@ class PipelineFolder:
                     raise UserError(f"pipeline: cannot make a {kind.__name__} of {name}: {error}") from error
         return tuple(made)
 
+    def load(self, dtype: Any) -> DiffusionPipeline:
+        """The pipeline.
+
+        Args:
+            dtype: of its weights, or a dictionary of those of its parts, as diffusers takes it.
+
+        Raises:
+            UserError: what diffusers has to say against it.
+        """
+        try:
+            with _bars_on_terminals():
+                return DiffusionPipeline.from_pretrained(self.path, dtype=dtype, variant=self.variant())
+        except (ValueError, OSError) as error:
+            raise UserError(f"pipeline: {error}") from error
+
     def factor(self) -> int:
         """Pixels along a side for one of a latent.
 
@@ -176,6 +196,40 @@ class PipelineFolder:
             if name in MODELS:
                 self.read(f"{name}/config.json")
                 check_weights("pipeline", part)
+
+
+@contextlib.contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Within the context the libraries draw no progress bars into files."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    kinds = [it for it in libraries if it.is_progress_bar_enabled() and not sys.stderr.isatty()]
+    for kind in kinds:
+        kind.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            kind.enable_progress_bar()
+
+
+def check_steps(name: str, scheduler: Any, steps: int) -> None:
+    """Can a scheduler divide its schedule into so many steps?
+
+    Args:
+        name: what the steps are called, for the message.
+        scheduler: from `PipelineFolder.scheduler`; it is set to these steps.
+        steps: of a denoising.
+
+    Raises:
+        UserError: no; most would take the same time again and again, and some of them do not complain.
+    """
+    most = scheduler.config.num_train_timesteps
+    if steps > most:
+        raise UserError(f"{name}: expected at most the {most} that the model was trained with, got {steps}")
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"{name}: {type(scheduler).__name__} does not take {steps}: {error}") from error
 
 
 def _alike(kind: Any) -> list[str]:

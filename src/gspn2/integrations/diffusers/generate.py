@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 from gspn2.training.checkpoint import write_safetensors
 from gspn2.training.errors import UserError
 
-from ..images import SUFFIXES, ImageFile
+from ..images import ImageFile
 from .execution import frugal, fused, graphed
-from .folder import TEXT, PipelineFolder, check_weights
+from .folder import TEXT, PipelineFolder, check_steps, check_weights
 from .memory import available, bytes_of, peak_of
 from .mixers import UNetMixers
 from .mounting import mount
+from .output import stages_folder
 from .stages import Stage, direct, progressive
 from .vae import TiledVae
 
@@ -92,13 +94,13 @@ class Job:
             raise UserError(f"steps: expected at least 1, got {self.steps}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not self.guidance >= 1:  # NaN, too
-            raise UserError(f"guidance: expected at least 1, got {self.guidance}")
+        if not 1 <= self.guidance < math.inf:  # NaN, too
+            raise UserError(f"guidance: expected a number of at least 1, got {self.guidance}")
         if self.memory is not None and self.memory < 1:
             raise UserError(f"memory: expected more than 0, got {self.memory / 1e9:g} GB")
         if not -(1 << 31) <= self.seed < 1 << 31:
             raise UserError(f"seed: expected a whole number of 32 bits, got {self.seed}")
-        self.folder.scheduler(self.scheduler)
+        check_steps("steps", self.folder.scheduler(self.scheduler), self.steps)
         if self.mixers not in (None, "untrained") and not Path(self.mixers, "config.json").is_file():
             raise UserError(f"mixers: no config.json in {self.mixers}")
         self.stages()
@@ -280,12 +282,7 @@ class Generator:
 
     def _loaded(self) -> DiffusionPipeline:
         job = self.job
-        try:
-            pipe = DiffusionPipeline.from_pretrained(
-                job.pipeline, dtype=DTYPES[job.dtype], variant=job.folder.variant()
-            )
-        except (ValueError, OSError) as error:
-            raise UserError(f"pipeline: {error}") from error
+        pipe = job.folder.load(DTYPES[job.dtype])
         if job.scheduler is not None:
             pipe.scheduler = job.folder.scheduler(job.scheduler)
         if job.mixers == "untrained":
@@ -432,22 +429,3 @@ def _enlarge(
         ).clamp_(-1, 1)
         tiled.progress = functools.partial(tell, "encoding")
         return tiled.encode(image).to(latents.dtype)
-
-
-def stages_folder(out: Path) -> Path:
-    """Where the finished stages of a picture lie until it is written."""
-    return out.with_name(f"{out.name}.stages")
-
-
-def check_output(out: Path) -> None:
-    """Raise where a picture could not be written.
-
-    Raises:
-        UserError: another suffix, no folder there, or a folder of that name.
-    """
-    if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"out: expected a name that ends in {', '.join(SUFFIXES)}, got {out.name!r}")
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(
-            f"out: cannot write {out}: {'it is a' if out.is_dir() else 'there is no such'} folder"
-        )
