@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ pytest.importorskip("transformers")
 
 import diffusion_helpers as tiny
 from gspn2.integrations.diffusers import vae as module
+from gspn2.integrations.diffusers.memory import PeakMemory, peak_of
 from gspn2.integrations.diffusers.vae import TiledVae
 
 
@@ -75,6 +78,22 @@ def small_survey(monkeypatch):
     monkeypatch.setattr(module, "SURVEY_CROP", 10)
     monkeypatch.setattr(module, "SURVEY_MARGIN", 3)
     monkeypatch.setattr(module, "SURVEY_KEYS", 50)
+
+
+@pytest.mark.usefixtures("small_survey")
+def test_memory_without_data_is_that_of_all_tiles(vae):
+    """Few of the tiles are run for it, and those with most beside them."""
+    x = latents(6, 150)
+    kept = copy.deepcopy(vae).to("meta")
+    runs = []
+    kept.decoder.register_forward_pre_hook(lambda *_: runs.append(1))
+    tiled, shadow = TiledVae(vae, 6), TiledVae(kept, 6)
+    with PeakMemory() as real:
+        strips = [strip.shape for strip in tiled.decode(x)]
+    assert [strip.shape for strip in shadow.decode(x.to("meta"))] == strips
+    assert len(runs) < 12 < 25
+    foreseen = peak_of(lambda: [strip.shape for strip in shadow.decode(x.to("meta"))])
+    assert real.peak <= foreseen <= 1.01 * real.peak
 
 
 @pytest.mark.usefixtures("small_survey")

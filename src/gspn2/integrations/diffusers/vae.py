@@ -15,6 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Box:
     left: int
     bottom: int
     right: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.bottom - self.top, self.right - self.left
 
     def grown(self, margin: int, height: int, width: int) -> Box:
         """With a margin, as far as there is a picture."""
@@ -147,7 +153,11 @@ class TiledVae:
     def _run(
         self, network: Callable[[Tensor], Tensor], x: Tensor, part: str, in_scale: int, out_scale: int
     ) -> Iterator[Tensor]:
-        """The network over x in tiles; strips from top to bottom."""
+        """The network over x in tiles; strips from top to bottom.
+
+        Without data only memory counts, and tiles of one size take the same. Then the network runs for the
+        last of them, when most is kept beside it; the others are no more than as large as they would be.
+        """
         height, width = x.shape[2] // in_scale, x.shape[3] // in_scale
         strips = [
             [
@@ -165,13 +175,21 @@ class TiledVae:
             return
         survey = _Survey(*_survey_crops(height, width))
         with _surveyed(getattr(self.vae, part), survey):
-            network(torch.cat([crop.cut(x, in_scale) for crop in survey.crops]))
+            looked = network(torch.cat([crop.cut(x, in_scale) for crop in survey.crops]))
+            channels, dtype = looked.shape[1], looked.dtype
+            del looked
             survey.filling = False
+            grown = {box: box.grown(self.reach[part], height, width) for boxes in strips for box in boxes}
+            last = {seen.size: box for box, seen in grown.items()}
             for boxes in strips:
                 parts = []
                 for box in boxes:
-                    grown = box.grown(self.reach[part], height, width)
-                    parts.append(box.inside(grown).cut(network(grown.cut(x, in_scale)), out_scale).clone())
+                    seen = grown[box]
+                    if x.is_meta and last[seen.size] != box:
+                        sides = (out_scale * side for side in box.size)
+                        parts.append(x.new_empty(1, channels, *sides, dtype=dtype))
+                    else:
+                        parts.append(box.inside(seen).cut(network(seen.cut(x, in_scale)), out_scale).clone())
                     done += 1
                     self.progress(done, total)
                 yield torch.cat(parts, dim=3)
@@ -233,7 +251,9 @@ def _norm(norm: nn.GroupNorm, survey: _Survey, silu: bool) -> Callable[[Tensor],
 
     def forward(x: Tensor) -> Tensor:
         if survey.filling:
-            survey.moments[norm] = _moments(survey.interiors(x), norm.num_groups)
+            # Without data the first is enough: it is the largest, and what they are joined to has no size.
+            parts = islice(survey.interiors(x), 1 if x.is_meta else None)
+            survey.moments[norm] = _moments(parts, norm.num_groups)
         mean, variance = (
             moment.repeat_interleave(x.shape[1] // norm.num_groups) for moment in survey.moments[norm]
         )
