@@ -427,6 +427,18 @@ def test_a_model_made_on_meta_gets_its_initial_weights():
     assert made(images(1, 3, 64, 64)).isfinite().all()
 
 
+def test_scans_of_blocks_begin_straight_and_diagonal_in_turns():
+    model = create(depths=(1, 2), dims=(16, 16), chunk=0, proxy_dim=2)
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    assert [mixer.initial_taps for mixer in mixers] == ["straight", "diagonal", "straight"]
+    rest = [mixer.to_operands.bias[-12:].view(4, 3).sigmoid() for mixer in mixers]
+    heaviest = [(taps / taps.sum(1, keepdim=True)).amax(1) for taps in rest]
+    for largest, share in zip(heaviest, (1 / 3, 0.9, 1 / 3), strict=True):
+        torch.testing.assert_close(largest, torch.full((4,), share), atol=0.01, rtol=0)
+    leaning = create(depths=(1, 2), dims=(16, 16), chunk=0, proxy_dim=2, initial_taps="diagonal")
+    assert {it.initial_taps for it in leaning.modules() if isinstance(it, Mixer)} == {"diagonal"}
+
+
 def test_far_pixels_matter():
     """Two blocks carry one corner everywhere, the opposite one included, far beyond their convolutions."""
     model = create(depths=(2,), dims=(16,), chunk=0).eval()

@@ -263,6 +263,31 @@ def test_a_fresh_mixer_joins_opposite_corners(proxy_dim, corner):
     assert opposite > 10 * rounding
 
 
+@pytest.mark.parametrize(
+    ("taps", "along", "beside"), [("straight", (0, 40), (40, 40)), ("diagonal", (40, 40), (0, 40))]
+)
+def test_where_a_fresh_mixer_carries_a_pixel(taps, along, beside):
+    """Straight scans go along rows and columns, diagonal ones along diagonals: 40 lines on it is there."""
+    mixer = seeded(Mixer, DIM, 4, initial_taps=taps)
+    x = image(1, DIM, 96, 96)
+    poked = x.clone()
+    poked[:, :, 48, 48] += 1.0
+    with torch.no_grad():
+        change = (mixer.double()(poked.double()) - mixer(x.double())).square().sum(dim=(0, 1)).sqrt()
+
+    def sent(to):
+        # As wide as the bell of straight scans; those that lean stay a little behind their diagonal.
+        places = [(s * to[k] + 48, t * to[1 - k] + 48) for s in (1, -1) for t in (1, -1) for k in (0, 1)]
+        return sum(change[max(0, y - 6) : y + 7, max(0, x - 6) : x + 7].sum().item() for y, x in places)
+
+    assert sent(along) > 100 * sent(beside)
+
+
+def test_initial_taps_are_known():
+    with pytest.raises(ValueError, match="initial_taps: expected one of straight, diagonal, got 'curved'"):
+        Mixer(DIM, 4, initial_taps="curved")
+
+
 def test_amplitude_does_not_depend_on_image_size():
     mixer = seeded(Mixer, DIM, 4)
     pixel = image(1, DIM, 1, 1)

@@ -46,6 +46,8 @@ def test_ablations_change_what_they_say():
         "gspn2-local": {"chunk": 4},
         "gspn2-still": {"chunk": 1},
         "gspn2-deep": {},
+        "gspn2-diagonal": {"initial_taps": "diagonal"},
+        "gspn2-straight": {"initial_taps": "straight"},
         "gspn2-per-channel": {"groups": 8},
         "gspn2-proxy-2": {"proxy_dim": 2},
         "gspn2-proxy-4": {"proxy_dim": 4},
@@ -54,8 +56,9 @@ def test_ablations_change_what_they_say():
     }
     assert set(changed) | {"vit", "convnet"} == set(CONTENDERS)
     for name, changes in changed.items():
-        for mixer in mixers(name):
-            assert {key: getattr(mixer, key) for key in plain} == plain | changes, name
+        for number, mixer in enumerate(mixers(name)):
+            expected = plain | {"initial_taps": ("straight", "diagonal")[number % 2]} | changes
+            assert {key: getattr(mixer, key) for key in expected} == expected, name
 
 
 def test_weights_are_a_function_of_the_seed():
@@ -69,10 +72,10 @@ def test_weights_are_a_function_of_the_seed():
 
 def test_the_plan_compares_everything_with_one_seed_before_the_next():
     runs = plan()
-    assert len(runs) == len(set(runs)) == 3 * (3 * 3 + 3) + 3 * 3 + 3 * 9
+    assert len(runs) == len(set(runs)) == 3 * (3 * 3 + 3) + 3 * 3 + 3 * 11
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.size for run in runs if run.contender not in MAIN} == {64}
-    assert len(plan(extra_seeds=3)) == 3 * (2 * 3 * 3 + 3 + 3 * 9)
+    assert len(plan(extra_seeds=3)) == 3 * (2 * 3 * 3 + 3 + 3 * 11)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..functional import DIRECTIONS
 from ..nn import FFN, GRN, LPU, LayerNorm2d, Mixer, Pointwise
 from ..nn.layers import Depthwise, hidden_width, is_bare, is_plain, norm_of, residual_branch
+from ..nn.mixer import INITIAL_TAPS
 from ..ops import fused
 from ..ops.eager import under_transforms
 
@@ -169,10 +170,21 @@ class Stem(nn.Module):
 
 @register_notrace_module
 class GSPN2Stage(nn.Module):
-    """Downsampling (LayerNorm, 3x3 convolution with stride 2) except in the first stage, then blocks."""
+    """Downsampling (LayerNorm, 3x3 convolution with stride 2) except in the first stage, then blocks.
+
+    Args:
+        initial_taps: those of each block's mixer.
+    """
 
     def __init__(
-        self, in_dim: int, dim: int, downsample: bool, drop_path: Sequence[float], **block: Any
+        self,
+        in_dim: int,
+        dim: int,
+        downsample: bool,
+        drop_path: Sequence[float],
+        initial_taps: Sequence[str],
+        mixer: dict[str, Any],
+        **block: Any,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
@@ -180,7 +192,10 @@ class GSPN2Stage(nn.Module):
         if downsample:
             convolution = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
             self.downsample = nn.Sequential(LayerNorm2d(in_dim), convolution)
-        self.blocks = nn.Sequential(*[GSPN2Block(dim, drop_path=rate, **block) for rate in drop_path])
+        self.blocks = nn.Sequential()
+        for rate, taps in zip(drop_path, initial_taps, strict=True):
+            own = {**mixer, "initial_taps": taps}
+            self.blocks.append(GSPN2Block(dim, drop_path=rate, mixer=own, **block))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
@@ -212,6 +227,8 @@ class GSPN2(nn.Module):
         operands_from: taps, lam and gate made from the "input" of the mixer or from its "proxy".
         groups: tap groups of a mixer.
         directions: scan directions of a mixer.
+        initial_taps: where fresh scans run, "straight" or "diagonal" (`gspn2.nn.Mixer`), or several that the
+            blocks take in turns.
         backend: implementation of the operator; None chooses.
         keep_hidden: keep the states of all scans for backward (`gspn2.propagate`): faster, for more memory.
         expand_ratio: inner channels of the GSPN module over `dims`.
@@ -236,6 +253,7 @@ class GSPN2(nn.Module):
         operands_from: str = "input",
         groups: int = 1,
         directions: Sequence[str] = DIRECTIONS,
+        initial_taps: str | Sequence[str] = INITIAL_TAPS,
         backend: str | None = None,
         keep_hidden: bool = False,
         expand_ratio: float = 1.5,
@@ -255,6 +273,9 @@ class GSPN2(nn.Module):
         self.drop_rate = drop_rate
         proxy_dims = _per_stage("proxy_dim", proxy_dim, len(depths))
         chunks = _per_stage("chunk", chunk, len(depths))
+        taps = (initial_taps,) if isinstance(initial_taps, str) else tuple(initial_taps)
+        if not taps:
+            raise ValueError(f"initial_taps: expected one of {', '.join(INITIAL_TAPS)} or several, got none")
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.stem = Stem(in_chans, dims[0], stem_stride)
         stages = []
@@ -275,6 +296,7 @@ class GSPN2(nn.Module):
                     dim,
                     downsample=i > 0,
                     drop_path=rates[i].tolist(),
+                    initial_taps=[taps[n % len(taps)] for n in range(sum(depths[:i]), sum(depths[: i + 1]))],
                     ratio=expand_ratio,
                     kernel_size=kernel_size,
                     mlp_ratio=mlp_ratio,

@@ -16,10 +16,15 @@ from .layers import Pointwise, is_plain, pointwise
 
 OPERANDS_FROM = ("proxy", "input")
 
-# For each direction the tap that a fresh mixer favors, so that the four scans run down-right, up-left,
-# up-right and down-left and every corner reaches the opposite one (see `Mixer.reset_parameters`).
+INITIAL_TAPS = ("straight", "diagonal")
+"""Where the scans of a fresh mixer run. In a stack of mixers they should take turns."""
+
+# For each direction the tap that a fresh diagonal mixer favors, so that the four scans run down-right,
+# up-left, up-right and down-left and every corner reaches the opposite one (see `Mixer.reset_parameters`).
 _FAVORED_TAP = {"down": 0, "up": 2, "right": 2, "left": 0}
 _FAVORED_LOGIT, _OTHER_LOGIT = 0.0, -3.5
+# So far below 0 a normalized sigmoid is nearly a softmax, which answers to small changes.
+_EQUAL_LOGIT = -2.0
 _OPERAND_SPREAD = 0.2
 
 # From so many proxy channels on, if they come in vectors of 16 bytes (of 16 bits each), a pixel of the packed
@@ -81,6 +86,7 @@ class Mixer(nn.Module):
             holds the resting values of taps, lam and gate.
         gain: size of a fresh output projection: how much of the average's amplitude the mixer puts out. The
             default suits a residual stream of many mixers; next to a norm it may be 1.
+        initial_taps: where the scans of a fresh mixer run: "straight" or "diagonal" (`reset_parameters`).
         backend, keep_hidden: as for `gspn2.propagate`; kept states are (B, D, proxy_dim, H, W).
 
     Raises:
@@ -100,11 +106,14 @@ class Mixer(nn.Module):
         gate: bool = True,
         bias: bool = True,
         gain: float = 0.2,
+        initial_taps: str = "diagonal",
         backend: str | None = None,
         keep_hidden: bool = False,
     ) -> None:
         super().__init__()
         _check_arguments(dim, proxy_dim, groups, directions, chunk, operands_from)
+        if initial_taps not in INITIAL_TAPS:
+            raise ValueError(f"initial_taps: expected one of {', '.join(INITIAL_TAPS)}, got {initial_taps!r}")
         self.dim = dim
         self.proxy_dim = proxy_dim
         self.groups = groups
@@ -112,6 +121,7 @@ class Mixer(nn.Module):
         self.chunk = chunk
         self.operands_from = operands_from
         self.gain = gain
+        self.initial_taps = initial_taps
         self.backend = backend
         self.keep_hidden = keep_hidden
         scans = len(self.directions)
@@ -128,16 +138,19 @@ class Mixer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize: a gentle average over the image along diagonals.
+        """Initialize: a gentle average over the image, along rows and columns or along diagonals.
 
         lam and gate rest at 1 and `merge` at 1 / D; their data-dependent parts, and that of the logits,
         have a standard deviation of 0.2 for a unit-variance source. The output projection adds `gain` = 0.2
         of the average's amplitude to a residual stream: growth over 100 layers stays below an order of
         magnitude at any image size, and the gradients of the first and of the last layer are of one size.
 
-        With equal taps a corner reaches the opposite one with weight 3^-L, which is nothing. So each
-        direction favors one diagonal neighbor (weight 0.9), a different diagonal for each of the four; odd
-        tap groups favor the mirrored one.
+        "straight" begins with three equal taps: what a place sends spreads as a bell that is as wide as the
+        root of the distance, around its own row or column. On the way to the opposite corner the weight is
+        3^-L, which is nothing. "diagonal" favors one diagonal neighbor (weight 0.9), a different diagonal for
+        each of the four directions; odd tap groups favor the mirrored one. There the weight along a row falls
+        as 20^-L. Gradients come back the way that states went, so what a fresh mixer does not reach it hardly
+        learns to: a stack of mixers should have both.
         """
         nn.init.normal_(self.to_proxy.weight, std=self.to_proxy.in_features**-0.5)
         nn.init.normal_(self.from_proxy.weight, std=self.gain * self.from_proxy.in_features**-0.5)
@@ -147,14 +160,21 @@ class Mixer(nn.Module):
         nn.init.constant_(self.merge, 1.0 / len(self.directions))
         source = self.to_operands.in_features
         nn.init.normal_(self.to_operands.weight, std=_OPERAND_SPREAD * source**-0.5)
-        logits = torch.full((len(self.directions), self.groups, 3), _OTHER_LOGIT)
+        with torch.no_grad():
+            ones = torch.ones(self.sizes[0] + self.sizes[1])
+            self.to_operands.bias.copy_(torch.cat([ones, self._resting_logits().flatten()]))
+
+    def _resting_logits(self) -> Tensor:
+        """Those of a fresh mixer's taps, (D, groups, 3)."""
+        shape = (len(self.directions), self.groups, 3)
+        if self.initial_taps == "straight":
+            return torch.full(shape, _EQUAL_LOGIT)
+        logits = torch.full(shape, _OTHER_LOGIT)
         for d, direction in enumerate(self.directions):
             favored = _FAVORED_TAP[direction]
             logits[d, ::2, favored] = _FAVORED_LOGIT
             logits[d, 1::2, 2 - favored] = _FAVORED_LOGIT
-        with torch.no_grad():
-            ones = torch.ones(self.sizes[0] + self.sizes[1])
-            self.to_operands.bias.copy_(torch.cat([ones, logits.flatten()]))
+        return logits
 
     def operands(self, x: Tensor) -> Operands:
         """What the mixer propagates for the input x (B, dim, H, W): views into one packed tensor.

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from gspn2.functional import DIRECTIONS
 from gspn2.nn import Mixer, Pointwise, TokenMixer
 from gspn2.nn.layers import is_bare
+from gspn2.nn.mixer import INITIAL_TAPS
 from gspn2.ops.eager import plain
 
 from ..swapping import check_loaded, place, zero_output
@@ -236,7 +237,7 @@ class UNetMixers(ModelMixin, ConfigMixin):
         super().__init__()
         if not layers:
             raise ValueError("layers: expected at least one self-attention, got none")
-        for name, sizes in layers.items():
+        for number, (name, sizes) in enumerate(layers.items()):
             mixer = AttentionMixer(
                 sizes["dim"],
                 sizes["proxy_dim"],
@@ -247,6 +248,7 @@ class UNetMixers(ModelMixin, ConfigMixin):
                 lam=lam,
                 gate=gate,
                 bias=bias,
+                initial_taps=INITIAL_TAPS[number % len(INITIAL_TAPS)],
             )
             if zero_output:
                 mixer.zero_output()

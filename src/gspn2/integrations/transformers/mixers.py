@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gspn2.functional import DIRECTIONS
 from gspn2.nn import TokenMixer
+from gspn2.nn.mixer import INITIAL_TAPS
 
 from ..swapping import check_loaded, move_into_place, place, zero_output
 from .readout import Readout
@@ -230,7 +231,7 @@ class VisionMixers(PreTrainedModel):
             raise ValueError("layers: expected at least one self-attention, got none")
         if config.readout not in READOUTS:
             raise ValueError(f"readout: expected one of {', '.join(READOUTS)}, got {config.readout!r}")
-        for name, sizes in config.layers.items():
+        for number, (name, sizes) in enumerate(config.layers.items()):
             mixer = TokenMixer(
                 sizes["dim"],
                 sizes["proxy_dim"],
@@ -241,6 +242,7 @@ class VisionMixers(PreTrainedModel):
                 lam=config.lam,
                 gate=config.gate,
                 bias=config.bias,
+                initial_taps=INITIAL_TAPS[number % len(INITIAL_TAPS)],
             )
             if config.zero_output:
                 zero_output(mixer.mixer)

@@ -76,6 +76,9 @@ CONTENDERS = {
         Contender("gspn2-still", "no propagation", "gspn2", {"chunk": 1}, "reach"),
         # As many blocks as the ConvNet has.
         Contender("gspn2-deep", "9 narrower blocks", "gspn2", {"depths": (9,)}, "depth"),
+        # As scans of all blocks began before they took turns; and the other half alone.
+        Contender("gspn2-diagonal", "begin diagonal", "gspn2", {"initial_taps": "diagonal"}, "initial taps"),
+        Contender("gspn2-straight", "begin straight", "gspn2", {"initial_taps": "straight"}, "initial taps"),
         Contender("gspn2-per-channel", "taps for each channel", "gspn2", {"groups": 8}, "taps"),
         Contender("gspn2-proxy-2", "2 proxy channels", "gspn2", {"proxy_dim": 2}, "proxy"),
         Contender("gspn2-proxy-4", "4 proxy channels", "gspn2", {"proxy_dim": 4}, "proxy"),
