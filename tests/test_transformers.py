@@ -62,8 +62,9 @@ def test_every_attention_is_swapped_and_put_back(encoder):
     assert mixers_of(encoder) is mixers
     assert swapped(encoder).keys() == dict(mixers.layers()).keys()
     assert len(swapped(encoder)) == tiny.SIZES["num_hidden_layers"]
-    for _, mixer in mixers.layers():
+    for number, (_, mixer) in enumerate(mixers.layers()):
         assert mixer.mixer.proxy_dim == 32 // 8
+        assert mixer.mixer.initial_taps == ("straight", "diagonal")[number % 2]
     for grid, before in zip(tiny.GRIDS, expected, strict=True):
         after = run(encoder, grid)
         assert after.shape == before.shape
