@@ -31,16 +31,29 @@ def blocks(language: str, page: str = README) -> list[str]:
 def commands(text: str) -> list[str]:
     """Command lines of gspn2, without comments and redirections; those that go on in the next line as one."""
     lines = text.replace("\\\n", " ").splitlines()
-    lines = [re.sub(r"^(\$|torchrun .* -m|accelerate launch .*-m) ", "", line.strip()) for line in lines]
+    lines = [re.sub(r"^\$ ", "", line.strip()) for line in lines]
+    lines = [re.sub(r"^(torchrun .* -m|accelerate launch .*-m) ", "", line) for line in lines]
     return [re.split(" [#>]", line)[0].strip() for line in lines if line.startswith("gspn2 ")]
 
 
 def examples() -> list[str]:
     """Those of the pages, and those that --help shows."""
     epilogs = [getattr(importlib.import_module(f"gspn2.cli.{name}"), "EPILOG", "") for name in COMMANDS]
-    shown = [block for page in PAGES.values() for block in blocks("console", page)]
+    shown = [block for page in PAGES.values() for block in blocks("(?:console)?", page)]
+    shown += ["\n".join(re.findall(r"^ {4}(.*)$", prose(page), re.MULTILINE)) for page in PAGES.values()]
+    shown += ["\n".join(whole(page)) for page in PAGES.values()]
     shown += [text.partition("examples:\n")[2].partition("\n\n")[0] for text in epilogs]
     return sorted({line for text in shown for line in commands(text)})
+
+
+def whole(page: str) -> list[str]:
+    """Commands within a sentence that have all that they need: an option in capitals stands for a value."""
+    named = [" ".join(text.split()) for text in re.findall(r"`(gspn2 [^`]*)`", prose(page))]
+    return [
+        line
+        for line in named
+        if len(line.split()) > 2 and not re.search(r"\.\.\.|--help|\b[A-Z]{2,}\b", line)
+    ]
 
 
 def prose(page: str) -> str:
@@ -107,6 +120,7 @@ def test_extras_exist() -> None:
 def test_the_package_is_of_the_version_that_it_tells() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == gspn2.__version__
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_every_file_of_the_package_is_installed() -> None:
