@@ -39,6 +39,7 @@ def test_the_command_line_says_what_it_expects(capsys: pytest.CaptureFixture[str
         (["ladder", "compare"], "compare comes first"),
         (["list", "laddder"], "got 'laddder'"),
         (["report", "here"], "expected nothing after it, got 'here'"),
+        (["docs", "a.json", "--out", "folder"], "a name that ends in .md, got folder"),
     ],
 )
 def test_a_wrong_word_is_named(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +47,13 @@ def test_a_wrong_word_is_named(words: list[str], told: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["ladder", "--out", "a b/c"], ["ladder", "--out=it's", "--resume", "--in-process", "3"]]
+)
+def test_the_command_is_kept_without_folders(words: list[str]) -> None:
+    assert command_module._shown(words) == ["ladder"]
 
 
 def test_without_matplotlib_that_is_told_before_anything_is_measured(

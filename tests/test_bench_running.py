@@ -170,6 +170,18 @@ def test_a_run_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     assert {name for name, row in by_name.items() if results.timed(row)} == {"a", "c", "d"}
 
 
+def test_times_of_another_machine_are_not_gone_on_with(tmp_path: Path) -> None:
+    path, counts = tmp_path / "r.json", dict[str, int]()
+    run_cases([counted("a", counts)], path)
+    there = {"commit": "abc", "device": "a GPU", "driver": "unknown"}
+    found = results.Results(path, there, {"command": "gspn2 bench", "device": "cuda"})
+    assert found.resume() == "1 case measured elsewhere (device None and a GPU): not kept"
+    assert not found.rows
+    same = results.Results(path, {"commit": "abc", "driver": "unknown"}, {})
+    assert same.resume() == ""
+    assert [row["case"] for row in same.rows] == ["a"]
+
+
 def interrupted() -> dict[str, Pass]:
     raise KeyboardInterrupt
 

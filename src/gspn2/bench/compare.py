@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .results import broken, timed
+from .results import broken, differences, timed
 
 Key = tuple[str, str, str, str]
 
@@ -145,10 +145,5 @@ def _noise(it: dict[str, Any]) -> float:
 
 def _warning(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Machines and versions that differ."""
-    names = ("device", "processor", "threads", "torch", "driver")
-    differ = [
-        f"{name} {before.get(name)} and {after.get(name)}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
-    return f"the two differ in more than the code: {', '.join(differ)}" if differ else ""
+    differ = differences(before, after)
+    return f"the two differ in more than the code: {differ}" if differ else ""

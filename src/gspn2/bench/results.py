@@ -14,6 +14,9 @@ from .measure import rounded
 SCHEMA = 1
 """Of the file. Raised when a reader of the old one would misread the new one."""
 
+PLACES = ("device", "processor", "threads", "torch", "driver")
+"""Of what a file says of its machine: where these differ, times tell of more than the code."""
+
 MOST_TRIES = 2
 """After so many beginnings without an end a case is not begun again."""
 FLOOR_TOLERANCE = 0.03
@@ -57,18 +60,20 @@ class Results:
     def rows(self) -> list[Row]:
         return self.content["cases"]
 
-    def resume(self) -> int:
-        """Take over what the file holds of the same commit.
+    def resume(self) -> str:
+        """Take over what the file holds of the same commit and machine.
 
         A case that only began is measured again, in case the run was ended from outside; if that happens
-        twice it is taken to have ended the process. Returns how many cases are dropped, of other commits.
+        twice it is taken to have ended the process. Returns why cases are dropped, those of other commits
+        and of other machines, or "".
         """
         if not self.path.exists():
-            return 0
-        old = load(self.path)
-        commit = self.content["machine"]["commit"]
+            return ""
+        old, here = load(self.path), self.content["machine"]
+        if old["cases"] and (differ := differences(old["machine"], here)):
+            return f"{_counted(len(old['cases']))} measured elsewhere ({differ}): not kept"
         for row in old["cases"]:
-            if row.get("commit") != commit:
+            if row.get("commit") != here["commit"]:
                 continue
             tries = int(row.get("began", 0))
             if 0 < tries < MOST_TRIES:
@@ -78,7 +83,8 @@ class Results:
         if self.rows:
             self.content["rates"] = old["rates"]
             self._seconds = old["run"].get("seconds") or sum(row.get("seconds", 0.0) for row in self.rows)
-        return sum(row.get("commit") != commit for row in old["cases"])
+        dropped = sum(row.get("commit") != here["commit"] for row in old["cases"])
+        return f"{_counted(dropped)} of another commit than {here['commit']}: not kept" if dropped else ""
 
     def holds(self, bench: str, case: str) -> bool:
         """Has the case been run?"""
@@ -121,6 +127,16 @@ class Results:
     def save(self) -> None:
         """Write the file anew, as a whole."""
         _write(self.content, self.path)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """How two machines differ, in words, or "". What could not be found out is no difference."""
+    pairs = {name: (before.get(name), after.get(name)) for name in PLACES}
+    return ", ".join(
+        f"{name} {old} and {new}"
+        for name, (old, new) in pairs.items()
+        if old != new and "unknown" not in (old, new)
+    )
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -187,6 +203,10 @@ def give_up(path: Path) -> None:
     content = load(path)
     content["cases"] = [_failed(row) if "began" in row else row for row in content["cases"]]
     _write(content, path)
+
+
+def _counted(cases: int) -> str:
+    return "1 case" if cases == 1 else f"{cases} cases"
 
 
 def _failed(row: Row) -> Row:

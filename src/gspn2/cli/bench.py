@@ -28,7 +28,7 @@ MINUTES = {"cuda": 14.5, "cpu": 2.0}
 COMPILING = 0.3
 """Of the limit that models are compiled ahead for at most; what is not ready then, its case compiles."""
 MOST_RESTARTS = 12
-BEFORE = "results.before.json"
+OUT, BEFORE = Path("bench"), "results.before.json"
 NO_MATPLOTLIB = 'it needs matplotlib: pip install "gspn2[bench]"'
 DONE, WRONG, USAGE = 0, 1, 2
 
@@ -59,12 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("bench"),
+        default=OUT,
         metavar="PATH",
-        help="folder, or file of docs (default: bench)",
+        help=f"folder (default: {OUT}); of docs, a file (default: docs/benchmarks.md)",
     )
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches")
-    parser.add_argument("--resume", action="store_true", help="keep what --out holds of this commit")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --out holds of this commit and machine"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--rounds", type=positive, default=9, metavar="N", help="samples (default: 9)")
     parser.add_argument(
@@ -269,20 +271,24 @@ def _results(device: torch.device, args: argparse.Namespace) -> Results:
     from gspn2.bench.about import machine
     from gspn2.bench.results import Results
 
-    command = shlex.join(["gspn2", *(word for word in _shown(_typed()))])
+    command = shlex.join(["gspn2", *_shown(_typed())])
     run: dict[str, Any] = {"command": command, "device": device.type, "rounds": args.rounds}
     results = Results(args.out / "results.json", machine(device, command), run)
-    dropped = results.resume() if args.resume else 0
+    dropped = results.resume() if args.resume else ""
     if dropped and args.in_process is None:
-        cases = "1 case" if dropped == 1 else f"{dropped} cases"
-        print(f"{cases} of another commit than {results.content['machine']['commit']}: not kept", flush=True)
+        print(dropped, flush=True)
     return results
 
 
-def _shown(words: list[str]) -> list[str]:
+def _shown(words: Sequence[str]) -> list[str]:
     """The command line without what is nobody's business: folders, and how it was run."""
-    text = " ".join(shlex.quote(word) for word in words)
-    return shlex.split(re.sub(r" ?--(out|in-process)[ =]\S+| ?--resume", "", text))
+    shown, left = [], iter(words)
+    for word in left:
+        if word in ("--out", "--in-process"):
+            next(left, None)
+        elif word != "--resume" and not word.startswith(("--out=", "--in-process=")):
+            shown.append(word)
+    return shown
 
 
 def _report(out: Path, more: Sequence[str] = ()) -> int:
@@ -322,8 +328,10 @@ def _docs(paths: list[str], args: argparse.Namespace) -> int:
 
     if not paths:
         raise UserError("docs: expected result files, got none")
-    text = document.text([load(Path(path)) for path in paths])
-    path = args.out if args.out.suffix == ".md" else Path("docs") / "benchmarks.md"
+    path = Path("docs") / "benchmarks.md" if args.out == OUT else args.out
+    if path.suffix != ".md":
+        raise UserError(f"--out: docs writes a file, expected a name that ends in .md, got {path}")
+    text = document.text([load(Path(it)) for it in paths])
     if args.check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             return complain(
