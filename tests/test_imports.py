@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,3 +171,24 @@ def test_an_integration_needs_the_packages_of_its_extra_only() -> None:
     others = ("timm", "torchvision", "diffusers", "accelerate", "PIL", "rich")
     missing = "; ".join(f"sys.modules['{name}'] = None" for name in others)
     assert "transformers" in loaded_by(f"{missing}; import gspn2.integrations.transformers")
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("gspn2.models", "timm", "models"),
+        ("gspn2.integrations.diffusers", "diffusers", "diffusers"),
+        ("gspn2.integrations.transformers", "transformers", "transformers"),
+    ],
+)
+def test_what_is_not_installed_is_told_with_its_extra(
+    module: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package or name.startswith(module)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ModuleNotFoundError, match=rf'{module} needs {package}: .*"gspn2\[{extra}\]"'
+    ) as caught:
+        importlib.import_module(module)
+    assert caught.value.name == package

@@ -200,11 +200,12 @@ def _plan(problem: Problem, args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _text(report: dict[str, Any]) -> str:
     cpu, problem = report["cpu"], report["problem"]
+    threads = "1 thread" if cpu["threads"] == 1 else f"{cpu['threads']} threads"
     lines = ["versions"]
     lines += [f"  {name:<14}{version or 'not installed'}" for name, version in report["versions"].items()]
     lines += [
         "devices",
-        f"  {'cpu':<14}{cpu['name']}; {cpu['usable']} of {cpu['cores']} cores, {cpu['threads']} threads",
+        f"  {'cpu':<14}{cpu['name']}; {cpu['usable']} of {cpu['cores']} cores, {threads}",
     ]
     built = f"CUDA {report['cuda']}" if report["cuda"] else "the CPU only"
     lines += [

@@ -66,7 +66,7 @@ class TrainProgress:
             f"(epoch {best.epoch})"
         )
         if result.faults:
-            print(f"left out {len(result.faults)} unreadable images: {result.out / FAULTS}")
+            print(f"left out {_plural(len(result.faults), 'unreadable image')}: {result.out / FAULTS}")
         print(f"best weights: {result.best}")
 
     def _start(self, event: RunStarted) -> None:
@@ -78,7 +78,8 @@ class TrainProgress:
         )
         self._say(
             f"{event.config.data}: {event.train_images} training and {event.test_images} test images, "
-            f"{len(event.class_names)} classes; {event.config.epochs} epochs of {event.steps_per_epoch} steps"
+            f"{len(event.class_names)} classes; {_plural(event.config.epochs, 'epoch')} of "
+            f"{_plural(event.steps_per_epoch, 'step')}"
         )
         if event.first_step:
             self._say(f"resuming at step {event.first_step} of {event.steps}")
@@ -154,6 +155,10 @@ def _span(seconds: float) -> str:
 
 def _processes(count: int) -> str:
     return f", {count} processes" if count > 1 else ""
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _count(number: int) -> str:

@@ -22,8 +22,12 @@ def write_faults(folder: Path, faults: list[str]) -> str:
     """List unreadable images in `unreadable.txt`; returns a sentence about them."""
     with replacing(folder / FAULTS) as temporary:
         temporary.write_text("".join(f"{' '.join(fault.split())}\n" for fault in faults), encoding="utf-8")
-    images = "1 image" if len(faults) == 1 else f"{len(faults)} images"
-    return f"{images} cannot be read and are left out; see {folder / FAULTS}"
+    images = (
+        "1 image cannot be read and is"
+        if len(faults) == 1
+        else f"{len(faults)} images cannot be read and are"
+    )
+    return f"{images} left out; see {folder / FAULTS}"
 
 
 def save_failed_batch(

@@ -12,6 +12,13 @@ pipe("a lighthouse at dusk")
 unmount(pipe.unet)                                         # the UNet as it was
 """
 
+try:
+    import diffusers  # noqa: F401
+except ModuleNotFoundError as error:
+    # The name stays that of what is missing: for those who ask, the command among them.
+    hint = f'gspn2.integrations.diffusers needs {error.name}: pip install "gspn2[diffusers]"'
+    raise ModuleNotFoundError(hint, name=error.name) from error
+
 from .mixers import AttentionMixer, UNetMixers
 from .mounting import is_mounted, mixers_of, mount, unmount
 

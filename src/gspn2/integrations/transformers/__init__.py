@@ -13,6 +13,13 @@ unmount(model)                                                # the model as it 
 Distiller(model)(pixel_values)["loss"].backward()             # the replaced attention is the teacher
 """
 
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    # The name stays that of what is missing: for those who ask, the command among them.
+    hint = f'gspn2.integrations.transformers needs {error.name}: pip install "gspn2[transformers]"'
+    raise ModuleNotFoundError(hint, name=error.name) from error
+
 from .distillation import Distiller
 from .mixers import AttentionMixer, VisionMixers, VisionMixersConfig
 from .mounting import is_mounted, mixers_of, mount, unmount
