@@ -29,13 +29,7 @@ UNETS = {"sdxl": tiny.sdxl_unet, "sd15": tiny.sd15_unet}
 SIZES = [(16, 16), (16, 24), (20, 12)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=list(UNETS))

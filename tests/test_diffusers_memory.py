@@ -16,14 +16,7 @@ from gspn2.integrations.diffusers.execution import frugal, graphed
 from gspn2.integrations.diffusers.memory import PeakMemory, bytes_of, peak_of
 from gspn2.integrations.diffusers.stages import Stage, direct, progressive
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["sdxl", "sd15"])

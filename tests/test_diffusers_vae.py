@@ -15,14 +15,7 @@ from gspn2.integrations.diffusers import vae as module
 from gspn2.integrations.diffusers.memory import PeakMemory, peak_of
 from gspn2.integrations.diffusers.vae import TiledVae
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

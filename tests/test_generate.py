@@ -25,14 +25,7 @@ from gspn2.cli.main import main
 from gspn2.integrations.diffusers import generate as module
 from gspn2.integrations.diffusers import mount
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

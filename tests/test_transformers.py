@@ -28,13 +28,7 @@ from processes import printed_by
 WITH_PREFIX = [name for name, number in tiny.PREFIX.items() if number]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only get slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=list(tiny.PREFIX))
