@@ -38,6 +38,7 @@ def test_the_command_line_says_what_it_expects(capsys: pytest.CaptureFixture[str
         (["ladder", "--tolerance", "nan"], "at least 0, got 'nan'"),
         (["ladder", "compare"], "compare comes first"),
         (["list", "laddder"], "got 'laddder'"),
+        (["ladder", "--check"], "--check: of docs only, got it with ladder"),
         (["report", "here"], "expected nothing after it, got 'here'"),
         (["docs", "a.json", "--out", "folder"], "a name that ends in .md, got folder"),
     ],

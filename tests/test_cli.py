@@ -213,7 +213,12 @@ ERRORS = [
     (["train", *SMALL[:-1], "meta", "--out", "{tmp}/new"], "device: 'meta' cannot be used"),
     (["eval", "{tmp}/empty"], "no best.safetensors"),
     (["eval", "{tmp}/full/file"], "not a readable safetensors file"),
+    (["eval", "{run}", "--out", "{tmp}/full/file"], "out: cannot write to"),
     (["predict", "{tmp}/nothing", "a.png"], "no such file"),
+    (["learn", "--check"], "of docs only, got it with run"),
+    (["draw", "judge", "--check"], "of docs only, got it with judge"),
+    (["demo", "--gate", "nan"], "expected a number of at least 0, got 'nan'"),
+    (["demo", "--gate", "970"], "expected at most 100, got '970'"),
     (["info", "--directions", "sideways"], "--directions: expected"),
     (["info", "--groups", "3"], "--groups: expected a divisor of C = 8"),
 ]

@@ -16,6 +16,7 @@ from gspn2.training import (
     evaluate,
     recipe_settings,
 )
+from gspn2.training.data import unused
 from gspn2.training.log import RunLog
 from gspn2.training.schedule import learning_rate
 from gspn2.training.sharding import units
@@ -117,6 +118,15 @@ def test_what_a_short_run_never_reaches_is_told():
     assert "takes 20 epochs and the run 20: the learning rate never reaches its peak" in short.unreached[0]
     assert dataclasses.replace(short, epochs=21).unreached == []
     assert len(dataclasses.replace(short, mesa=0.0).unreached) == 1
+
+
+def test_a_number_of_images_that_changes_nothing_is_told() -> None:
+    told = {
+        data: unused(TrainConfig(data=data, train_images=9)) for data in ("digits", "maze:64", "hf-stream:x")
+    }
+    assert [len(texts) for texts in told.values()] == [1, 0, 0]
+    assert "train_images changes nothing" in told["digits"][0]
+    assert unused(TrainConfig()) == []
 
 
 def test_fixed_size_models_are_made_for_the_image():

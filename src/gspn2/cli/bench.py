@@ -90,8 +90,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from gspn2.bench.results import ResultsError
+    from gspn2.training.errors import UserError
 
     verb, *rest = args.names
+    if args.check and verb != "docs":
+        raise UserError(f"--check: of docs only, got it with {verb}")
     try:
         if verb == "compare":
             return _compare(rest, args.tolerance)

@@ -7,6 +7,7 @@ import ast
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..training.errors import TrainingFailed, UserError
@@ -29,6 +30,14 @@ def guarded(command: str, job: Callable[[], int]) -> int:
         raise
     except (TrainingFailed, OSError) as error:
         return complain(command, error, 1)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that --out names, before any work: a UserError if that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: cannot write to {out}: {error.strerror}") from error
 
 
 def complain(command: str, error: object, code: int) -> int:
@@ -82,6 +91,21 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def percent(text: str) -> float:
+    """A number from 0 to 100."""
+    value = not_negative(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"expected at most 100, got {text!r}")
+    return value
 
 
 def not_negative(text: str) -> float:

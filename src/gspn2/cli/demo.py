@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import complain, guarded, positive
+from .common import complain, guarded, percent, positive, whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, metavar="N", help="of both trainings (default: 14)")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images a step (default: 32)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (default: 0)"
+        "--seed", type=whole, default=0, metavar="N", help="of weights, order and augmentation (default: 0)"
     )
     parser.add_argument(
         "--gate",
-        type=float,
+        type=percent,
         metavar="PERCENT",
         help=f"test accuracy that GSPN-2 has to reach (default: {GATE:g}; none with --quick)",
     )

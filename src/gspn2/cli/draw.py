@@ -16,6 +16,7 @@ from .series import (
     add_numbers,
     add_series_arguments,
     check_out,
+    dispatch,
     finish,
     show,
     show_states,
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the verb says; returns the exit code."""
     jobs = {"run": _run, "judge": _judge, "list": _list, "docs": _docs}
-    return guarded("draw", lambda: jobs[args.verb](args))
+    return guarded("draw", lambda: dispatch(args, jobs))
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import guarded, positive
+from .common import guarded, make_folder, positive
 from .progress import counting
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ..training import eval_loader, evaluate, load_checkpoint, load_test_data
     from ..training.model import amp_dtype, pick_device
 
+    if args.out is not None:
+        make_folder(args.out)
     device = pick_device(args.device)
     model, info = load_checkpoint(args.checkpoint, device=device, weights=args.weights)
     data = info.config.data if args.data is None else args.data
@@ -100,7 +102,6 @@ def _write(out: Path, report: dict[str, Any], result: Evaluation, info: Checkpoi
     from ..training.errors import UserError
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "evaluation.json", report)
         save_picture(result.confusion, info.class_names, out / "confusion.png")
     except OSError as error:

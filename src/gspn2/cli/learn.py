@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import guarded, positive
+from .common import guarded, positive, whole
 from .series import (
     add_numbers,
     add_series_arguments,
     check_out,
+    dispatch,
     finish,
     show,
     show_states,
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="models and ablations (default: all)")
     parser.add_argument(
         "--extra-seeds",
-        type=int,
+        type=whole,
         default=1,
         metavar="N",
         help="how many of the seeds ablations and larger sizes take (default: 1)",
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the verb says; returns the exit code."""
     jobs = {"run": _run, "list": _list, "pace": _pace, "docs": _docs}
-    return guarded("learn", lambda: jobs[args.verb](args))
+    return guarded("learn", lambda: dispatch(args, jobs))
 
 
 def _settings(args: argparse.Namespace) -> Settings:

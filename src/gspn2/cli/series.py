@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .common import complain, positive
+from .common import complain, positive, whole
 
 if TYPE_CHECKING:
     from gspn2.training.series import Progress
@@ -37,7 +37,7 @@ def add_series_arguments(
     )
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"(default: {out})")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=seeds, metavar="N", help=f"(default: {numbers})"
+        "--seeds", nargs="+", type=whole, default=seeds, metavar="N", help=f"(default: {numbers})"
     )
     add_numbers(
         parser,
@@ -71,6 +71,15 @@ def check_out(out: Path) -> None:
 
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file, expected a folder")
+
+
+def dispatch(args: argparse.Namespace, jobs: Mapping[str, Callable[[argparse.Namespace], int]]) -> int:
+    """Do what the verb says; a UserError for --check beside one that would write: hours of training, say."""
+    from gspn2.training import UserError
+
+    if args.check and args.verb != "docs":
+        raise UserError(f"--check: of docs only, got it with {args.verb}")
+    return jobs[args.verb](args)
 
 
 def with_results(results: list[Any], out: Path) -> list[Any]:

@@ -61,6 +61,13 @@ def load_data(config: TrainConfig) -> Data:
     )
 
 
+def unused(config: TrainConfig) -> list[str]:
+    """Settings that this kind of data has no use for, in words."""
+    if config.train_images is None or config.data.startswith(STREAM) or is_task(config.data):
+        return []
+    return [f"{config.data} says itself how many images it has: train_images changes nothing"]
+
+
 def _load_streams(config: TrainConfig, preprocess: Preprocess, augmentation: Transform) -> Data:
     found = find_streams(config.data)
     if found.train is None or found.test is None:
@@ -89,6 +96,9 @@ def find(data: str, config: TrainConfig) -> Parts:
         return find_hub(data)
     if shard_files(data):
         return find_shards(data)
+    if not Path(data).exists():
+        kinds = f"digits, tar shards, {WHOLE}NAME, {STREAM}NAME, {', '.join(f'{it}:SIZE' for it in CLASSES)}"
+        raise DataError(f"data: {data}: no such folder; expected one, or {kinds}")
     return find_folder(data)
 
 

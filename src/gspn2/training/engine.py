@@ -24,7 +24,7 @@ from torch import Tensor
 from .batches import eval_loader, train_loader
 from .checkpoint import BEST, LAST, CheckpointInfo, read_checkpoint, read_info, save_checkpoint, write_json
 from .config import TrainConfig
-from .data import Data, load_data
+from .data import Data, load_data, unused
 from .distributed import World, joined
 from .errors import CheckpointError, Interrupted, TrainingFailed, UserError
 from .evaluate import Evaluation, evaluate
@@ -223,7 +223,7 @@ class Run:
     def finish(self) -> TrainResult:
         """Train and test what is left of the run."""
         self.emit(self._started())
-        for text in self.config.unreached:
+        for text in (*self.config.unreached, *unused(self.config)):
             self.emit(Notice(text))
         self._clock = time.perf_counter()
         try:
