@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import gspn2
 from gspn2.backends.cpu import threads as cpu_threads
 from helpers import LAYOUTS, Case, assert_same_bits, make_case, run, truth
 
@@ -75,6 +76,19 @@ def test_adding_directions_does_not_warn_of_what_is_not_finite() -> None:
     case = make_case(1, 1, 9, 9, dtype=torch.float32)
     case.x[0, 0, 4, 4] = torch.inf
     assert_same_bits({"y": run(case)["y"].isnan()}, {"y": truth(case)["y"].isnan()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("threads")
+def test_inference_mode_reaches_every_thread(dtype: torch.dtype, backend: str) -> None:
+    """The caller's own is no other thread's: few planes, whose directions are added by several."""
+    torch.set_num_threads(4)
+    case = make_case(1, 2, 20, 23, dtype=dtype)
+    expected = run(case, backend=backend)["y"]
+    with torch.inference_mode():
+        found = gspn2.propagate(**case.tensors(), backend=backend)
+    assert found.is_inference()
+    assert torch.equal(found, expected)
 
 
 # Python threads

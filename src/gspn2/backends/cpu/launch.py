@@ -119,13 +119,14 @@ class _Sums:
         channels = result.shape[1]
 
         def add_planes(_: int, first: int, last: int) -> None:
-            for index in range(first, last):
-                total, *others = parts[:, index]
-                # NumPy and small copies, because PyTorch's own threads hang in a forked child.
-                with np.errstate(all="ignore"):
+            # Inference mode belongs to a thread, and without it tensors made in it cannot be written to.
+            with torch.inference_mode(result.is_inference()), np.errstate(all="ignore"):
+                for index in range(first, last):
+                    total, *others = parts[:, index]
+                    # NumPy and small copies, because PyTorch's own threads hang in a forked child.
                     for part in others:
                         np.add(total.numpy(), part.numpy(), out=total.numpy())
-                _copy_in_pieces(result[index // channels, index % channels], total)
+                    _copy_in_pieces(result[index // channels, index % channels], total)
 
         run_tasks(add_planes, parts.shape[1], threads, 0)
 
