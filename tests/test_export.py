@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from gspn2 import propagate
 from gspn2.cli.main import main
+from gspn2.models.onnx import export_onnx, export_program
 from gspn2.training import CheckpointError, UserError, load_checkpoint, train
 from gspn2.training.checkpoint import read_checkpoint
 from gspn2.training.export import check_onnx, export
@@ -141,6 +143,42 @@ def test_onnx_holds_standard_operators_alone_and_runs_at_any_size(run, written):
             expected = model(images).numpy()
         (logits,) = session.run(None, {"images": images.numpy()})
         assert np.abs(logits - expected).max() < 1e-5 * max(1, np.abs(expected).max()), shape
+
+
+class Propagates(torch.nn.Module):
+    """A scan of the first channel, by taps that come with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.frozen = torch.nn.Identity().eval()
+
+    def forward(self, images):
+        logits = images[:, 1:].unflatten(1, (1, 1, 3))
+        return propagate(self.scale * images[:, :1], logits, directions=["down"], chunk=3)
+
+
+def test_what_is_not_finite_goes_no_further_in_onnx(tmp_path):
+    """As in the operator itself: not past a restart, nor from one end of a line to the other."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Propagates()
+    export_onnx(export_program(model, (4, 7, 6)), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = torch.randn(1, 4, 7, 6)
+    for value in (np.nan, np.inf):
+        images[0, 0, 1, 0] = images[0, 0, 3, 5] = value
+        (found,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(found, model(images).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_is_left_as_it_was_by_export():
+    """Which parts learn, and in what precision: nothing is put into train mode that was not."""
+    model = Propagates().to(torch.bfloat16)
+    export_program(model, (4, 7, 6))
+    assert model.training
+    assert not model.frozen.training
+    assert model.scale.dtype == torch.bfloat16
 
 
 def test_onnx_that_differs_is_refused(run, written):

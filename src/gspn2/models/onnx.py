@@ -25,7 +25,7 @@ def export_program(
     """A model for inference as a graph of `torch.export`; propagation stays one operator, `gspn2::propagate`.
 
     Args:
-        model: (N, C, H, W) to a tensor.
+        model: (N, C, H, W) to a tensor, of the device and dtype of its parameters; it is left as it was.
         size: (C, H, W) of the images.
         dynamic: leave N, H and W open; otherwise N alone.
     """
@@ -34,17 +34,20 @@ def export_program(
         # Equal sizes would be taken for one and the same, and a size of 1, at the end of a model that shrinks
         # small images, for what it always is.
         height, width = EXAMPLE
-    example = torch.zeros(2, channels, height, width)
+    like = next((it for it in model.parameters() if it.is_floating_point()), torch.empty(0))
+    example = like.new_zeros(2, channels, height, width)
     shape: dict[int, Any] = {0: torch.export.Dim("batch")}
     if dynamic:
         shape |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    was_training = model.training
+    # Each by itself: a model that learns may have frozen parts.
+    learning = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             return torch.export.export(model, (example,), dynamic_shapes=(shape,), strict=False)
     finally:
-        model.train(was_training)
+        for module in learning:
+            module.training = True
 
 
 def export_onnx(

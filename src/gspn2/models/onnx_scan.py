@@ -24,7 +24,8 @@ def scan_lines(u: FLOAT, w: FLOAT, restart: BOOL, reads: Sequence[int], writes: 
 
     @graph()
     def line(h, u_i, w_i, restart_i):
-        zero = op.Sub(u_i, u_i)
+        # No difference of equals: that of infinities is NaN.
+        zero = op.CastLike(op.ConstantOfShape(op.Shape(u_i)), u_i)
         kept = op.Where(restart_i, zero, h)
         edge = op.Slice(zero, [0], [1], [3])
         low = op.Concat(edge, op.Slice(kept, [0], [-1], [3]), axis=3)
