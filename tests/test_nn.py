@@ -391,10 +391,13 @@ def test_token_mixer_never_guesses_the_grid():
         tokens(torch.zeros(1, 16, DIM), (-4, -4))
     with pytest.raises(ValueError, match=r"x: expected \(B, N, 12\)"):
         tokens(torch.zeros(1, DIM, 4, 4), (4, 4))
-    with pytest.raises(TypeError, match=r"grid: expected \(H, W\), got 4"):
-        tokens(torch.zeros(1, 16, DIM), 4)
+    for grid in (4, (4.0, 4), "44", (4, 4, 1)):
+        with pytest.raises(TypeError, match=r"grid: expected \(H, W\), two whole numbers, got"):
+            tokens(torch.zeros(1, 16, DIM), grid)
     with pytest.raises(ValueError, match="prefix_tokens: expected at least 0, got -1"):
         TokenMixer(DIM, 4, prefix_tokens=-1)
+    with pytest.raises(TypeError, match=r"prefix_tokens: expected an int, got 1\.5"):
+        TokenMixer(DIM, 4, prefix_tokens=1.5)
 
 
 def test_lpu_adds_a_depthwise_convolution():

@@ -28,6 +28,8 @@ class TokenMixer(nn.Module):
 
     def __init__(self, dim: int, proxy_dim: int, *, prefix_tokens: int = 0, **mixer: Any) -> None:
         super().__init__()
+        if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int):
+            raise TypeError(f"prefix_tokens: expected an int, got {prefix_tokens!r}")
         if prefix_tokens < 0:
             raise ValueError(f"prefix_tokens: expected at least 0, got {prefix_tokens}")
         self.prefix_tokens = prefix_tokens
@@ -42,12 +44,14 @@ class TokenMixer(nn.Module):
 
         Raises:
             ValueError: x is no (B, N, dim), or N is not prefix_tokens + H * W.
-            TypeError: the grid is no pair of numbers.
+            TypeError: the grid is no pair of whole numbers.
         """
         if x.ndim != 3 or x.shape[2] != self.mixer.dim:
             raise ValueError(f"x: expected (B, N, {self.mixer.dim}), got shape {tuple(x.shape)}")
-        if not isinstance(grid, Sequence) or len(grid) != 2:
-            raise TypeError(f"grid: expected (H, W), got {grid!r}")
+        # SymInt stands for a size under torch.compile.
+        pair = isinstance(grid, Sequence) and len(grid) == 2
+        if not pair or not all(isinstance(side, int | torch.SymInt) for side in grid):
+            raise TypeError(f"grid: expected (H, W), two whole numbers, got {grid!r}")
         height, width = grid
         tokens = x.shape[1]
         if height < 1 or width < 1 or tokens != self.prefix_tokens + height * width:
