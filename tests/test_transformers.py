@@ -270,6 +270,37 @@ def test_saved_mixers_load_in_a_fresh_process(tmp_path):
     assert printed_by(script, tmp_path) == "same"
 
 
+def test_automodel_reads_mixers(tmp_path):
+    mount(tiny.encoder("ViT"), groups=2).save_pretrained(tmp_path)
+    mixers = hf.AutoModel.from_pretrained(tmp_path)
+    assert isinstance(mixers, VisionMixers)
+    assert mixers.config.groups == 2
+
+
+def test_attentions_that_do_not_run_are_weights_all_the_same():
+    """Sharded models' checkpoints look names up, and a strict load wants all of them."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model = tiny.encoder("SiglipVision")
+    plain = run(model, (4, 4))
+    mount(model)
+    weights = {name: tensor.clone() for name, tensor in get_model_state_dict(model).items()}
+    assert weights.keys() == model.state_dict().keys()
+    other = tiny.encoder("SiglipVision")
+    mount(other)
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.zero_()
+    set_model_state_dict(other, weights)
+    unmount(other)
+    assert torch.equal(run(other, (4, 4)), plain)
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    del weights[name]
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        model.load_state_dict(weights)
+    assert model.load_state_dict(weights, strict=False).missing_keys == [name]
+
+
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "model"])
 def test_loading_is_strict(tmp_path, fault):
     model = tiny.encoder("ViT")
@@ -350,6 +381,20 @@ def test_a_copy_is_its_own(again):
     assert torch.equal(run(model, (4, 6)), expected)
 
 
+def test_replicas_hand_their_own_grid_down():
+    """As `nn.DataParallel` makes them, with which `Trainer` uses several GPUs of one process."""
+
+    def replica(module):
+        made = module._replicate_for_data_parallel()
+        made._parameters, made._buffers = dict(module._parameters), dict(module._buffers)
+        made._modules.update({name: replica(child) for name, child in module._modules.items()})
+        return made
+
+    model = tiny.encoder("Dinov2")
+    mount(model, zero_output=False)
+    assert torch.equal(run(replica(model), (4, 6)), run(model, (4, 6)))
+
+
 def test_adapters_of_the_readout_take_part_and_leave():
     peft = pytest.importorskip("peft")
     model = tiny.encoder("CLIPVision")
@@ -427,6 +472,20 @@ def test_mixers_learn_what_attention_does(name):
         Distiller(teacher, {"feature": 1.0})
 
 
+@pytest.mark.parametrize("name", ["SiglipVision", "DINOv3ViT"])
+def test_a_teacher_goes_where_the_student_goes(name):
+    """Also with what they do not share: attentions that were replaced, and buffers."""
+    teacher = tiny.encoder(name)
+    distiller = Distiller(teacher).double()
+    tensors = [*teacher.parameters(), *teacher.buffers()]
+    assert all(tensor.dtype == torch.float64 for tensor in tensors if tensor.is_floating_point())
+    assert distiller(tiny.images((4, 4)).double())["loss"].isfinite()
+    frozen = {id(p) for p in distiller.parameters() if not p.requires_grad}
+    assert frozen <= {id(p) for p in teacher.parameters()}
+    with pytest.raises(TypeError, match="teacher: expected a model, got str"):
+        Distiller("vit")
+
+
 def test_padding_does_not_count_in_what_is_learnt():
     inputs = tiny.padded([(2, 5), (3, 3)], 12)
     distiller = Distiller(tiny.siglip2(), zero_output=False)
@@ -502,6 +561,8 @@ def test_bad_calls_are_refused():
         mount(model, proxy_dims=4)
     with pytest.raises(ValueError, match="proxy_ratio"):
         mount(model, proxy_ratio=0)
+    with pytest.raises(TypeError, match=r"mixers: expected VisionMixers, as .* got str"):
+        mount(model, "mixers")
     with pytest.raises(ValueError, match="readout: expected one of attention, average, got 'mean'"):
         mount(model, readout="mean")
     assert not is_mounted(model)

@@ -18,6 +18,28 @@ def twin(model: Model) -> Model:
     return copy.deepcopy(model, shared)
 
 
+class WithTeacher(nn.Module):
+    """What learns from a frozen teacher, held beside its own modules: no weight is to be there twice.
+
+    The teacher goes along to other devices and dtypes. A twin shares most of its tensors, but neither those
+    of layers that were replaced nor, once moved, its buffers: they would be left behind.
+
+    Raises:
+        TypeError: the teacher is no module.
+    """
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher: expected a model, got {type(teacher).__name__}")
+        self.__dict__["teacher"] = teacher
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if recurse:
+            self.__dict__["teacher"]._apply(fn)
+        return super()._apply(fn, recurse)
+
+
 def relative_error(given: Tensor, expected: Tensor, kept: Tensor | None = None) -> Tensor:
     """Mean square over that of the expected, so that layers of any scale count alike; mean over pictures.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..features import Watch, relative_error, twin
+from ..features import Watch, WithTeacher, relative_error, twin
 from .mixers import UNetMixers
 from .mounting import mount
 
@@ -46,7 +46,7 @@ class Batch:
         return Batch(latents, noise, timesteps, prompt, self.time_ids.to(device))
 
 
-class Distiller(nn.Module):
+class Distiller(WithTeacher):
     """A frozen UNet as the teacher, and its twin with mixers; both hold the same frozen tensors.
 
     Args:
@@ -73,7 +73,7 @@ class Distiller(nn.Module):
         checkpointing: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(teacher)
         self.schedule = DDPMScheduler.from_config(scheduler.config)
         kind = self.schedule.config.prediction_type
         if kind not in PREDICTIONS:
@@ -85,7 +85,6 @@ class Distiller(nn.Module):
         mixers.float().requires_grad_(True).train()
         if checkpointing:
             self.student.enable_gradient_checkpointing()
-        self.__dict__["teacher"] = teacher
         self.__dict__["mixers"] = mixers
         self.weights = dict(weights)
         names = [name for name, _ in mixers.layers()]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import Watch, relative_error, twin
+from ..features import Watch, WithTeacher, relative_error, twin
 from .encoders import Encoder, Grid, grid_of
 from .mixers import VisionMixers
 from .mounting import mount
@@ -16,7 +16,7 @@ from .mounting import mount
 LOSSES = ("features", "output")
 
 
-class Distiller(nn.Module):
+class Distiller(WithTeacher):
     """A frozen model as the teacher, and its twin with mixers; both hold the same frozen tensors.
 
     A loss for any training loop: parameters that learn are those of `mixers`.
@@ -37,7 +37,7 @@ class Distiller(nn.Module):
     def __init__(
         self, teacher: nn.Module, weights: Mapping[str, float] | None = None, **options: Any
     ) -> None:
-        super().__init__()
+        super().__init__(teacher)
         self.weights = {"features": 1.0, "output": 1.0} if weights is None else dict(weights)
         if not self.weights or not set(self.weights) <= set(LOSSES):
             raise ValueError(f"weights: expected some of {', '.join(LOSSES)}, got {self.weights}")
@@ -48,7 +48,6 @@ class Distiller(nn.Module):
         mixers = mount(self.student, **options)
         # What learns is float32, whatever the frozen weights are; autocast sees to the rest.
         mixers.float().requires_grad_(True).train()
-        self.__dict__["teacher"] = teacher
         self.__dict__["mixers"] = mixers
         names = [name for name, _ in mixers.layers()]
         self._watched = Watch(encoder.module, ["", *names]), Watch(student, ["", *names])

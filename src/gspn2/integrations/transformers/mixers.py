@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from gspn2.functional import DIRECTIONS
 from gspn2.nn import TokenMixer
@@ -53,9 +53,12 @@ class AttentionMixer(nn.Module):
         self._bare = isinstance(attention._modules.get("attention"), nn.Module)
         # Past nn.Module's own __setattr__: nothing of it that does not run is to be trained or moved.
         self.__dict__["_replaced"] = attention
-        if self.reads is not None:
-            for name, child in attention.named_children():
+        for name, child in attention.named_children():
+            if self.reads is not None:
                 self.add_module(name, child)
+            else:
+                # Names in the state dict lead somewhere: checkpoints of sharded models look them up.
+                self.__dict__[name] = child
         self.mixer = mixer
 
     def forward(
@@ -135,7 +138,8 @@ class AttentionMixer(nn.Module):
             given = {name: rest.pop(prefix + name) for name in names}
             assign = local_metadata.get("assign_to_params_buffers", False)
             try:
-                self._replaced.load_state_dict(given, strict=False, assign=assign)
+                missing = self._replaced.load_state_dict(given, strict=False, assign=assign).missing_keys
+                missing_keys += [prefix + name for name in missing] if strict else []
             except RuntimeError as error:
                 error_msgs.append(f"{prefix}: {error}")
         super()._load_from_state_dict(
@@ -212,8 +216,9 @@ class VisionMixers(PreTrainedModel):
     """The mixers of one vision encoder, under the names that the self-attentions have there.
 
     A transformers model of its own: `save_pretrained` writes `config.json` and a safetensors file with these
-    weights only, `from_pretrained` reads them. It is not called; `mount` puts its parts into a model. Names
-    are those inside of the encoder: mixers that were trained on the encoder fit into a model around it.
+    weights only; `from_pretrained`, that of `AutoModel` as well, reads them. It is not called; `mount` puts
+    its parts into a model. Names are those inside of the encoder: mixers that were trained on the encoder fit
+    into a model around it.
 
     Raises:
         ValueError: the config has no layers, or no such readout.
@@ -293,3 +298,7 @@ class VisionMixers(PreTrainedModel):
         )
         check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if asked else model
+
+
+AutoConfig.register(_TYPE, VisionMixersConfig, exist_ok=True)
+AutoModel.register(VisionMixersConfig, VisionMixers, exist_ok=True)

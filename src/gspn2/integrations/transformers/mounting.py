@@ -36,7 +36,8 @@ class _Mount:
     arguments: tuple[str, ...]
     patches: Patches | None
     places: list[Place] = field(default_factory=list)
-    deaf: list[nn.Module] = field(default_factory=list)
+    # Names, not modules: replicas that `nn.DataParallel` makes of a model share this with it.
+    deaf: list[str] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
 
@@ -62,12 +63,17 @@ def mount(
         can be loaded with and without mixers.
 
     Raises:
-        TypeError: no module, or an option that there is not.
+        TypeError: no module, no `VisionMixers`, or an option that there is not.
         ValueError: the model has mixers, has no encoder whose attention can be swapped, or the given mixers
             do not fit it. Nothing has been changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    if not isinstance(mixers, VisionMixers | None):
+        raise TypeError(
+            "mixers: expected VisionMixers, as VisionMixers.from_pretrained reads them, got"
+            f" {type(mixers).__name__}"
+        )
     if is_mounted(model):
         raise ValueError("model: mixers are mounted already; unmount them first")
     encoder = Encoder(model)
@@ -87,7 +93,7 @@ def mount(
         mounted[name].mixer.to(device=like.device, dtype=like.dtype)
     kept = _Mount(mixers, encoder.arguments, encoder.patches)
     for name, place in encoder.places.items():
-        _swap(kept, place, mounted[name])
+        _swap(kept, name, place, mounted[name])
     kept.hooks.append(encoder.module.register_forward_pre_hook(_hand_down_grid, with_kwargs=True))
     if kept.deaf:
         kept.hooks.append(encoder.module.register_forward_hook(_forget_grid))
@@ -96,15 +102,15 @@ def mount(
     return mixers
 
 
-def _swap(kept: _Mount, place: Place, mixer: AttentionMixer) -> None:
-    """Put a mixer into its place, and note how it was there."""
+def _swap(kept: _Mount, name: str, place: Place, mixer: AttentionMixer) -> None:
+    """Put a mixer into its place of that name, and note how it was there."""
     setattr(place.layer, place.attribute, mixer.train(place.layer.training))
     kept.places.append(place)
     kept.dtypes.append(_rest(place).dtype)
     if not _hears(place.layer):
         kind: Any = type(place.layer)
         place.layer.__class__ = _hearing(kind)
-        kept.deaf.append(place.layer)
+        kept.deaf.append(name.removesuffix(f".{place.attribute}"))
         kept.hooks.append(place.layer.register_forward_pre_hook(_pass_grid, with_kwargs=True))
 
 
@@ -127,7 +133,8 @@ def unmount(model: nn.Module) -> VisionMixers:
         if rest.dtype != dtype:
             attention.to(rest.dtype)
         setattr(place.layer, place.attribute, attention)
-    for layer in kept.deaf:
+    for name in kept.deaf:
+        layer = encoder.get_submodule(name)
         layer.__class__ = type(layer).__mro__[2]
     del encoder.__dict__[_MOUNT]
     _forget_captures(encoder)
@@ -205,15 +212,15 @@ def _hand_down_grid(
     if given.get("attention_mask") is not None:
         raise ValueError("attention_mask: expected None, propagation cannot leave tokens out")
     grid = grid_of(given, kept.patches)
-    for layer in kept.deaf:
-        layer.__dict__[GRID] = grid
+    for name in kept.deaf:
+        module.get_submodule(name).__dict__[GRID] = grid
     return args, {**kwargs, GRID: grid}
 
 
 def _forget_grid(module: nn.Module, args: Any, output: Any) -> None:
     """Hook of an encoder whose layers hold the grid: it is that of one call."""
-    for layer in module.__dict__[_MOUNT].deaf:
-        layer.__dict__.pop(GRID, None)
+    for name in module.__dict__[_MOUNT].deaf:
+        module.get_submodule(name).__dict__.pop(GRID, None)
 
 
 def _hears(layer: nn.Module) -> bool:
