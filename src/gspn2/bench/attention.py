@@ -365,10 +365,10 @@ def _sdpa(layer: Layer, device: torch.device, backend: SDPBackend) -> dict[str, 
 
 def _linear(layer: Layer, device: torch.device, module: str, function: str, decays: bool) -> dict[str, Pass]:
     """Causal linear attention of flash-linear-attention: tokens in reading order, (B, N, heads, channels)."""
-    if find_spec("fla") is None:
-        raise Absent("flash-linear-attention is not installed")
     if device.type == "cpu":
         raise Absent("a Triton kernel")
+    if find_spec("fla") is None:
+        raise Absent('flash-linear-attention is not installed: pip install "gspn2[fla]"')
     operator: Any = getattr(import_module(module), function)
     q, k, v, dy = (it.transpose(1, 2).contiguous() for it in _heads(layer, device, 4))
     inputs = [it.detach().requires_grad_() for it in (q, k, v)]

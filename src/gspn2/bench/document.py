@@ -31,7 +31,8 @@ That takes 15 minutes on a GPU, 2 on a laptop without one, and ends with `bench/
 pictures, and the paper's figures beside them. What each part is known for is measured first, and what there
 was no time for is told. `gspn2 bench list` shows the cases, `gspn2 bench ladder throughput` runs some of
 them, `--resume` goes on where a run was stopped, or its time was up, and `gspn2 bench compare
-before/results.json bench/results.json` says what has become slower.
+before/results.json bench/results.json` says what has become slower. On a GPU `gspn2[fla]` brings linear
+attention and a state-space scan, `gspn2[diffusers]` text to image.
 """
 
 BASELINE = """## The baseline
