@@ -10,9 +10,9 @@ A document asks for a table with a pair of lines; what is between them is genera
 
 Names: operator, operator-compact, memory, start, models, models-compact, technology; they need
 benchmarks/results/cpu/NAME.json. And h200/NAME for a section of gpu.py, h200/summary, h200/summary-compact,
-h200/scaling, from benchmarks/results/h200/*.json, h200/backbones and h200/steps, from bench.json in
-benchmarks/results/h200_models and h200_t2i; until there are such files the place says so. A table says under
-itself on what, when and how it was measured.
+h200/scaling, from benchmarks/results/h200/*.json, h200/backbones, h200/steps, h200/floor and h200/pictures,
+from bench.json in benchmarks/results/h200_models and h200_t2i; until there are such files the place says so.
+A table says under itself on what, when and how it was measured.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import backbone_table
+import floor_table
 import gpu_tables
 import markdown_table as md
+import picture_table
 import scaling_table
 import step_table
 
@@ -35,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GPUS = ("h200",)
 SCALING = "scaling"
-BENCHED: dict[str, Any] = {it.NAME: it for it in (backbone_table, step_table)}
+BENCHED: dict[str, Any] = {it.NAME: it for it in (backbone_table, step_table, floor_table, picture_table)}
 """What is made from a result file of `gspn2 bench`, of the part that it names."""
 Result = dict[str, Any]
 

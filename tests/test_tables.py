@@ -85,9 +85,8 @@ def project(tmp_path: Path) -> Path:
     """A project of a generator, its results and two documents: README.md without tables, docs/speed.md."""
     results = tmp_path / "benchmarks" / "results" / "cpu"
     results.mkdir(parents=True)
-    for name in ("tables", "gpu_tables", "backbone_table", "scaling_table", "step_table", "markdown_table"):
-        name += ".py"
-        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
+    for path in (ROOT / "benchmarks").glob("*table*.py"):
+        shutil.copy(path, tmp_path / "benchmarks")
     for name, result in RESULTS.items():
         (results / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **result}))
     (tmp_path / "README.md").write_text("# No tables\n")
@@ -126,6 +125,7 @@ def test_documents_are_in_step_with_the_results() -> None:
             {"operator-compact", "models-compact", "h200/summary-compact", "h200/backbones", "h200/steps"},
         ),
         ("docs/models.md", {"models"}),
+        ("docs/generation.md", {"h200/floor", "h200/pictures"}),
         ("docs/training.md", {"h200/scaling"}),
         ("docs/backends.md", {"h200/summary", "h200/propagate", "h200/gspn1", "h200/memory"}),
         ("docs/cpu.md", {"operator", "memory", "start", "technology"}),
@@ -426,31 +426,66 @@ def test_the_table_of_backbones_sets_ours_beside_each(project: Path) -> None:
     assert "| 224 x 224, train, batch 256 | 25600 | `swin_tiny` 32000 | 0.80 |" in rows
 
 
-def test_the_table_of_steps_sets_ours_beside_attention(project: Path) -> None:
-    """By size, what is composed marked, what has no attention beside it left out."""
-    document = ask_for(project, "h200/steps")
+def t2i_case(pixels: int, which: str, method: str, **more: object) -> dict[str, object]:
+    """A case of `gspn2 bench t2i`; times by `theirs`, `ours` and `neither`."""
+    names = {"theirs": "attention", "ours": "GSPN-2", "neither": "no self-attention"}
+    if which == "image":
+        names = {"theirs": "attention, direct", "ours": "GSPN-2, progressive"}
+    found = [
+        {"name": names[it], "pass": which, "ms": more[it], "method": method} for it in names if it in more
+    ]
+    for it in found:
+        it |= {"note": "composed: of this", "peak_bytes": 13e9, "planned_bytes": 16e9}
+    facts = {"pixels": pixels, "direct_steps": 50, "progressive_steps": 30}
+    return {"bench": "t2i", "facts": facts, "commit": "def5678", "contenders": found}
+
+
+def t2i_rows(project: Path, name: str, cases: list[dict[str, object]]) -> tuple[list[str], str]:
+    """Rows of a table and all of its document; without a result file the place says so."""
+    document = ask_for(project, name)
     assert tables(project).returncode == 0
     assert "*Not measured yet: `gspn2 bench t2i`" in document.read_text()
     path = project / "benchmarks" / "results" / "h200_t2i" / "bench.json"
     path.parent.mkdir()
-
-    def step(pixels: int, method: str, **ms: float) -> dict[str, object]:
-        names = {"theirs": "attention", "ours": "GSPN-2"}
-        found = [{"name": names[it], "pass": "step", "ms": ms[it], "method": method} for it in ms]
-        return {"bench": "t2i", "facts": {"pixels": pixels}, "commit": "def5678", "contenders": found}
-
-    cases = [step(4096, "composed", theirs=700.0, ours=280.0), step(512, "events", theirs=50.0, ours=40.0)]
-    cases += [step(1024, "events", ours=40.0)]
     path.write_text(json.dumps({"machine": GPU_MACHINE, "cases": cases}))
     assert tables(project).returncode == 0
     rows = [line for line in document.read_text().splitlines() if line.startswith("| ")]
-    assert rows[2:] == [
-        "| 512 x 512 | 50 ms | 40 ms | 1.2x |",
-        "| 4096 x 4096 | 700 ms* | 280 ms | 2.5x |",
+    return rows[2:], joined(document)
+
+
+def test_the_table_of_steps_sets_ours_beside_attention(project: Path) -> None:
+    """By size, what is composed marked, what has no attention beside it left out."""
+    cases = [
+        t2i_case(4096, "step", "composed", theirs=700.0, ours=280.0),
+        t2i_case(512, "step", "events", theirs=50.0, ours=40.0),
+        t2i_case(1024, "step", "events", ours=40.0),
     ]
-    text = joined(document)
+    rows, text = t2i_rows(project, "h200/steps", cases)
+    assert rows == ["| 512 x 512 | 50 ms | 40 ms | 1.2x |", "| 4096 x 4096 | 700 ms* | 280 ms | 2.5x |"]
     assert "* is the step without self-attention" in text
     assert "At other commits: 512 x 512 (def5678), 4096 x 4096 (def5678)." in text
+
+
+def test_the_table_of_what_a_step_can_gain_has_the_floor(project: Path) -> None:
+    cases = [
+        t2i_case(4096, "step", "events", theirs=700.0, ours=280.0),
+        t2i_case(512, "step, CUDA graph", "graph", theirs=50.0, ours=42.0, neither=40.0),
+    ]
+    rows, text = t2i_rows(project, "h200/floor", cases)
+    assert rows == ["| 512 x 512, CUDA graph | 50.0 | 42.0 | 40.0 | 1.050 | 1.2x | 1.2x |"]
+    assert "measured singly" not in text
+    assert "At other commits: 512 x 512 (def5678)." in text
+
+
+def test_the_table_of_pictures_tells_what_they_are_composed_of(project: Path) -> None:
+    cases = [
+        t2i_case(4096, "image", "composed", theirs=70_000.0, ours=10_000.0),
+        t2i_case(8192, "image", "events", ours=9.0),
+    ]
+    rows, text = t2i_rows(project, "h200/pictures", cases)
+    assert rows == ["| 4096 x 4096 | 70.0 s* | 10.0 s* | 7.0x | 13.0 GB | 16.0 GB |"]
+    assert "50 steps at the full size, or 30 a stage" in text
+    assert "* is composed: attention, direct, 4096: of this; GSPN-2, progressive, 4096: of this." in text
 
 
 def test_a_gpu_table_without_results_says_so(project: Path) -> None:

@@ -40,6 +40,11 @@ def make_folder(out: Path) -> None:
         raise UserError(f"out: cannot write to {out}: {error.strerror}") from error
 
 
+def plural(count: int, what: str) -> str:
+    """A number of things."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def complain(command: str, error: object, code: int) -> int:
     """Print an error as one line; returns the exit code."""
     print(f"gspn2 {command}: error: {' '.join(str(error).split())}", file=sys.stderr)

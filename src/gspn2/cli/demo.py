@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import complain, guarded, percent, positive, whole
+from .common import complain, guarded, percent, plural, positive, whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +90,7 @@ def _material(args: argparse.Namespace, console: Console, began: float) -> Mater
     data = load_data(shared)
     console.print(
         f"[bold]GSPN-2 beside attention[/bold] on {len(data.train)} handwritten digits, "
-        f"{shared.epochs} epochs each; test on {len(data.test)} others"
+        f"{plural(shared.epochs, 'epoch')} each; test on {len(data.test)} others"
     )
     with DemoProgress(console) as progress:
         gspn, model = experiment.run(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..training.errors import Interrupted
 from ..training.events import EpochDone, EvalProgress, Event, Notice, RunStarted, StepDone
 from ..training.log import FAULTS
+from .common import plural
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -66,7 +67,7 @@ class TrainProgress:
             f"(epoch {best.epoch})"
         )
         if result.faults:
-            print(f"left out {_plural(len(result.faults), 'unreadable image')}: {result.out / FAULTS}")
+            print(f"left out {plural(len(result.faults), 'unreadable image')}: {result.out / FAULTS}")
         print(f"best weights: {result.best}")
 
     def _start(self, event: RunStarted) -> None:
@@ -78,8 +79,8 @@ class TrainProgress:
         )
         self._say(
             f"{event.config.data}: {event.train_images} training and {event.test_images} test images, "
-            f"{len(event.class_names)} classes; {_plural(event.config.epochs, 'epoch')} of "
-            f"{_plural(event.steps_per_epoch, 'step')}"
+            f"{len(event.class_names)} classes; {plural(event.config.epochs, 'epoch')} of "
+            f"{plural(event.steps_per_epoch, 'step')}"
         )
         if event.first_step:
             self._say(f"resuming at step {event.first_step} of {event.steps}")
@@ -155,10 +156,6 @@ def _span(seconds: float) -> str:
 
 def _processes(count: int) -> str:
     return f", {count} processes" if count > 1 else ""
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _count(number: int) -> str:
