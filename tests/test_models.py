@@ -183,6 +183,8 @@ def test_pruned_model_gives_the_same_intermediates():
         assert torch.equal(got, wanted)
     assert torch.equal(model(x), expected[1])
     assert model.num_features == model.head_hidden_size == 48
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (1, 5)
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", ""])

@@ -418,11 +418,11 @@ class GSPN2(nn.Module):
         self.stages = nn.Sequential(*self._stages()[: last + 1])
         if shortened:
             self.num_features = self.feature_info[last]["num_chs"]
+            # A classifier that is asked for afterwards is one of what is left.
+            self.head.in_features = self.head.num_features = self.num_features
         if prune_head or shortened:
             self._reset_head(0, "")
             self.head.norm = nn.Identity()
-        if shortened:
-            self.head_hidden_size = self.num_features
         return take
 
     def _stages(self) -> list[GSPN2Stage]:
