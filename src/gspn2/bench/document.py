@@ -42,8 +42,8 @@ along W, with the state in memory in the storage type. The bench has its own ker
 backward, written from the description (`src/gspn2/bench/kernels/gspn1.cu`), so that everybody can measure
 against it. That it is no straw man is checked against times measured from the released kernel on an H200:
 wherever the bench runs on such a GPU it prints its own times as a fraction of those, and says where they are
-more than 15% away. Small images are: their lines take less time than Python needs to launch a kernel. Without
-a GPU a loop over lines in PyTorch stands in for the baseline, and is called so.
+more than 15% away. Small images often are: their lines take less time than Python needs to launch a kernel.
+Without a GPU a loop over lines in PyTorch stands in for the baseline, and is called so.
 """
 
 
