@@ -362,8 +362,12 @@ def test_mixer_refuses_by_name():
     ]:
         with pytest.raises(ValueError, match=message):
             Mixer(*arguments, **options)
-    with pytest.raises(TypeError, match="directions: expected a sequence of names"):
-        Mixer(DIM, 4, directions="up")
+    for directions in ("up", {"up", "down"}, None):
+        with pytest.raises(TypeError, match="directions: expected a sequence of names"):
+            Mixer(DIM, 4, directions=directions)
+    for name in ("lam", "gate", "bias", "keep_hidden"):
+        with pytest.raises(TypeError, match=f"{name}: expected True or False, got 2"):
+            Mixer(DIM, 4, **{name: 2})
     with pytest.raises(TypeError, match=r"proxy_dim: expected an int, got 2\.0"):
         Mixer(DIM, 2.0)
     with pytest.raises(ValueError, match=r"x: expected \(B, 12, H, W\), got shape \(1, 5, 4, 4\)"):

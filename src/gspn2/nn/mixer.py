@@ -112,6 +112,7 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(dim, proxy_dim, groups, directions, chunk, operands_from)
+        _check_switches(lam=lam, gate=gate, bias=bias, keep_hidden=keep_hidden)
         if initial_taps not in INITIAL_TAPS:
             raise ValueError(f"initial_taps: expected one of {', '.join(INITIAL_TAPS)}, got {initial_taps!r}")
         self.dim = dim
@@ -341,11 +342,18 @@ def _check_arguments(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if proxy_dim % groups:
         raise ValueError(f"groups: expected a divisor of proxy_dim = {proxy_dim}, got {groups}")
-    if isinstance(directions, str):
-        raise TypeError(f"directions: expected a sequence of names, got the string {directions!r}")
+    # Their order is that of weights: a set has none.
+    if isinstance(directions, str) or not isinstance(directions, Sequence):
+        raise TypeError(f"directions: expected a sequence of names, got {directions!r}")
     if not directions or len(set(directions)) != len(directions) or not set(directions) <= set(DIRECTIONS):
         raise ValueError(
             f"directions: expected some of {', '.join(DIRECTIONS)}, none twice, got {directions}"
         )
     if operands_from not in OPERANDS_FROM:
         raise ValueError(f"operands_from: expected one of {', '.join(OPERANDS_FROM)}, got {operands_from!r}")
+
+
+def _check_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
