@@ -157,7 +157,7 @@ def test_prompts_from_a_file(folders, tmp_path, capsys):
     prompts.write_text("a cat\n\na dog\n", encoding="utf-8-sig")
     out.mkdir()
     assert main(command(folders, out, "--prompts", str(prompts), size="128")) == 0
-    assert sorted(os.listdir(out)) == ["0.png", "1.png"]
+    assert sorted(os.listdir(out)) == ["0.png", "1.png", "pictures.json"]
     assert (pixels(out / "0.png") != pixels(out / "1.png")).any()
     (out / "1.png").unlink()
     capsys.readouterr()
@@ -167,6 +167,11 @@ def test_prompts_from_a_file(folders, tmp_path, capsys):
     assert printed.count("wrote") == 1
     assert main(command(folders, out, "--prompts", str(prompts), "--resume", size="128")) == 0
     assert capsys.readouterr().out == "2 of 2 pictures are there already\n"
+    before = pixels(out / "1.png")
+    prompts.write_text("a cat\na bird\n")
+    assert main(command(folders, out, "--prompts", str(prompts), "--resume", size="128")) == 0
+    assert "1 of 2 pictures are there already\n1 of other prompts" in capsys.readouterr().out
+    assert (pixels(out / "1.png") != before).any()
 
 
 BAD = {

@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint in OUT")
     for name, (kind, text) in _OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, metavar="N", default=argparse.SUPPRESS, help=text)
+        letter = "X" if kind is float else "N"
+        parser.add_argument(flag, type=kind, metavar=letter, default=argparse.SUPPRESS, help=text)
     parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")

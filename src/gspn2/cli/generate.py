@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import signal
 import sys
@@ -12,9 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..training.errors import UserError
 from .common import complain, floats, guarded, image_size, positive
+
+if TYPE_CHECKING:
+    from ..integrations.diffusers.generate import Job
 
 EPILOG = """examples:
   gspn2 generate "a lighthouse at dusk" --pipeline sdxl/ --mixers mixers/ --size 16384 --out lighthouse.tif
@@ -111,9 +116,13 @@ def _generate(args: argparse.Namespace) -> int:
     )
     for _, out in tasks:
         check_picture(out)
-    if args.resume and args.prompts is not None:
-        left = [(prompt, out) for prompt, out in tasks if not out.exists()]
+    made = _Made(job, tasks, args.resume) if args.prompts is not None else None
+    if made is not None and args.resume:
+        left = [(prompt, out) for prompt, out in tasks if not made.holds(prompt, out)]
         print(f"{len(tasks) - len(left)} of {len(tasks)} pictures are there already", flush=True)
+        others = sum(out.exists() for _, out in left)
+        if others:
+            print(f"{others} of other prompts, settings or weights will be replaced", flush=True)
         tasks = left
     if not tasks:
         return 0
@@ -133,6 +142,8 @@ def _generate(args: argparse.Namespace) -> int:
         for prompt, out in tasks:
             began = time.perf_counter()
             generator.run(prompt, out, resume=args.resume, keep=args.keep_stages)
+            if made is not None:
+                made.note(prompt, out)
             print(f"wrote {out} ({time.perf_counter() - began:.1f} s)", flush=True)
     except torch.OutOfMemoryError:
         told = f"more than the {how.peak / 1e9:.1f} GB that were foreseen, or than are free"
@@ -167,6 +178,42 @@ def _tasks(args: argparse.Namespace) -> Sequence[tuple[str, Path]]:
         raise UserError(f"out: expected a folder for several pictures, got {folder}")
     digits = len(str(len(prompts) - 1))
     return [(prompt, folder / f"{i:0{digits}}.png") for i, prompt in enumerate(prompts)]
+
+
+class _Made:
+    """What the pictures of a folder were made from, in a file beside them: names alone do not tell.
+
+    Args:
+        job: what all of them are made with.
+        tasks: prompts and files, one at least.
+        resume: keep what the file says.
+    """
+
+    NAME = "pictures.json"
+
+    def __init__(self, job: Job, tasks: Sequence[tuple[str, Path]], resume: bool) -> None:
+        self._job = job
+        self._path = tasks[0][1].parent / self.NAME
+        self._digests: dict[str, str] = {}
+        if resume and self._path.exists():
+            try:
+                self._digests = dict(json.loads(self._path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"out: {self._path} cannot be read, remove it: {error}") from error
+
+    def _digest(self, prompt: str) -> str:
+        return self._job.fingerprint(prompt, len(self._job.stages()) - 1)
+
+    def holds(self, prompt: str, out: Path) -> bool:
+        """Is the picture there, made from this prompt with these settings and weights?"""
+        return out.exists() and self._digests.get(out.name) == self._digest(prompt)
+
+    def note(self, prompt: str, out: Path) -> None:
+        """A picture is there now."""
+        from ..training.checkpoint import write_json
+
+        self._digests[out.name] = self._digest(prompt)
+        write_json(self._path, self._digests)
 
 
 class _Lines:
