@@ -277,6 +277,20 @@ def test_automodel_reads_mixers(tmp_path):
     assert mixers.config.groups == 2
 
 
+def test_backbones_of_ours_through_the_wrappers_of_timm(tmp_path):
+    pytest.importorskip("timm")
+    import gspn2.models  # noqa: F401  (registers them)
+
+    config = hf.TimmWrapperConfig(architecture="test_gspn2", num_labels=3, model_args={"groups": 2})
+    model = hf.TimmWrapperForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    pixels = tiny.images((8, 8))
+    assert torch.equal(again(pixels).logits, model(pixels).logits)
+    backbone = hf.TimmBackbone(hf.TimmBackboneConfig(backbone="test_gspn2", out_indices=[1, 3]))
+    assert [tuple(maps.shape) for maps in backbone(pixels).feature_maps] == [(2, 32, 8, 8), (2, 64, 2, 2)]
+
+
 def test_attentions_that_do_not_run_are_weights_all_the_same():
     """Sharded models' checkpoints look names up, and a strict load wants all of them."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -393,6 +407,23 @@ def test_replicas_hand_their_own_grid_down():
     model = tiny.encoder("Dinov2")
     mount(model, zero_output=False)
     assert torch.equal(run(replica(model), (4, 6)), run(model, (4, 6)))
+
+
+def test_adapters_everywhere_leave_mixers_out():
+    """`modules_to_save` trains them as they are."""
+    peft = pytest.importorskip("peft")
+    model = tiny.encoder("CLIPVision")
+    mount(model, zero_output=False)
+    before = run(model, (4, 4))
+    where = {"target_modules": "all-linear", "exclude_modules": r".*\.mixer\..*"}
+    adapter = peft.LoraConfig(**where, modules_to_save=["self_attn.mixer"], r=2)
+    adapted = peft.get_peft_model(model, adapter)
+    output = adapted(pixel_values=tiny.images((4, 4))).last_hidden_state
+    torch.testing.assert_close(output, before)
+    output.square().sum().backward()
+    learnt = [name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    for part in ("from_proxy.weight", "mlp.fc1.lora_B", "q_proj.lora_B"):
+        assert any(part in name for name in learnt), part
 
 
 def test_adapters_of_the_readout_take_part_and_leave():
