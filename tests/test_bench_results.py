@@ -132,6 +132,19 @@ def test_the_report_is_one_file_with_pictures_that_loads_nothing(tmp_path: Path)
         assert f'id="{name}-' in page
 
 
+def test_the_best_share_of_bandwidth_does_not_stand_alone() -> None:
+    content = content_with(1.0)
+    (row,) = content["cases"]
+    row["facts"]["size"] = [1, 2, 3, 4]
+    (it,) = row["contenders"]
+    row["contenders"] = [
+        {**it, "name": name, "share": share} for name, share in zip("abc", (0.9, 0.2, 0.1), strict=True)
+    ]
+    assert report.headlines(content["cases"]) == [
+        ("90%", "of copy bandwidth at best, forward at 1 x 2 x 3 x 4; half of these times are below 20%")
+    ]
+
+
 def test_what_beats_its_floor_is_told(tmp_path: Path) -> None:
     """On the terminal, in the report and in the document; a few percent are the clock's."""
     it = {"name": "gspn2", "pass": "forward", "ms": 1.0, "quartiles": [1.0, 1.0], "bytes": 1, "flops": 1}
