@@ -16,6 +16,7 @@ from gspn2.bench import ahead, baseline, case
 from gspn2.bench.about import machine
 from gspn2.bench.case import Case, Contender
 from gspn2.bench.contenders import gspn1, operator
+from gspn2.bench.models import RESOLUTIONS, SIZES
 from gspn2.bench.operator import Scan
 from gspn2.cli import bench as command_module
 from gspn2.cli.main import main
@@ -106,6 +107,25 @@ def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ahead.driver, "device", any_device)
     monkeypatch.setattr(ahead, "_fails", fails_never)
     assert ahead.compile_all(cases, 0, jobs=2) == (len(found), 0)
+
+
+def test_backbones_are_run_in_every_way_on_a_gpu() -> None:
+    """Every size at every resolution: inference and training, eager and compiled, each model once."""
+    found = [
+        (name, it.facts["pixels"], which)
+        for it in case.parts()["models"].cases(torch.device("cuda"))
+        for name in it.facts.get("models", ())
+        for which in it.facts["batches"]
+    ]
+    ways = {f"{what}{how}" for what in ("inference", "train") for how in ("", ", compiled")}
+    wanted = {
+        (name, side, way)
+        for names in SIZES.values()
+        for name in names
+        for side in RESOLUTIONS
+        for way in ways
+    }
+    assert sorted(found) == sorted(wanted)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they compile")
