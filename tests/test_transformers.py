@@ -563,6 +563,19 @@ def test_trainer_saves_and_resumes(tmp_path):
     torch.testing.assert_close(plain(pixels).logits, whole.model.eval()(pixels).logits)
 
 
+def test_a_model_that_cannot_be_unmounted_still_runs():
+    """For want of memory, say: here an attention has none of its own."""
+    model = tiny.encoder("SiglipVision")
+    mount(model, zero_output=False)
+    expected = run(model, (4, 4))
+    last = list(swapped(model).values())[-1]
+    last.released().to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        unmount(model)
+    assert is_mounted(model)
+    assert torch.equal(run(model, (4, 4)), expected)
+
+
 def refused():
     yield hf.CLIPTextModel(hf.CLIPTextConfig(**tiny.TEXT)), "its tokens are text and lie on no grid"
     swin = hf.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)

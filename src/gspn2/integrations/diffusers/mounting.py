@@ -78,8 +78,10 @@ def mount(
         raise ValueError(f"{next(iter(options))}: given mixers bring their own options")
     check_fit(dims, mixers.config.layers, "UNet")
     mounted = _Mount(mixers, attentions)
+    for _, mixer in mixers.layers():
+        mixer.to(device=unet.device, dtype=unet.dtype).train(unet.training)
     for name, mixer in mixers.layers():
-        unet.set_submodule(name, mixer.to(device=unet.device, dtype=unet.dtype).train(unet.training))
+        unet.set_submodule(name, mixer)
     for module in unet.modules():
         if isinstance(module, Transformer2DModel):
             mounted.hooks.append(module.register_forward_pre_hook(_hand_down_grid, with_kwargs=True))
@@ -105,10 +107,12 @@ def unmount(unet: UNet2DConditionModel) -> UNetMixers:
     """
     mounted = _mount_of(unet)
     _check_not_offloaded(unet)
+    # What may fail, for want of memory for example, comes before the first change.
+    for attention in mounted.attentions.values():
+        attention.to(device=unet.device, dtype=unet.dtype).train(unet.training)
     for handle in mounted.hooks:
         handle.remove()
     for name, attention in mounted.attentions.items():
-        attention.to(device=unet.device, dtype=unet.dtype).train(unet.training)
         unet.set_submodule(name, attention)
     del unet.__dict__[_MOUNT], unet.__dict__["save_pretrained"]
     return mounted.mixers

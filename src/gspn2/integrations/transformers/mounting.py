@@ -124,14 +124,11 @@ def unmount(model: nn.Module) -> VisionMixers:
     """
     encoder = _mounted(model)
     kept: _Mount = encoder.__dict__[_MOUNT]
+    # What may fail, for want of memory for example, comes before the first change.
+    attentions = [_released(place, dtype) for place, dtype in zip(kept.places, kept.dtypes, strict=True)]
     for handle in kept.hooks:
         handle.remove()
-    for place, dtype in zip(kept.places, kept.dtypes, strict=True):
-        attention = getattr(place.layer, place.attribute).released()
-        rest = _rest(place)
-        attention.to(rest.device).train(place.layer.training)
-        if rest.dtype != dtype:
-            attention.to(rest.dtype)
+    for place, attention in zip(kept.places, attentions, strict=True):
         setattr(place.layer, place.attribute, attention)
     for name in kept.deaf:
         layer = encoder.get_submodule(name)
@@ -139,6 +136,15 @@ def unmount(model: nn.Module) -> VisionMixers:
     del encoder.__dict__[_MOUNT]
     _forget_captures(encoder)
     return kept.mixers
+
+
+def _released(place: Place, dtype: torch.dtype) -> nn.Module:
+    """The attention of a place, where and as what the rest of its layer is, which was of `dtype` at first."""
+    attention: nn.Module = getattr(place.layer, place.attribute).released()
+    rest = _rest(place)
+    attention.to(rest.device).train(place.layer.training)
+    # Where nothing was cast since, an attention that is kept in another dtype than the rest stays so.
+    return attention if rest.dtype == dtype else attention.to(rest.dtype)
 
 
 def is_mounted(model: nn.Module) -> bool:
