@@ -262,7 +262,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help="default: all")
+    parser.add_argument(
+        "parts", nargs="*", choices=[[], *PARTS], default=[], metavar="PART", help="default: all"
+    )
     parts = parser.parse_args().parts or list(PARTS)
     if len(parts) == 1:
         PARTS[parts[0]]()

@@ -265,7 +265,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", choices=[[], *NAMES], default=[], help="default: all")
+    parser.add_argument(
+        "sections", nargs="*", choices=[[], *NAMES], default=[], metavar="SECTION", help="default: all"
+    )
     parser.add_argument("--cases", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument("--variants", metavar="A,B", help="force these variants of the planner, side by side")
     parser.add_argument("--out", default=str(RESULTS / "h200"), help="folder of the result files")

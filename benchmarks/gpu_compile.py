@@ -96,7 +96,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [*SECTIONS, "calls", "memory"]
-    parser.add_argument("sections", nargs="*", choices=[[], *names], default=[], help="default: all")
+    parser.add_argument(
+        "sections", nargs="*", choices=[[], *names], default=[], metavar="SECTION", help="default: all"
+    )
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument("--variants", metavar="A,B", help="force these variants of the planner")
     parser.add_argument("--jobs", type=int, help="compilations at a time (default: one for each core)")

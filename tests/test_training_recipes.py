@@ -268,6 +268,14 @@ def test_gradient_checkpointing_of_a_model_without_it_is_refused(folder, tmp_pat
         train(settings(folder, tmp_path / "out", grad_checkpointing=True))
 
 
+def test_a_run_is_not_replaced_by_one_that_lacks_tensorboard(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("gspn2.training.tensorboard.find_spec", lambda name: None)
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(UserError, match=r"gspn2\[tensorboard\]"):
+        train(settings(folder, tmp_path, tensorboard=True), overwrite=True)
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
 def test_tensorboard_gets_every_step_once(folder, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -39,7 +39,7 @@ from .schedule import learning_rate
 from .sharding import gathered, whole
 from .state import check_same_run, count_parameters, environment, learner_tensors, restore_learner
 from .stopping import StopRequest
-from .tensorboard import TensorBoard
+from .tensorboard import TensorBoard, check_installed
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 RUN_FILES = (LAST, BEST, EPOCHS, STEPS, CONFIG, SUMMARY, FAULTS, FAILED_BATCH)
@@ -145,6 +145,8 @@ class Run:
         self.out = config.out_dir
         self.device = pick_device(config.device, world.local_rank if world.size > 1 else None)
         self.amp = amp_dtype(config.amp, self.device)
+        if config.tensorboard and world.is_main:
+            check_installed()
         seed_everything(config.seed)
         self.data: Data = load_data(config)
         names, preprocess = self.data.class_names, self.data.preprocess

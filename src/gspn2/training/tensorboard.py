@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import UserError
 from .log import EpochRow
 
 FOLDER = "tensorboard"
+
+
+def check_installed() -> None:
+    """Raise a UserError unless TensorBoard is there: asked before an older run is replaced."""
+    if find_spec("tensorboard") is None:
+        raise UserError('tensorboard: not installed: pip install "gspn2[tensorboard]"')
 
 
 class TensorBoard:
@@ -23,10 +30,9 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError('tensorboard: not installed: pip install "gspn2[tensorboard]"') from error
+        check_installed()
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(folder / FOLDER, purge_step=step + 1)
 
     def steps(self, lines: Iterable[dict[str, float]]) -> None:
