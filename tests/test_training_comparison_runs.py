@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 import signal
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from comparison_helpers import TINY, VIT, small_runs
-from gspn2.training import Interrupted, UserError
-from gspn2.training.comparison import Progress, Run, compare, document, images, pace, runner, single, trainer
+from gspn2.training import Interrupted, TrainingFailed, UserError
+from gspn2.training.comparison import (
+    Progress,
+    Run,
+    compare,
+    document,
+    images,
+    pace,
+    pool,
+    runner,
+    single,
+    trainer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +136,17 @@ def test_runs_side_by_side_stop_and_go_on(finished, tmp_path: Path):
         # The processes have fewer threads each, which round otherwise.
         expected = whole[result["run"]["contender"]]["loss"]
         assert result["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("runs", "named"), [([VIT], VIT.name), ([], "no run")])
+def test_a_process_that_ends_by_itself_is_an_error_in_a_line(tmp_path: Path, runs: list[Run], named: str):
+    """Also one that waits: nothing could be handed to it."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    process = SimpleNamespace(join=lambda: None, exitcode=-9)
+    side_by_side = pool.Pool(TINY, tmp_path, torch.device("cpu"), 2, "", lambda *word: None)
+    with pytest.raises(TrainingFailed, match=f"the process of {named} ended with exit code -9"):
+        side_by_side._hear(pool._Worker(process, ours, runs))
 
 
 def test_compiled_steps_learn_the_same(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, TrainingFailed, UserError
 from ..stopping import StopRequest
 from .images import Source, making, workers
 from .lanes import Lanes
@@ -124,7 +124,8 @@ class Pool:
         Raises:
             UserError: as `compare`.
             Interrupted: SIGINT or SIGTERM; what had begun was saved.
-            RuntimeError: a process failed or died.
+            TrainingFailed: a process has ended.
+            RuntimeError: one failed.
         """
         with StopRequest() as stop, self._images(runs) as images:
             try:
@@ -190,11 +191,13 @@ class Pool:
             if self._asked:
                 # It had not begun, or was still importing.
                 worker.runs.clear()
-            elif worker.runs:
-                worker.process.join()
-                code, names = worker.process.exitcode, ", ".join(run.name for run in worker.runs)
-                raise RuntimeError(f"the process of {names} died, exit code {code}") from None
-            return ""
+                return ""
+            worker.process.join()
+            names = ", ".join(run.name for run in worker.runs) or "no run"
+            raise TrainingFailed(
+                f"the process of {names} ended with exit code {worker.process.exitcode}, for want of memory "
+                "perhaps; the same command goes on with fewer --jobs"
+            ) from None
         if what == "refused":
             raise UserError(text)
         if what == "failed":
