@@ -258,6 +258,31 @@ def test_hooks_see_every_layer(compiled):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parts_may_be_replaced(compiled):
+    """A block or its FFN by something else, as in ablations; and a hook on all blocks together counts."""
+
+    class Sum(torch.nn.Module):
+        def forward(self, x, other=None):
+            return x if other is None else x + other
+
+    model = create(depths=(3,), dims=(16,), chunk=0).eval()
+    blocks = model.stages[0].blocks
+    first, second = copy.deepcopy(blocks[0]), copy.deepcopy(blocks[2])
+    blocks[1], blocks[2].ffn = torch.nn.Identity(), Sum()
+    x = images(1, 3, 32, 48)
+    middle = first(model.stem(x))
+    middle = second.lpu(middle)
+    expected = model.forward_head(middle + second.gspn(middle))
+    torch._dynamo.reset()
+    seen = []
+    blocks.register_forward_hook(lambda *_: seen.append(True))
+    runner = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    torch.testing.assert_close(runner(x), expected)
+    assert seen
+    torch._dynamo.reset()
+
+
 def test_gradients_of_every_sample():
     model = create(num_classes=3, depths=(1,), dims=(8,), chunk=0).eval()
     parameters, x = dict(model.named_parameters()), images(2, 3, 16, 12)

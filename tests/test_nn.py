@@ -411,6 +411,16 @@ def test_lpu_adds_a_depthwise_convolution():
     torch.testing.assert_close(lpu(x) - x, lpu.conv(x))
 
 
+def test_what_is_put_around_an_lpus_convolution_sees_its_whole_input():
+    lpu = LPU(DIM)
+    x, other = torch.randn(2, 1, DIM, 5, 6)
+    expected = lpu(x, other)
+    seen = []
+    lpu.conv.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    torch.testing.assert_close(lpu(x, other), expected)
+    assert torch.equal(seen[0], x + other)
+
+
 def test_grn_is_its_formula_and_starts_as_identity():
     grn = GRN(DIM)
     x = image(2, DIM, 5, 6)

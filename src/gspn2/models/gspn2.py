@@ -78,7 +78,8 @@ class GSPNModule(nn.Module):
             x = self.fc1(self.norm1(x))
         x = self.conv(x, silu=True)
         mixer, proxies = self.mixer, None
-        if mixer.proxy_dim <= fused.MOST_PROXIES and is_plain(mixer.from_proxy) and is_bare(mixer):
+        plain = type(mixer) is Mixer and is_bare(mixer) and is_plain(mixer.from_proxy)
+        if plain and mixer.proxy_dim <= fused.MOST_PROXIES:
             back = mixer.from_proxy
             proxies = (mixer.mixed(x).permute(0, 2, 3, 1), back.weight, back.bias)
         else:
@@ -201,15 +202,20 @@ class GSPN2Stage(nn.Module):
         x = self.downsample(x)
         if self.grad_checkpointing:
             return checkpoint_seq(self.blocks, x)
-        blocks = cast(list[GSPN2Block], list(self.blocks))
-        bare = all(is_bare(block) and is_bare(block.ffn) for block in blocks)
-        if not (torch.compiler.is_dynamo_compiling() and bare):
+        if not (torch.compiler.is_dynamo_compiling() and self._is_plain()):
             return self.blocks(x)
         # Compiled, a sum between blocks would be a pass over memory of its own.
         branch: Tensor | None = None
-        for block in blocks:
+        for block in cast(list[GSPN2Block], list(self.blocks)):
             x, branch = block.halves(x, branch)
         return x if branch is None else x + branch
+
+    def _is_plain(self) -> bool:
+        """Are the blocks the ones they were made as, with nothing around them?"""
+        return is_bare(self.blocks) and all(
+            type(block) is GSPN2Block and is_bare(block) and type(block.ffn) is FFN and is_bare(block.ffn)
+            for block in self.blocks
+        )
 
 
 class GSPN2(nn.Module):

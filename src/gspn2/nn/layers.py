@@ -100,6 +100,9 @@ class LPU(nn.Module):
         self.conv = Depthwise(dim, kernel_size)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is not None and not (type(self.conv) is Depthwise and is_bare(self.conv)):
+            # Whatever is there besides, a hook or an adapter's branch, is to see the whole input.
+            x, other = x + other, None
         return self.conv(x, other, residual=True)
 
 
