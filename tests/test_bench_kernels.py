@@ -11,16 +11,12 @@ from gspn2.backends.cuda.geometry import Plan
 from gspn2.bench import baseline, ladder_kernels
 from helpers import relative_l2
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None, reason="the emulator of CUDA kernels needs g++ 12, on Linux"
-)
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++ 12, on Linux"),
+    pytest.mark.usefixtures("one_thread"),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
 
 
 def operands(size: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -18,12 +18,8 @@ from gspn2.bench.t2i_sdxl import SDXL, TINY
 from gspn2.bench.t2i_step import ATTENTION, CUT, MIXERS, STEP, composed, layer_pass, self_attentions
 from gspn2.integrations.diffusers.untrained import make_unet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HOST = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
