@@ -339,6 +339,11 @@ def test_loading_is_strict(tmp_path, fault):
         VisionMixers.from_pretrained(tmp_path)
 
 
+def test_a_folder_without_mixers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json of a model is there"):
+        VisionMixers.from_pretrained(tmp_path)
+
+
 def test_mixers_of_an_encoder_fit_into_models_around_it(tmp_path):
     """Of a SigLIP, in the model with a text encoder, which stays as it is."""
     mount(tiny.encoder("SiglipVision"), zero_output=False).save_pretrained(tmp_path)

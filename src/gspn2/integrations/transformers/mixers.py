@@ -198,11 +198,12 @@ class VisionMixersConfig(PreTrainedConfig):
         """Of what a file tells; options as for any config of transformers.
 
         Raises:
-            ValueError: it is the config of another model.
+            ValueError: it is the config of another model, or of none.
         """
         kind = config_dict.get("model_type")
         if kind != _TYPE:
-            raise ValueError(f"model_type: expected {_TYPE!r}, got {kind!r}: this is another model's config")
+            found = "no config.json of a model is there" if kind is None else "this is another model's config"
+            raise ValueError(f"model_type: expected {_TYPE!r}, got {kind!r}: {found}")
         return super().from_dict(config_dict, **kwargs)
 
 
