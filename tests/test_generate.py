@@ -24,6 +24,7 @@ from gspn2.cli import generate as command_module
 from gspn2.cli.main import main
 from gspn2.integrations.diffusers import generate as module
 from gspn2.integrations.diffusers import mount
+from gspn2.training.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -271,3 +272,11 @@ def test_a_pipeline_of_another_kind_is_refused(folders, tmp_path, capsys):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     assert main(command(folders, tmp_path / "a.png", "a cat", "--pipeline", str(tmp_path))) == 2
     assert "got FluxPipeline" in capsys.readouterr().err
+
+
+def test_parts_that_are_told_of_as_nothing_are_left_out(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": [], "vae": [None, None]}))
+    module.PipelineFolder(tmp_path).check()
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    with pytest.raises(UserError, match="no unet in"):
+        module.PipelineFolder(tmp_path).check()

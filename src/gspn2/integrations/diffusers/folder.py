@@ -188,7 +188,7 @@ class PipelineFolder:
             UserError: what is not.
         """
         for name, told in self.read("model_index.json").items():
-            if name.startswith("_") or not isinstance(told, list) or told[0] is None:
+            if name.startswith("_") or not isinstance(told, list) or not told or told[0] is None:
                 continue
             part = self.path / name
             if not part.is_dir() or not any(part.iterdir()):
