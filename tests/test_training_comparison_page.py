@@ -37,13 +37,13 @@ def test_without_results_the_page_claims_nothing():
 def test_the_page_says_whether_the_goal_was_met():
     ours = [made_up("gspn2", 0.9, 10.0), made_up("gspn2", 0.94, 14.0, seed=1)]
     vit = [made_up("vit", 0.7, 20.0), made_up("vit", 0.74, 20.0, seed=1)]
-    met = "| maze, 64 | yes, 92.0%, 72.0% | yes, 8 s, 20 s | yes, 82.0%, 62.0% | neither, 62.0%, 42.0% |"
+    met = "| maze, 64 | 2 | yes, 92.0%, 72.0% | yes, 8 s, 20 s | yes, 82.0%, 62.0% | neither, 62.0%, 42.0% |"
     # The seed of 0.94 is there at half its time, 7 s, the other only at the end, 10 s.
     text = document.text([*ours, *vit])
     assert met in text
     assert "| GSPN-2 | 1,243,000 | 2 | 100 | 92.0% | 90.0% to 94.0% | 12 s | 82.0% | 62.0% | 8 s |" in text
     swapped = [made_up("vit", 0.9, 10.0), made_up("gspn2", 0.7, 5.0)]
-    assert "| maze, 64 | no, 70.0%, 90.0% | no, never | no, 60.0%, 80.0% | neither, 40.0%, 60.0% |" in (
+    assert "| maze, 64 | 1 | no, 70.0%, 90.0% | no, never | no, 60.0%, 80.0% | neither, 40.0%, 60.0% |" in (
         document.text(swapped)
     )
 
@@ -55,7 +55,7 @@ def test_what_was_written_about_the_results_is_in_the_page(tmp_path: Path):
 
 def test_two_that_guess_are_not_compared():
     text = document.text([made_up("gspn2", 0.52, 10.0), made_up("vit", 0.5, 20.0)])
-    assert "| maze, 64 | neither, 52.0%, 50.0% | nothing to reach |" in text
+    assert "| maze, 64 | 1 | neither, 52.0%, 50.0% | nothing to reach |" in text
 
 
 def test_unequal_steps_or_seeds_are_not_compared():

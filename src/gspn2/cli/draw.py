@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import guarded
+from .common import guarded, plural
 from .series import (
     add_numbers,
     add_series_arguments,
@@ -104,7 +104,8 @@ def _run(args: argparse.Namespace) -> int:
 
     check_out(args.out)
     runs, settings, device = _plan(args), _settings(args), pick_device(args.device)
-    print(f"{len(runs)} runs of {settings.steps} steps, at most {settings.minutes:g} min each, on {device}")
+    told = f"{plural(len(runs), 'run')} of {plural(settings.steps, 'step')}"
+    print(f"{told}, at most {settings.minutes:g} min each, on {device}", flush=True)
     command = shlex.join(["gspn2", *sys.argv[1:]])
     return finish(
         "draw", lambda: draw(runs, settings, args.out, device=device, command=command, on_event=show)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import guarded, positive, whole
+from .common import guarded, plural, positive, whole
 from .series import (
     add_numbers,
     add_series_arguments,
@@ -116,7 +116,8 @@ def _run(args: argparse.Namespace) -> int:
     check_out(args.out)
     runs, settings, device = _plan(args), _settings(args), pick_device(args.device)
     tried = rates.trials(runs, args.lr)
-    told = f"{len(runs)} runs of {settings.steps} steps, at most {settings.minutes:g} min each"
+    told = f"{plural(len(runs), 'run')} of {plural(settings.steps, 'step')}"
+    told += f", at most {settings.minutes:g} min each"
     first = f", after {len(tried)} to choose learning rates" if tried else ""
     shared = f", {args.jobs} at a time" if args.jobs > 1 else ""
     print(f"{told}{first}, on {device}{shared}", flush=True)

@@ -181,6 +181,7 @@ def _goal(results: Sequence[Result]) -> str:
         rows.append(
             [
                 f"{case[0]}, {case[1]}",
+                str(len(common)),
                 _verdict(_mean(ours, "accuracy") >= target, _mean(ours, "accuracy"), target, guess),
                 _sooner(soon, theirs, target, guess),
                 *(
@@ -194,8 +195,8 @@ def _goal(results: Sequence[Result]) -> str:
         return _wrapped(
             f"{told} against the ViT. There are no runs of both with the same seeds and steps yet."
         )
-    heads = ["task, pixels", "accuracy", "time to the ViT's accuracy", "scaled", "larger"]
-    told += ' first, then the ViT; means over seeds; "neither" where both guess.'
+    heads = ["task, pixels", "seeds", "accuracy", "time to the ViT's accuracy", "scaled", "larger"]
+    told += ' first, then the ViT; means over the seeds that both have; "neither" where both guess.'
     return f"{_wrapped(told)}\n\n{_table(heads, rows)}"
 
 
