@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_the_picture_has_a_curve_for_every_seed_and_panel():
 
     root = tree.fromstring(svg)
     assert len(root.findall(".//{http://www.w3.org/2000/svg}polyline")) == 3 * 6
+
+
+def test_no_curve_runs_along_an_edge_that_it_is_below():
+    results = [made_up(name, 0.32, 10.0) for name in MAIN]  # with a point at 12%
+    svg = document.files(results)["images/learning_maze_64.svg"]
+    places = {
+        float(y) for curve in re.findall(r'points="([^"]+)"', svg) for y in re.findall(r",([\d.]+)", curve)
+    }
+    assert max(places) < 290 - 48, "at the axis, where values that are lower are clipped to"
 
 
 # -- the command

@@ -73,6 +73,7 @@ text { font: 13px sans-serif; fill: #7d8590 }
 .grid { stroke: #7d859044 } .axis { stroke: #7d8590 }
 .curve { fill: none; stroke-width: 1.8 }
 .gspn2 .curve { stroke: #3b82f6 } .vit .curve { stroke: #e8871e } .convnet .curve { stroke: #3fa45b }
+.gspn2 .marker { fill: #3b82f6 } .vit .marker { fill: #e8871e } .convnet .marker { fill: #3fa45b }
 text.gspn2 { fill: #3b82f6 } text.vit { fill: #e8871e } text.convnet { fill: #3fa45b }
 """
 COLOURED = "Colours as in the names above the curves; a curve for each seed."
@@ -288,9 +289,12 @@ def curves(case: Case, results: Sequence[Result]) -> str:
     steps = max(it["step"] for it in mine)
     seconds = max(it["seconds"] for it in mine)
     worst = max(point["train_loss"] for it in mine for point in it["curve"])
+    lowest = min(
+        (point["accuracy"] for it in mine for point in it["curve"] if "accuracy" in point), default=1.0
+    )
     over_steps = linear_axis("steps", 0, steps, lambda value: f"{value:g}")
     over_time = linear_axis("seconds of training", 0, seconds, lambda value: f"{value:g}")
-    accuracy = linear_axis("accuracy, %", 40, 100, lambda value: f"{value:g}", steps=6)
+    accuracy = linear_axis("accuracy, %", min(40, 100 * lowest), 100, lambda value: f"{value:g}", steps=6)
     loss = linear_axis("training loss", 0, worst, lambda value: f"{value:.2g}")
     panels = [
         ("Accuracy, %, against steps", over_steps, accuracy, "step", "accuracy", 100.0),
