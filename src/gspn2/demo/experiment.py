@@ -93,7 +93,7 @@ def recipe(config: TrainConfig, data: Data) -> str:
     height, width = data.preprocess.image_size
     return (
         f"Both saw the same {len(data.train)} training images in the same order, enlarged from 8 x 8 to "
-        f"{height} x {width} and turned, moved and scaled a little: {config.epochs} epochs in batches of "
+        f"{height} x {width} and turned, moved and scaled a little: {config.epochs} epoch{'' if config.epochs == 1 else 's'} in batches of "
         f"{config.batch_size}, AdamW with a peak rate of {config.lr:g}, {config.warmup_epochs:g} epochs of "
         f"warm-up, cosine decay, weight decay {config.weight_decay:g}, label smoothing "
         f"{config.label_smoothing:g}, gradients clipped at {config.clip_grad:g}. The training loss is that "
