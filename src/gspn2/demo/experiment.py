@@ -91,9 +91,10 @@ def settings(quick: bool, seed: int, epochs: int | None = None, batch_size: int 
 def recipe(config: TrainConfig, data: Data) -> str:
     """The shared training in two sentences."""
     height, width = data.preprocess.image_size
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
     return (
         f"Both saw the same {len(data.train)} training images in the same order, enlarged from 8 x 8 to "
-        f"{height} x {width} and turned, moved and scaled a little: {config.epochs} epoch{'' if config.epochs == 1 else 's'} in batches of "
+        f"{height} x {width} and turned, moved and scaled a little: {epochs} in batches of "
         f"{config.batch_size}, AdamW with a peak rate of {config.lr:g}, {config.warmup_epochs:g} epochs of "
         f"warm-up, cosine decay, weight decay {config.weight_decay:g}, label smoothing "
         f"{config.label_smoothing:g}, gradients clipped at {config.clip_grad:g}. The training loss is that "
