@@ -11,19 +11,14 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers as hf
-from safetensors.torch import load_file, save_file
 
 import vision_helpers as tiny
 from gspn2.integrations.transformers import (
-    AttentionMixer,
-    Distiller,
-    VisionMixers,
     is_mounted,
     mixers_of,
     mount,
     unmount,
 )
-from processes import printed_by
 
 WITH_PREFIX = [name for name, number in tiny.PREFIX.items() if number]
 
@@ -36,38 +31,29 @@ def encoder(request):
     return tiny.encoder(request.param)
 
 
-def run(model, grid):
-    with torch.no_grad():
-        return tiny.tokens(model, tiny.images(grid))
-
-
-def swapped(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionMixer)}
-
-
 def test_every_attention_is_swapped_and_put_back(encoder):
     """Outputs differ with mixers and are the same bits without, whatever the size."""
-    expected = [run(encoder, grid) for grid in tiny.GRIDS]
+    expected = [tiny.run(encoder, grid) for grid in tiny.GRIDS]
     weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     hooks = [len(module._forward_pre_hooks) for module in encoder.modules()]
     kinds = [type(module) for module in encoder.modules()]
     mixers = mount(encoder, zero_output=False)
     assert is_mounted(encoder)
     assert mixers_of(encoder) is mixers
-    assert swapped(encoder).keys() == dict(mixers.layers()).keys()
-    assert len(swapped(encoder)) == tiny.SIZES["num_hidden_layers"]
+    assert tiny.swapped(encoder).keys() == dict(mixers.layers()).keys()
+    assert len(tiny.swapped(encoder)) == tiny.SIZES["num_hidden_layers"]
     for number, (_, mixer) in enumerate(mixers.layers()):
         assert mixer.mixer.proxy_dim == 32 // 8
         assert mixer.mixer.initial_taps == ("straight", "diagonal")[number % 2]
     for grid, before in zip(tiny.GRIDS, expected, strict=True):
-        after = run(encoder, grid)
+        after = tiny.run(encoder, grid)
         assert after.shape == before.shape
         assert after.isfinite().all()
         assert not torch.allclose(after, before)
     assert unmount(encoder) is mixers
     assert not is_mounted(encoder)
     for grid, before in zip(tiny.GRIDS, expected, strict=True):
-        assert torch.equal(run(encoder, grid), before)
+        assert torch.equal(tiny.run(encoder, grid), before)
     after = encoder.state_dict()
     assert list(after) == list(weights)
     assert all(torch.equal(after[name], weights[name]) for name in weights)
@@ -83,7 +69,7 @@ def test_mixers_get_the_grid_of_the_image(encoder):
         mixer.register_forward_pre_hook(lambda module, args: seen.append((args[0].shape[1], args[1])))
     for grid in tiny.GRIDS:
         seen.clear()
-        run(encoder, grid)
+        tiny.run(encoder, grid)
         assert seen == [(grid[0] * grid[1], grid)] * tiny.SIZES["num_hidden_layers"]
 
 
@@ -102,10 +88,10 @@ def test_tokens_of_the_prefix_read_out_as_before(name):
         return hook
 
     model.get_submodule(layer).register_forward_hook(note("attention"))
-    run(model, (4, 6))
+    tiny.run(model, (4, 6))
     mount(model, zero_output=False)
     model.get_submodule(layer).register_forward_hook(note("mixer"))
-    run(model, (4, 6))
+    tiny.run(model, (4, 6))
     torch.testing.assert_close(outputs["mixer"][:, :prefix], outputs["attention"][:, :prefix])
     assert not torch.allclose(outputs["mixer"][:, prefix:], outputs["attention"][:, prefix:])
 
@@ -123,7 +109,7 @@ def test_class_tokens_learn_from_the_image(readout):
     averaging = readout == "average"
     assert any("q_proj" in name for name, _ in model.named_parameters()) != averaging
     if averaging:
-        mixer = next(iter(swapped(model).values()))
+        mixer = next(iter(tiny.swapped(model).values()))
         x = torch.randn(2, 25, 32)
         mixed, maps = mixer(x, gspn2_grid=(4, 6))
         torch.testing.assert_close(mixed[:, 0], mixed[:, 1:].mean(dim=1))
@@ -141,7 +127,7 @@ def test_zero_output_cuts_attention():
             torch.nn.init.zeros_(module.out_proj.weight)
             torch.nn.init.zeros_(module.out_proj.bias)
     mixers = mount(model)
-    torch.testing.assert_close(run(model, (4, 6)), run(cut, (4, 6)))
+    torch.testing.assert_close(tiny.run(model, (4, 6)), tiny.run(cut, (4, 6)))
     assert model.num_parameters() == before - attention + mixers.num_parameters()
 
 
@@ -159,7 +145,7 @@ def test_gradients_are_the_same_under_checkpointing(name, reentrant):
         mixers.zero_grad()
         # Another size in between: a grid kept as a state would be wrong in the backward pass.
         loss = tiny.tokens(model, tiny.images((4, 6)).requires_grad_()).square().mean()
-        run(model, (6, 4))
+        tiny.run(model, (6, 4))
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in mixers.named_parameters()})
     assert all(g.abs().sum() > 0 for name, g in gradients[0].items() if name.endswith("from_proxy.weight"))
@@ -175,7 +161,7 @@ def test_compiled_encoders_follow_the_size():
     for grid in tiny.GRIDS[1:]:
         with torch.no_grad():
             output = compiled(tiny.images(grid), interpolate_pos_encoding=True).last_hidden_state
-        torch.testing.assert_close(output, run(model, grid), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(output, tiny.run(model, grid), atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()
 
 
@@ -204,162 +190,15 @@ def test_autocast_and_dtypes():
     model = tiny.encoder("CLIPVision")
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     mount(model, zero_output=False)
-    exact = run(model, (4, 6))
+    exact = tiny.run(model, (4, 6))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = run(model, (4, 6))
+        rounded = tiny.run(model, (4, 6))
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).norm() < 0.05 * exact.norm()
     model.to(torch.float64)
     unmount(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["ViT", "SiglipVision"])
-def test_what_the_model_saves_loads_with_and_without_mixers(tmp_path, name):
-    """As `Trainer` saves and resumes: the attentions are in there, under their names, and the mixers."""
-    model = tiny.encoder(name)
-    plain, kind = run(model, (4, 4)), type(model)
-    mount(model, zero_output=False)
-    model.save_pretrained(tmp_path)
-    again, info = kind.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert all(".mixer." in key for key in info["unexpected_keys"])
-    torch.testing.assert_close(run(again.eval(), (4, 4)), plain)
-    mount(again)
-    assert again.load_state_dict(model.state_dict()) == ([], [])
-    torch.testing.assert_close(run(again, (4, 4)), run(model, (4, 4)))
-    unmount(again)
-    torch.testing.assert_close(run(again, (4, 4)), plain)
-    if name == "ViT":
-        return  # whose files have the names of older versions
-    # A training run that goes on has both from the file.
-    other = tiny.encoder(name)
-    for parameter in other.parameters():
-        parameter.data.zero_()
-    mount(other)
-    assert other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True) == ([], [])
-    torch.testing.assert_close(run(other, (4, 4)), run(model, (4, 4)))
-    unmount(other)
-    torch.testing.assert_close(run(other, (4, 4)), plain)
-
-
-def test_saved_mixers_load_in_a_fresh_process(tmp_path):
-    model = tiny.encoder("Dinov2WithRegisters")
-    mixers = mount(model, zero_output=False, groups=2, readout="average")
-    mixers.save_pretrained(tmp_path / "mixers")
-    assert {path.name for path in (tmp_path / "mixers").iterdir()} == {"config.json", "model.safetensors"}
-    torch.save(run(model, (4, 6)), tmp_path / "expected.pt")
-    unmount(model).save_pretrained(tmp_path / "mixers")
-    model.save_pretrained(tmp_path / "model")
-    script = (
-        "import sys, torch\n"
-        "import vision_helpers as tiny\n"
-        "from transformers import Dinov2WithRegistersModel\n"
-        "from gspn2.integrations.transformers import VisionMixers, mount\n"
-        "torch.set_num_threads(1)\n"
-        "model = Dinov2WithRegistersModel.from_pretrained(sys.argv[1] + '/model').eval()\n"
-        "mixers = VisionMixers.from_pretrained(sys.argv[1] + '/mixers')\n"
-        "assert (mixers.config.groups, mixers.config.readout) == (2, 'average')\n"
-        "mount(model, mixers)\n"
-        "with torch.no_grad():\n"
-        "    output = tiny.tokens(model, tiny.images((4, 6)))\n"
-        "torch.testing.assert_close(output, torch.load(sys.argv[1] + '/expected.pt'))\n"
-        "print('same')\n"
-    )
-    assert printed_by(script, tmp_path) == "same"
-
-
-def test_automodel_reads_mixers(tmp_path):
-    mount(tiny.encoder("ViT"), groups=2).save_pretrained(tmp_path)
-    mixers = hf.AutoModel.from_pretrained(tmp_path)
-    assert isinstance(mixers, VisionMixers)
-    assert mixers.config.groups == 2
-
-
-def test_backbones_of_ours_through_the_wrappers_of_timm(tmp_path):
-    pytest.importorskip("timm")
-    import gspn2.models  # noqa: F401  (registers them)
-
-    config = hf.TimmWrapperConfig(architecture="test_gspn2", num_labels=3, model_args={"groups": 2})
-    model = hf.TimmWrapperForImageClassification(config).eval()
-    model.save_pretrained(tmp_path)
-    again = hf.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    pixels = tiny.images((8, 8))
-    assert torch.equal(again(pixels).logits, model(pixels).logits)
-    backbone = hf.TimmBackbone(hf.TimmBackboneConfig(backbone="test_gspn2", out_indices=[1, 3]))
-    assert [tuple(maps.shape) for maps in backbone(pixels).feature_maps] == [(2, 32, 8, 8), (2, 64, 2, 2)]
-
-
-def test_attentions_that_do_not_run_are_weights_all_the_same():
-    """Sharded models' checkpoints look names up, and a strict load wants all of them."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
-    model = tiny.encoder("SiglipVision")
-    plain = run(model, (4, 4))
-    mount(model)
-    weights = {name: tensor.clone() for name, tensor in get_model_state_dict(model).items()}
-    assert weights.keys() == model.state_dict().keys()
-    other = tiny.encoder("SiglipVision")
-    mount(other)
-    with torch.no_grad():
-        for tensor in other.state_dict().values():
-            tensor.zero_()
-    set_model_state_dict(other, weights)
-    unmount(other)
-    assert torch.equal(run(other, (4, 4)), plain)
-    name = next(name for name in weights if name.endswith("q_proj.weight"))
-    del weights[name]
-    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
-        model.load_state_dict(weights)
-    assert model.load_state_dict(weights, strict=False).missing_keys == [name]
-
-
-@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "model"])
-def test_loading_is_strict(tmp_path, fault):
-    model = tiny.encoder("ViT")
-    mount(model).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = load_file(file)
-    name = next(name for name in weights if name.endswith("to_proxy.weight"))
-    if fault == "missing":
-        del weights[name]
-    elif fault == "unexpected":
-        weights["more.weight"] = torch.zeros(3)
-    elif fault == "shape":
-        weights[name] = weights[name][:, :-1].contiguous()
-    else:
-        unmount(model)
-        model.save_pretrained(tmp_path)
-    if fault != "model":
-        save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match="another model's config" if fault == "model" else "expected exactly"
-    ):
-        VisionMixers.from_pretrained(tmp_path)
-
-
-def test_a_folder_without_mixers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.json of a model is there"):
-        VisionMixers.from_pretrained(tmp_path)
-
-
-def test_mixers_of_an_encoder_fit_into_models_around_it(tmp_path):
-    """Of a SigLIP, in the model with a text encoder, which stays as it is."""
-    mount(tiny.encoder("SiglipVision"), zero_output=False).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    model = hf.SiglipModel(hf.SiglipConfig(vision_config=tiny.SIZES, text_config=tiny.TEXT)).eval()
-    inputs = {"pixel_values": tiny.images((4, 4)), "input_ids": torch.arange(16).view(2, 8)}
-    with torch.no_grad():
-        before = model(**inputs)
-        mount(model, VisionMixers.from_pretrained(tmp_path, dtype=torch.bfloat16))
-        after = model(**inputs)
-    assert all(name.startswith("vision_model.") for name in swapped(model))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert torch.equal(after.text_embeds, before.text_embeds)
-    assert not torch.allclose(after.image_embeds, before.image_embeds)
-    with pytest.raises(ValueError, match=r"32 channels at layers\.0\.attention, got no self-attention"):
-        mount(tiny.encoder("ViT"), mixers_of(model))
 
 
 def test_classifiers_and_models_that_see():
@@ -388,16 +227,16 @@ def test_classifiers_and_models_that_see():
 def test_a_copy_is_its_own(again):
     model = tiny.encoder("Dinov2")
     mount(model, zero_output=False, readout="average")
-    expected = run(model, (4, 6))
+    expected = tiny.run(model, (4, 6))
     twin = again(model)
     with torch.no_grad():
         for parameter in mixers_of(twin).parameters():
             parameter.zero_()
-    assert torch.equal(run(model, (4, 6)), expected)
-    assert not torch.equal(run(twin, (4, 6)), expected)
+    assert torch.equal(tiny.run(model, (4, 6)), expected)
+    assert not torch.equal(tiny.run(twin, (4, 6)), expected)
     unmount(twin)
     assert is_mounted(model)
-    assert torch.equal(run(model, (4, 6)), expected)
+    assert torch.equal(tiny.run(model, (4, 6)), expected)
 
 
 def test_replicas_hand_their_own_grid_down():
@@ -411,7 +250,7 @@ def test_replicas_hand_their_own_grid_down():
 
     model = tiny.encoder("Dinov2")
     mount(model, zero_output=False)
-    assert torch.equal(run(replica(model), (4, 6)), run(model, (4, 6)))
+    assert torch.equal(tiny.run(replica(model), (4, 6)), tiny.run(model, (4, 6)))
 
 
 def test_adapters_everywhere_leave_mixers_out():
@@ -419,7 +258,7 @@ def test_adapters_everywhere_leave_mixers_out():
     peft = pytest.importorskip("peft")
     model = tiny.encoder("CLIPVision")
     mount(model, zero_output=False)
-    before = run(model, (4, 4))
+    before = tiny.run(model, (4, 4))
     where = {"target_modules": "all-linear", "exclude_modules": r".*\.mixer\..*"}
     adapter = peft.LoraConfig(**where, modules_to_save=["self_attn.mixer"], r=2)
     adapted = peft.get_peft_model(model, adapter)
@@ -434,9 +273,9 @@ def test_adapters_everywhere_leave_mixers_out():
 def test_adapters_of_the_readout_take_part_and_leave():
     peft = pytest.importorskip("peft")
     model = tiny.encoder("CLIPVision")
-    plain = run(model, (4, 4))
+    plain = tiny.run(model, (4, 4))
     mount(model)
-    before = run(model, (4, 4))
+    before = tiny.run(model, (4, 4))
     adapter = peft.LoraConfig(target_modules=["q_proj", "out_proj"], r=2, init_lora_weights=False)
     adapted = peft.get_peft_model(model, adapter)
     output = adapted(pixel_values=tiny.images((4, 4))).last_hidden_state
@@ -446,9 +285,9 @@ def test_adapters_of_the_readout_take_part_and_leave():
         p.grad.abs().sum() > 0 for name, p in adapted.named_parameters() if ".0." in name and "lora" in name
     )
     back = adapted.unload()
-    torch.testing.assert_close(run(back, (4, 4)), before)
+    torch.testing.assert_close(tiny.run(back, (4, 4)), before)
     unmount(back)
-    assert torch.equal(run(back, (4, 4)), plain)
+    assert torch.equal(tiny.run(back, (4, 4)), plain)
 
 
 def test_images_of_several_grids_are_mixed_each_by_itself():
@@ -476,109 +315,17 @@ def test_images_of_several_grids_are_mixed_each_by_itself():
         model(**{**inputs, "spatial_shapes": torch.tensor([[2, 5]])})
 
 
-@pytest.mark.parametrize("name", ["ViT", "Siglip2Vision"])
-def test_mixers_learn_what_attention_does(name):
-    """Losses fall, the teacher stays, and padding is none of it."""
-    cases = {
-        "ViT": (tiny.encoder("ViT"), {"pixel_values": tiny.images((4, 4))}),
-        "Siglip2Vision": (tiny.siglip2(), tiny.padded([(2, 5), (5, 2)], 12)),
-    }
-    teacher, inputs = cases[name]
-    with torch.no_grad():
-        before = teacher(**inputs).last_hidden_state
-    distiller = Distiller(teacher)
-    assert not is_mounted(teacher)
-    learning = {id(p) for p in distiller.parameters() if p.requires_grad}
-    assert learning == {id(p) for p in distiller.mixers.parameters()}
-    optimizer = torch.optim.Adam(distiller.mixers.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(12):
-        found = distiller(**inputs)
-        assert found.keys() == {"features", "output", "loss"}
-        optimizer.zero_grad()
-        found["loss"].backward()
-        optimizer.step()
-        losses.append(found["loss"].item())
-    assert losses[-1] < 0.9 * losses[0]
-    with torch.no_grad():
-        assert torch.equal(teacher(**inputs).last_hidden_state, before)
-        unmount(distiller.student)
-        assert torch.equal(distiller.student(**inputs).last_hidden_state, before)
-    with pytest.raises(ValueError, match="weights: expected some of features, output"):
-        Distiller(teacher, {"feature": 1.0})
-
-
-@pytest.mark.parametrize("name", ["SiglipVision", "DINOv3ViT"])
-def test_a_teacher_goes_where_the_student_goes(name):
-    """Also with what they do not share: attentions that were replaced, and buffers."""
-    teacher = tiny.encoder(name)
-    distiller = Distiller(teacher).double()
-    tensors = [*teacher.parameters(), *teacher.buffers()]
-    assert all(tensor.dtype == torch.float64 for tensor in tensors if tensor.is_floating_point())
-    assert distiller(tiny.images((4, 4)).double())["loss"].isfinite()
-    frozen = {id(p) for p in distiller.parameters() if not p.requires_grad}
-    assert frozen <= {id(p) for p in teacher.parameters()}
-    with pytest.raises(TypeError, match="teacher: expected a model, got str"):
-        Distiller("vit")
-
-
-def test_padding_does_not_count_in_what_is_learnt():
-    inputs = tiny.padded([(2, 5), (3, 3)], 12)
-    distiller = Distiller(tiny.siglip2(), zero_output=False)
-    expected = distiller(**inputs)
-    shorter = distiller(
-        **{name: t[:, :10] if t.ndim > 1 and t.shape[1] > 2 else t for name, t in inputs.items()}
-    )
-    for name, loss in expected.items():
-        torch.testing.assert_close(shorter[name], loss)
-
-
-def test_trainer_saves_and_resumes(tmp_path):
-    """With nothing to help it: the run goes on with the mixers it had."""
-    pytest.importorskip("accelerate")
-    torch.manual_seed(0)
-    data = [{"pixel_values": tiny.images((4, 4), 1)[0] * i, "labels": i % 3} for i in range(8)]
-
-    def trainer(steps):
-        torch.manual_seed(0)
-        model = hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=tiny.SIZES, num_labels=3))
-        mount(model)
-        arguments = hf.TrainingArguments(
-            str(tmp_path),
-            max_steps=steps,
-            save_steps=2,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        return hf.Trainer(model, arguments, train_dataset=data)
-
-    whole = trainer(4)
-    whole.train()
-    resumed = trainer(4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for name, parameter in whole.model.named_parameters():
-        torch.testing.assert_close(dict(resumed.model.named_parameters())[name], parameter)
-    plain = hf.SiglipForImageClassification.from_pretrained(tmp_path / "checkpoint-4").eval()
-    unmount(whole.model)
-    pixels = tiny.images((4, 4))
-    torch.testing.assert_close(plain(pixels).logits, whole.model.eval()(pixels).logits)
-
-
 def test_a_model_that_cannot_be_unmounted_still_runs():
     """For want of memory, say: here an attention has none of its own."""
     model = tiny.encoder("SiglipVision")
     mount(model, zero_output=False)
-    expected = run(model, (4, 4))
-    last = list(swapped(model).values())[-1]
+    expected = tiny.run(model, (4, 4))
+    last = list(tiny.swapped(model).values())[-1]
     last.released().to("meta")
     with pytest.raises(NotImplementedError, match="meta"):
         unmount(model)
     assert is_mounted(model)
-    assert torch.equal(run(model, (4, 4)), expected)
+    assert torch.equal(tiny.run(model, (4, 4)), expected)
 
 
 def refused():
@@ -621,7 +368,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="attention_mask: expected None"):
         model(tiny.images((4, 4)), attention_mask=torch.ones(2, 17))
     model(tiny.images((4, 4)))
-    for alone in (model.layers[0], next(iter(swapped(model).values()))):
+    for alone in (model.layers[0], next(iter(tiny.swapped(model).values()))):
         with pytest.raises(ValueError, match="expected the token grid, got none"):
             alone(torch.zeros(1, 17, 32))
     assert "in place of ViTAttention, prefix_tokens=1, readout='attention'" in repr(model)
@@ -638,7 +385,7 @@ def test_on_a_gpu():
     device = torch.device("cuda")
     model = tiny.encoder("DINOv3ViT")
     mixers = mount(model, zero_output=False)
-    expected = run(model, (4, 6))
+    expected = tiny.run(model, (4, 6))
     unmount(model)
     model.to(device)
     assert {parameter.device.type for parameter in mount(model).parameters()} == {device.type}

@@ -8,6 +8,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from gspn2.integrations.transformers import AttentionMixer
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -79,3 +81,14 @@ def padded(grids: list[tuple[int, int]], tokens: int) -> dict[str, Tensor]:
         pixels[row, : height * width] = torch.randn(height * width, 3 * 8 * 8, generator=generator)
         mask[row, : height * width] = 1
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(grids)}
+
+
+def run(model: nn.Module, grid: tuple[int, int]) -> Tensor:
+    """Tokens of images of so many places, without gradients."""
+    with torch.no_grad():
+        return tokens(model, images(grid))
+
+
+def swapped(model: nn.Module) -> dict[str, AttentionMixer]:
+    """The mixers in the places of self-attentions, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionMixer)}

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import complain, guarded, not_negative, positive
+from .common import complain, guarded, not_negative, plural, positive
 
 if TYPE_CHECKING:
     import torch
@@ -259,7 +259,9 @@ def _run(cases: list[Case], device: torch.device, args: argparse.Namespace, bega
     results = _results(device, args)
     with terminal.Terminal() as shown:
         runner.run(cases, settings, results, shown, began)
-    print(f"\n{results.path}: {len(results.rows)} cases in {results.content['run']['seconds']:.0f} s")
+    print(
+        f"\n{results.path}: {plural(len(results.rows), 'case')} in {results.content['run']['seconds']:.0f} s"
+    )
     run = results.content["run"]
     if note := schedule.left_out(run["left_out"], run["command"], shlex.quote(str(args.out))):
         print(note)
