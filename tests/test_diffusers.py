@@ -52,7 +52,7 @@ def test_every_self_attention_is_swapped_and_nothing_else(unet):
     swapped = dict(mixers.layers())
     assert swapped.keys() == {name for name in before if name.endswith("attn1")}
     taps = [module.tokens.mixer.initial_taps for module in swapped.values()]
-    assert taps == [("straight", "diagonal")[number % 2] for number in range(len(taps))]
+    assert taps == [("vertical", "horizontal")[number % 2] for number in range(len(taps))]
     for name, module in unet.named_modules():
         if name.endswith("attn1"):
             assert isinstance(module, AttentionMixer)

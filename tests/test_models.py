@@ -454,14 +454,15 @@ def test_a_model_made_on_meta_gets_its_initial_weights():
     assert made(images(1, 3, 64, 64)).isfinite().all()
 
 
-def test_scans_of_blocks_begin_straight_and_diagonal_in_turns():
+def test_scans_of_blocks_begin_vertical_and_horizontal_in_turns():
     model = create(depths=(1, 2), dims=(16, 16), chunk=0, proxy_dim=2)
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
-    assert [mixer.initial_taps for mixer in mixers] == ["straight", "diagonal", "straight"]
+    assert [mixer.initial_taps for mixer in mixers] == ["vertical", "horizontal", "vertical"]
     rest = [mixer.to_operands.bias[-12:].view(4, 3).sigmoid() for mixer in mixers]
     heaviest = [(taps / taps.sum(1, keepdim=True)).amax(1) for taps in rest]
-    for largest, share in zip(heaviest, (1 / 3, 0.9, 1 / 3), strict=True):
-        torch.testing.assert_close(largest, torch.full((4,), share), atol=0.01, rtol=0)
+    vertical = torch.tensor([1 / 3, 1 / 3, 0.9, 0.9])
+    for largest, expected in zip(heaviest, (vertical, vertical.flip(0), vertical), strict=True):
+        torch.testing.assert_close(largest, expected, atol=0.01, rtol=0)
     leaning = create(depths=(1, 2), dims=(16, 16), chunk=0, proxy_dim=2, initial_taps="diagonal")
     assert {it.initial_taps for it in leaning.modules() if isinstance(it, Mixer)} == {"diagonal"}
 

@@ -57,7 +57,7 @@ def test_ablations_change_what_they_say():
     assert set(changed) | {"vit", "convnet"} == set(CONTENDERS)
     for name, changes in changed.items():
         for number, mixer in enumerate(mixers(name)):
-            expected = plain | {"initial_taps": ("straight", "diagonal")[number % 2]} | changes
+            expected = plain | {"initial_taps": ("vertical", "horizontal")[number % 2]} | changes
             assert {key: getattr(mixer, key) for key in expected} == expected, name
 
 

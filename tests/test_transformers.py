@@ -44,7 +44,7 @@ def test_every_attention_is_swapped_and_put_back(encoder):
     assert len(tiny.swapped(encoder)) == tiny.SIZES["num_hidden_layers"]
     for number, (_, mixer) in enumerate(mixers.layers()):
         assert mixer.mixer.proxy_dim == 32 // 8
-        assert mixer.mixer.initial_taps == ("straight", "diagonal")[number % 2]
+        assert mixer.mixer.initial_taps == ("vertical", "horizontal")[number % 2]
     for grid, before in zip(tiny.GRIDS, expected, strict=True):
         after = tiny.run(encoder, grid)
         assert after.shape == before.shape

@@ -214,8 +214,8 @@ def _maps_text() -> str:
         "the pixel, the blue line the centre of the flow, line by line, as far as a line gets 1% of the "
         "strongest one. <b>Down, up, right, left</b> show what one scan carries away from the pixel; "
         "<b>all four</b> shows their sum, which is what the mixer sends on; <b>received</b> shows the "
-        "reverse, how much each pixel contributes to the output at the ring. Untrained mixers send scans "
-        "straight ahead or along one diagonal, in turns; whatever bends or ends a path was learned."
+        "reverse, how much each pixel contributes to the output at the ring. An untrained mixer sends two "
+        "of its scans straight ahead, two along one diagonal each; whatever bends or ends a path was learned."
     )
 
 

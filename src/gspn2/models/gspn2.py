@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..functional import DIRECTIONS
 from ..nn import FFN, GRN, LPU, LayerNorm2d, Mixer, Pointwise
 from ..nn.layers import Depthwise, hidden_width, is_bare, is_plain, norm_of, residual_branch
-from ..nn.mixer import INITIAL_TAPS
+from ..nn.mixer import INITIAL_TAPS, INITIAL_TURNS
 from ..ops import fused
 from ..ops.eager import under_transforms
 
@@ -233,8 +233,7 @@ class GSPN2(nn.Module):
         operands_from: taps, lam and gate made from the "input" of the mixer or from its "proxy".
         groups: tap groups of a mixer.
         directions: scan directions of a mixer.
-        initial_taps: where fresh scans run, "straight" or "diagonal" (`gspn2.nn.Mixer`), or several that the
-            blocks take in turns.
+        initial_taps: where fresh scans run (`gspn2.nn.Mixer`), or several such that the blocks take in turns.
         backend: implementation of the operator; None chooses.
         keep_hidden: keep the states of all scans for backward (`gspn2.propagate`): faster, for more memory.
         expand_ratio: inner channels of the GSPN module over `dims`.
@@ -259,7 +258,7 @@ class GSPN2(nn.Module):
         operands_from: str = "input",
         groups: int = 1,
         directions: Sequence[str] = DIRECTIONS,
-        initial_taps: str | Sequence[str] = INITIAL_TAPS,
+        initial_taps: str | Sequence[str] = INITIAL_TURNS,
         backend: str | None = None,
         keep_hidden: bool = False,
         expand_ratio: float = 1.5,

@@ -16,8 +16,17 @@ from .layers import Pointwise, is_plain, pointwise
 
 OPERANDS_FROM = ("proxy", "input")
 
-INITIAL_TAPS = ("straight", "diagonal")
-"""Where the scans of a fresh mixer run. In a stack of mixers they should take turns."""
+# The directions whose scans begin straight; the others begin along diagonals.
+_STRAIGHT = {
+    "straight": ("down", "up", "right", "left"),
+    "diagonal": (),
+    "vertical": ("down", "up"),
+    "horizontal": ("right", "left"),
+}
+INITIAL_TAPS = tuple(_STRAIGHT)
+"""Where the scans of a fresh mixer run."""
+INITIAL_TURNS = ("vertical", "horizontal")
+"""The same for the mixers of a stack, in turns: two of them reach along rows, columns and diagonals."""
 
 # For each direction the tap that a fresh diagonal mixer favors, so that the four scans run down-right,
 # up-left, up-right and down-left and every corner reaches the opposite one (see `Mixer.reset_parameters`).
@@ -86,7 +95,8 @@ class Mixer(nn.Module):
             holds the resting values of taps, lam and gate.
         gain: size of a fresh output projection: how much of the average's amplitude the mixer puts out. The
             default suits a residual stream of many mixers; next to a norm it may be 1.
-        initial_taps: where the scans of a fresh mixer run: "straight" or "diagonal" (`reset_parameters`).
+        initial_taps: where the scans of a fresh mixer run: "straight", "diagonal", or "vertical" or
+            "horizontal", where those of rows or those of columns alone run straight (`reset_parameters`).
         backend, keep_hidden: as for `gspn2.propagate`; kept states are (B, D, proxy_dim, H, W).
 
     Raises:
@@ -151,7 +161,9 @@ class Mixer(nn.Module):
         3^-L, which is nothing. "diagonal" favors one diagonal neighbor (weight 0.9), a different diagonal for
         each of the four directions; odd tap groups favor the mirrored one. There the weight along a row falls
         as 20^-L. Gradients come back the way that states went, so what a fresh mixer does not reach it hardly
-        learns to: a stack of mixers should have both.
+        learns to. "vertical" has down and up straight, right and left diagonal, "horizontal" the other way
+        round: a stack of mixers that take turns (`INITIAL_TURNS`) has all ways, each of them in every other
+        mixer.
         """
         nn.init.normal_(self.to_proxy.weight, std=self.to_proxy.in_features**-0.5)
         nn.init.normal_(self.from_proxy.weight, std=self.gain * self.from_proxy.in_features**-0.5)
@@ -167,11 +179,11 @@ class Mixer(nn.Module):
 
     def _resting_logits(self) -> Tensor:
         """Those of a fresh mixer's taps, (D, groups, 3)."""
-        shape = (len(self.directions), self.groups, 3)
-        if self.initial_taps == "straight":
-            return torch.full(shape, _EQUAL_LOGIT)
-        logits = torch.full(shape, _OTHER_LOGIT)
+        logits = torch.full((len(self.directions), self.groups, 3), _OTHER_LOGIT)
         for d, direction in enumerate(self.directions):
+            if direction in _STRAIGHT[self.initial_taps]:
+                logits[d] = _EQUAL_LOGIT
+                continue
             favored = _FAVORED_TAP[direction]
             logits[d, ::2, favored] = _FAVORED_LOGIT
             logits[d, 1::2, 2 - favored] = _FAVORED_LOGIT

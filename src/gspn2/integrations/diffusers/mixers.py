@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from gspn2.functional import DIRECTIONS
 from gspn2.nn import Mixer, Pointwise, TokenMixer
 from gspn2.nn.layers import is_bare
-from gspn2.nn.mixer import INITIAL_TAPS
+from gspn2.nn.mixer import INITIAL_TURNS
 from gspn2.ops.eager import plain
 
 from ..swapping import check_loaded, place, zero_output
@@ -248,7 +248,7 @@ class UNetMixers(ModelMixin, ConfigMixin):
                 lam=lam,
                 gate=gate,
                 bias=bias,
-                initial_taps=INITIAL_TAPS[number % len(INITIAL_TAPS)],
+                initial_taps=INITIAL_TURNS[number % len(INITIAL_TURNS)],
             )
             if zero_output:
                 mixer.zero_output()

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from gspn2.functional import DIRECTIONS
 from gspn2.nn import TokenMixer
-from gspn2.nn.mixer import INITIAL_TAPS
+from gspn2.nn.mixer import INITIAL_TURNS
 
 from ..swapping import check_loaded, move_into_place, place, zero_output
 from .readout import Readout
@@ -248,7 +248,7 @@ class VisionMixers(PreTrainedModel):
                 lam=config.lam,
                 gate=config.gate,
                 bias=config.bias,
-                initial_taps=INITIAL_TAPS[number % len(INITIAL_TAPS)],
+                initial_taps=INITIAL_TURNS[number % len(INITIAL_TURNS)],
             )
             if config.zero_output:
                 zero_output(mixer.mixer)
