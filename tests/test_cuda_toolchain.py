@@ -176,9 +176,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(toolchain, "SOURCES", sources)
     monkeypatch.setenv("GSPN2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(disk, "_warned", set())
-    toolchain._headers_digest.cache_clear()
+    toolchain._digest.cache_clear()
     yield sources / TINY.source
-    toolchain._headers_digest.cache_clear()
+    toolchain._digest.cache_clear()
 
 
 @needs_nvrtc
@@ -253,7 +253,7 @@ def test_the_key_covers_all_that_the_code_depends_on(tiny: Path, monkeypatch: py
     keys = [toolchain.key(TINY, Target("sm_90"))]
 
     def changed() -> None:
-        toolchain._headers_digest.cache_clear()
+        toolchain._digest.cache_clear()
         keys.append(toolchain.key(TINY, Target("sm_90")))
         assert len(set(keys)) == len(keys)
 
@@ -262,19 +262,22 @@ def test_the_key_covers_all_that_the_code_depends_on(tiny: Path, monkeypatch: py
     keys.append(toolchain.key(Kernel("tiny.cu", "tiny", (("STORAGE", 1), ("VALUE", 8))), Target("sm_90")))
     tiny.write_text(SOURCE + "// changed\n")
     changed()
-    header = tiny.with_name("ptx.cuh")
+    header = tiny.with_name("ptx.cuh")  # included by what the source includes
     header.write_text(header.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
     changed()
+    # Of headers only those that are included count.
     tiny.with_name("new.cuh").write_text("// one more\n")
-    changed()
+    toolchain._digest.cache_clear()
+    assert toolchain.key(TINY, Target("sm_90")) == keys[-1]
     # A source from elsewhere: the headers beside it, too.
     folder = tiny.parent.parent / "elsewhere"
     folder.mkdir()
-    (folder / "own.cu").write_text(SOURCE)
+    (folder / "own.cu").write_text(f'#include "own.cuh"\n{SOURCE}')
+    (folder / "own.cuh").write_text("// its own\n")
     other = Kernel(str(folder / "own.cu"), "tiny", ())
     before = toolchain.key(other, Target("sm_90"))
-    (folder / "own.cuh").write_text("// its own\n")
-    toolchain._headers_digest.cache_clear()
+    (folder / "own.cuh").write_text("// its own, changed\n")
+    toolchain._digest.cache_clear()
     assert toolchain.key(other, Target("sm_90")) != before
     monkeypatch.setattr(toolchain, "_nvrtc_version", lambda: "13.1")
     changed()

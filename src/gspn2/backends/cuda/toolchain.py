@@ -22,6 +22,7 @@ from .geometry import Kernel
 
 SOURCES = Path(__file__).parent / "kernels"
 HEADER = "cuda_bf16.h"
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 OPTIONS: dict[str, Any] = {
     "std": "c++17",
     # As nvcc has it: a lambda in a device function is one, too.
@@ -114,8 +115,7 @@ def key(kernel: Kernel, made_for: Target) -> str:
     """A digest of all that the code depends on."""
     settings = (kernel.function, kernel.defines, made_for.name, made_for.kind, OPTIONS, _nvrtc_version())
     digest = hashlib.sha256(repr(settings).encode())
-    digest.update(_headers_digest((SOURCES / kernel.source).parent))
-    digest.update(_source(kernel).encode())
+    digest.update(_digest(SOURCES / kernel.source))
     return digest.hexdigest()
 
 
@@ -176,12 +176,23 @@ def _source(kernel: Kernel) -> str:
 
 
 @cache
-def _headers_digest(folder: Path) -> bytes:
-    """Of the backend's headers, and of those beside a source that lies elsewhere."""
+def _digest(source: Path) -> bytes:
+    """Of a source and the headers of ours that it includes: a change of others compiles nothing anew."""
     digest = hashlib.sha256()
-    for path in sorted({*SOURCES.glob("*.cuh"), *folder.glob("*.cuh")}):
+    for path in _with_headers(source):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.digest()
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """The source and all that it includes by name in quotes, however deep, each once."""
+    files = [source]
+    for file in files:
+        for name in INCLUDE.findall(file.read_text(encoding="utf-8")):
+            found = next((it for it in (file.parent / name, SOURCES / name) if it.exists()), None)
+            if found is not None and found not in files:
+                files.append(found)
+    return files
 
 
 @cache
