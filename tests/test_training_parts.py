@@ -20,6 +20,7 @@ from gspn2.training.data import unused
 from gspn2.training.log import RunLog
 from gspn2.training.schedule import learning_rate
 from gspn2.training.sharding import units
+from gspn2.training.state import load_optimizer
 from gspn2.training.transforms import preprocess_for
 
 
@@ -146,3 +147,33 @@ def test_every_block_or_stage_is_a_unit_of_its_own(compiled, kind):
     assert {type(unit).__name__ for unit in found} == {kind}
     assert found == [module for module in model.modules() if type(module).__name__ == kind]
     assert units(torch.nn.Linear(2, 2), compiled) == []
+
+
+def test_restored_moments_lie_in_memory_as_their_weights():
+    """Files hold contiguous tensors; fused optimizers want moments laid out as the weights are."""
+    torch.manual_seed(0)
+
+    def learning() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(1, 4, 5, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = learning()
+    step(model, optimizer)
+    stored = {
+        f"{index}/{key}": tensor.clone(memory_format=torch.contiguous_format)
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, tensor in values.items()
+    }
+    again, restored = learning()
+    again.load_state_dict(model.state_dict())
+    load_optimizer(restored, stored)
+    for weights in again.parameters():
+        assert restored.state[weights]["exp_avg"].stride() == weights.stride()
+    step(model, optimizer)
+    step(again, restored)
+    assert torch.equal(again.weight, model.weight)

@@ -52,8 +52,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = share_of(tensor, parameters[int(index)])
+        parameter = parameters[int(index)]
+        state.setdefault(int(index), {})[key] = _laid_out(share_of(tensor, parameter), parameter)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A moment in the memory order of its parameter, which fused optimizers ask for; files are contiguous."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
