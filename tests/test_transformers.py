@@ -153,14 +153,16 @@ def test_gradients_are_the_same_under_checkpointing(name, reentrant):
         torch.testing.assert_close(gradients[1][name], expected)
 
 
-def test_compiled_encoders_follow_the_size():
-    model = tiny.encoder("CLIPVision")
+@pytest.mark.parametrize("name", ["CLIPVision", "Dinov2"])
+def test_compiled_encoders_follow_the_size(name):
+    """Whether their layers hand the grid on (CLIP) or are called with it (DINOv2)."""
+    model = tiny.encoder(name)
     mount(model, zero_output=False)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for grid in tiny.GRIDS[1:]:
         with torch.no_grad():
-            output = compiled(tiny.images(grid), interpolate_pos_encoding=True).last_hidden_state
+            output = tiny.tokens(compiled, tiny.images(grid))
         torch.testing.assert_close(output, tiny.run(model, grid), atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()
 

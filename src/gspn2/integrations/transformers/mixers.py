@@ -79,7 +79,7 @@ class AttentionMixer(nn.Module):
         Raises:
             ValueError: there is no grid, or not one of so many tokens.
         """
-        grid = kwargs[GRID] if GRID in kwargs else self.__dict__.pop(GRID, None)
+        grid = kwargs[GRID] if GRID in kwargs else getattr(self, GRID, None)
         if grid is None:
             raise ValueError(
                 f"{GRID}: expected the token grid, got none; the layer was called without the encoder around"

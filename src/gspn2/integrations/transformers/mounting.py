@@ -219,14 +219,16 @@ def _hand_down_grid(
         raise ValueError("attention_mask: expected None, propagation cannot leave tokens out")
     grid = grid_of(given, kept.patches)
     for name in kept.deaf:
-        module.get_submodule(name).__dict__[GRID] = grid
+        setattr(module.get_submodule(name), GRID, grid)
     return args, {**kwargs, GRID: grid}
 
 
 def _forget_grid(module: nn.Module, args: Any, output: Any) -> None:
     """Hook of an encoder whose layers hold the grid: it is that of one call."""
     for name in module.__dict__[_MOUNT].deaf:
-        module.get_submodule(name).__dict__.pop(GRID, None)
+        for holder in module.get_submodule(name).modules():
+            if hasattr(holder, GRID):
+                delattr(holder, GRID)
 
 
 def _hears(layer: nn.Module) -> bool:
@@ -239,7 +241,7 @@ class _Hearing:
     """A layer that is called with the grid, which its encoder does not hand on."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs, **{GRID: self.__dict__.get(GRID)})  # type: ignore[misc]
+        return super().__call__(*args, **kwargs, **{GRID: getattr(self, GRID, None)})  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _restored, (type(self).__mro__[2],), self.__dict__
@@ -264,5 +266,5 @@ def _pass_grid(
     grid = rest.pop(GRID)
     for child in module.children():
         if isinstance(child, AttentionMixer):
-            child.__dict__[GRID] = grid
+            setattr(child, GRID, grid)
     return args, rest
