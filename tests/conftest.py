@@ -54,6 +54,14 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(autouse=True)
+def device_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers share a GPU: what PyTorch keeps for a worker's next test others may need for a large one."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Models as small as those of tests only get slower on more, the more so beside other tests."""
