@@ -67,6 +67,20 @@ def test_unequal_steps_or_seeds_are_not_compared():
         )
 
 
+def test_a_larger_size_with_a_rate_of_its_own_is_shown():
+    """The choice of rates is made at the smallest size; what ran at another one only is not left out."""
+    tried = [made_up("vit", 0.6, 1.0), made_up("vit", 0.7, 1.0)]
+    tried[0]["run"]["lr"], tried[1]["run"]["lr"] = 1e-3, 2e-3
+    for result in tried:
+        result["validation"] = {"accuracy": result["accuracy"], "loss": 0.5}
+    large = made_up("vit", 0.8, 1.0)
+    large["run"] |= {"size": 128, "lr": 1e-3}
+    text = document.text([*tried, large])
+    assert "| ViT | 1,243,000 | 1 | 100 | 70.0%" in text
+    assert "| ViT | 1,243,000 | 1 | 100 | 60.0%" not in text
+    assert "| ViT | 1,243,000 | 1 | 100 | 80.0%" in text
+
+
 def test_the_picture_has_a_curve_for_every_seed_and_panel():
     results = [made_up(name, 0.8, 10.0, seed) for name in MAIN for seed in (0, 1)]
     svg = document.files(results)["images/learning_maze_64.svg"]

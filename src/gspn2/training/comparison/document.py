@@ -137,13 +137,17 @@ def text(results: Sequence[Result], told: str = "") -> str:
 
 
 def _settled(results: Sequence[Result]) -> list[Result]:
-    """Those at the learning rate of their family, without what was run to choose it."""
-    choice, settled = rates.choose(results), []
-    for result in results:
-        run = Run(**result["run"])
-        if choice.get((run.task, run.family), run.lr) == run.lr:
-            settled.append(result)
-    return settled
+    """Those at the learning rate of their family, without what was run to choose it.
+
+    Where there is none at that rate, as at a larger size with a rate of its own, what there is.
+    """
+    choice = rates.choose(results)
+    named = [(Run(**result["run"]), result) for result in results]
+    chosen = [run for run, _ in named if choice.get((run.task, run.family), run.lr) == run.lr]
+    there = {(run.task, run.size, run.contender) for run in chosen}
+    return [
+        result for run, result in named if run in chosen or (run.task, run.size, run.contender) not in there
+    ]
 
 
 def _rates(results: Sequence[Result]) -> str:
