@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 440, 290
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 48
+LEFT, RIGHT, TOP, BOTTOM = 62, 22, 14, 48
 
 
 @dataclass(frozen=True)
