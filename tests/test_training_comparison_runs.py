@@ -106,6 +106,19 @@ def test_a_checkpoint_of_other_settings_or_none_at_all_is_refused(tmp_path: Path
         compare([VIT], TINY, tmp_path)
 
 
+def test_a_process_that_ended_on_its_own_signal_was_interrupted(tmp_path: Path):
+    """A signal to the whole group: a process ends before it has read what it was sent."""
+    ours, theirs = multiprocessing.Pipe()
+    shared = pool.Pool(TINY, tmp_path, torch.device("cpu"), 1, "", lambda *word: None)
+    worker = pool._Worker(SimpleNamespace(exitcode=0, join=lambda: None), ours, [VIT])
+    ours.send(None)
+    theirs.close()
+    shared._asked = True
+    assert shared._hear(worker) == ""
+    assert not worker.runs
+    assert ours.closed
+
+
 def test_runs_side_by_side_stop_and_go_on(finished, tmp_path: Path):
     """In processes of their own; what they come to does not depend on that."""
     runs = [run for run in small_runs() if run.contender in ("vit", "convnet")]

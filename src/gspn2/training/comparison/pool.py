@@ -186,7 +186,8 @@ class Pool:
         """A word of a worker; where it was interrupted, if that is what it says."""
         try:
             what, run, text, step = worker.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
+            # Reset: it ended with something unread that was sent to it, as when a signal reaches all at once.
             worker.pipe.close()
             if self._asked:
                 # It had not begun, or was still importing.
