@@ -32,6 +32,7 @@ from gspn2.backends.cuda.variants import (
     planes_backward_memory,
     planes_backward_pieces,
     planes_layout,
+    planes_tiles,
 )
 from gspn2.backends.keeping import empty_states, one_direction
 from gspn2.backends.problem import Problem
@@ -82,8 +83,18 @@ def draw(seed: int, variants: tuple[str, ...]) -> Drawn:
             rng.random() < 0.3,
             rng.randrange(12),
         )
+        if variant == "planes_tiles":
+            drawn = _in_tiles(drawn)
         if takes(drawn):
             return drawn
+
+
+def _in_tiles(drawn: Drawn) -> Drawn:
+    """What tiles may take: hardly any other problem is."""
+    small = drawn.small
+    groups = small.groups if small.channels // small.groups >= 4 else 1
+    small = replace(small, width=-(-small.width // 8) * 8, groups=groups, dtype=BF16, normalize=True)
+    return replace(drawn, small=replace(small, hidden=False), backward=True, large=True)
 
 
 def known(seed: int, variants: tuple[str, ...]) -> Drawn:
@@ -131,7 +142,10 @@ def ways_of_large_images(wanted: bool) -> Iterator[None]:
         yield
         return
     changed = {"CHAINED_LINES": 8, "COLUMNS": 1, "PARTS": 0.0, "SUMS": 1e9, "LONGEST_CHAIN": 3}
-    with mock.patch.multiple(planes_backward_memory, **changed):
+    with (
+        mock.patch.multiple(planes_backward_memory, **changed),
+        mock.patch.multiple(planes_tiles, WAVES=0, FILLED=1e9),
+    ):
         yield
 
 
@@ -146,6 +160,8 @@ def plan_of(variant: str, case: Case, choice: int | None) -> Plan:
         return planes.plan_of(rng.choice(list(planes_layout.layouts(case))))
     if variant == "planes":
         return planes_backward.plan(case, {d: _cut(case, d, rng) for d in case.problem.directions})
+    if variant == "planes_tiles":
+        return planes_tiles.plan(case, _tiles(case, rng))
     return planner.variants()[variant].plan(case)
 
 
@@ -160,6 +176,14 @@ def _cut(
         if all(pieces) and (not cuts or planes_backward.is_at_hand(case) or rng.random() < 0.6):
             return tuple(rng.choice(found) for found in pieces)
     return rng.choice(cuts)
+
+
+def _tiles(case: Case, rng: random.Random) -> planes_tiles.Choice:
+    cuts = [(cut.strips, cut.piece, cut.buffers) for cut in planes_tiles.cuts(case)] or [None]
+    flags = [rng.random() < 0.5 for _ in range(3)]
+    return planes_tiles.Choice(
+        rng.choice((2, 3, 4, 6)), 4, rng.choice(cuts), rng.choice((2, 5)), rng.choice((1, 2)), 2, *flags
+    )
 
 
 def _states(small: Small, case: Tensors, problem: Problem) -> Tensor:

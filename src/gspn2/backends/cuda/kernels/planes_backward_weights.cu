@@ -1,7 +1,8 @@
 // Weights of one direction from logits that many channels share: once for all of them. Those of the neighbours, in two planes
 // of 16 bits; the third is what they leave of one.
-// Knobs: 0 direction (its index among the scans), 1 elements of a row in scratch memory.
-// Scratch: 1 the weights, [B][G][2][H][row].
+// Knobs: 0 direction (its index among the scans), 1 elements of a row in scratch memory, 2 directions whose weights come
+//   before.
+// Scratch: 1 the weights, [directions][B][G][2][H][row].
 #include "common.cuh"
 
 static_assert(NORMALIZE && STORAGE == 1, "other weights are read as they are, or are as fine as logits");
@@ -47,7 +48,8 @@ KERNEL(256, 4) planes_backward_weights(CONSTANT_PARAMS p) {
       before[word] = rounded(w[0].before, w[1].before, close[0], close[1]);
       after[word] = rounded(w[0].after, w[1].after, close[0], close[1]);
     }
-    storage_t* to = (storage_t*)p.scratch[1] + index * 2 * plane + (long long)h * pitch + left;
+    const long long number = (long long)p.knobs[2] * p.batch * p.groups + index;
+    storage_t* to = (storage_t*)p.scratch[1] + number * 2 * plane + (long long)h * pitch + left;
     *(uint4*)to = make_uint4(before[0], before[1], before[2], before[3]);
     *(uint4*)(to + plane) = make_uint4(after[0], after[1], after[2], after[3]);
   }

@@ -144,11 +144,11 @@ def pieces(case: Case, walk: Walk) -> Iterator[Pieces]:
 def best(case: Case, walks: list[Walk]) -> tuple[Pieces, ...] | None:
     """The walks as they are cut; None if one of them fits in no way."""
     # The last is the longest. States lie as tiles do: all walks have the same.
-    for last in sorted(pieces(case, walks[-1]), key=lambda cut: _rank(case, cut)):
+    for last in sorted(pieces(case, walks[-1]), key=lambda cut: rank(case, cut)):
         found = [last]
         for walk in walks[:-1]:
             fitting = (cut for cut in pieces(case, walk) if cut.piece == last.piece)
-            found += sorted(fitting, key=lambda cut: _rank(case, cut))[:1]
+            found += sorted(fitting, key=lambda cut: rank(case, cut))[:1]
         if len(found) == len(walks):
             return (*found[1:], last)
     return None
@@ -242,7 +242,7 @@ def _shared(case: Case, walk: Walk, strips: int, threads: int, piece: int, buffe
     return threads // LANES * buffers * tile + 16 * (threads // LANES + 2) + mail + barriers + pointers
 
 
-def _rank(case: Case, cut: Pieces) -> tuple[float, ...]:
+def rank(case: Case, cut: Pieces) -> tuple[float, ...]:
     """How far a way of cutting is from what was fastest on an H200, least first."""
     planes, processors = case.problem.batch * case.problem.channels, case.device.multiprocessors
     own, buffers = OWN, 2
@@ -300,11 +300,16 @@ def _most_threads(case: Case, walk: Walk) -> int:
 
 
 def _kernel(case: Case, cut: Pieces) -> Kernel:
+    return Kernel(*_source(cut.walk.forward), tuple(defines(case, cut).items()))
+
+
+def defines(case: Case, cut: Pieces) -> dict[str, int]:
+    """The macros of a walk."""
     walk, views = cut.walk, case.views
     macros = dict(options(case)) | _FIXED
     if walk.forward:
         macros |= {"HAS_GATE": 0}
-    macros |= {
+    return macros | {
         "REVERSED": int(walk.direction == "left"),
         "THREADS": cut.threads + LANES * (walk.chains > 0),
         "MIN_BLOCKS": _resident(case, cut),
@@ -321,4 +326,3 @@ def _kernel(case: Case, cut: Pieces) -> Kernel:
         "CHAIN": int(walk.chains > 0),
         "WEIGHTS": int(walk.weights),
     }
-    return Kernel(*_source(walk.forward), tuple(macros.items()))

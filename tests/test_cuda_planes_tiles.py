@@ -1,0 +1,88 @@
+"""Backward of planes by tiles, on problems of a size that the emulator can run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cuda_emulator import compiler, run_plan
+from cuda_emulator.emulator import Inputs, case_of
+from cuda_emulator.problems import BF16, Small, truth
+from gspn2.backends.cuda.geometry import Device
+from gspn2.backends.cuda.layouts import imagined
+from gspn2.backends.cuda.plan import choose
+from gspn2.backends.cuda.variants import planes_tiles
+from gspn2.backends.cuda.variants.planes_tiles import Choice
+from gspn2.backends.problem import DIRECTIONS, Problem
+from helpers import max_error, relative_l2
+
+TOLERANCE = (2.6e-3, 1.02 * 2**-8)
+"""Relative in L2, and at most, of one rounding."""
+
+RUNS = (
+    (Small(32, 32, dtype=BF16), Choice()),
+    (Small(37, 72, channels=5, dtype=BF16), Choice(ring=2)),
+    (Small(75, 40, batch=2, chunk=7, dtype=BF16), Choice(horizontal=(2, 64, 2))),
+    (
+        Small(50, 104, channels=8, groups=2, chunk=20, lam=False, directions=("left", "down"), dtype=BF16),
+        Choice(ring=3),
+    ),
+    (Small(70, 48, gate=False, directions=("up", "left", "right"), dtype=BF16), Choice(tiles=1)),
+    (
+        Small(33, 264, lam=False, gate=False, directions=("down", "up"), chunk=16, dtype=BF16),
+        Choice(lockstep=True, stream=True, whole=False),
+    ),
+    (Small(161, 24, directions=("right", "left"), chunk=9, dtype=BF16), Choice(horizontal=(3, 32, 1))),
+    (Small(9, 8, directions=("left", "up"), needs=(False, True, False, True), dtype=BF16), Choice()),
+)
+
+
+@pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
+@pytest.mark.parametrize("seed", range(len(RUNS)))
+@pytest.mark.usefixtures("threads")
+def test_tiles(seed: int) -> None:
+    torch.set_num_threads(1)  # small tensors: waking more takes longer than the work
+    small, choice = RUNS[seed]
+    case = small.case()
+    inputs = Inputs(case.x, case.logits, case.lam, case.gate, case.dy, small.needs)
+    planned, tensors = case_of(inputs, small.problem(case), small.device)
+    assert planes_tiles.cannot(planned) is None
+    plan = planes_tiles.plan(planned, choice)
+    run_plan(plan, small.problem(case), tensors, seed=seed, device=small.device)
+    l2, largest = TOLERANCE
+    for name, right in truth(case, small.problem(case)).items():
+        if name in tensors and name != "y":
+            assert max_error(tensors[name], right) <= largest, name
+            assert relative_l2(tensors[name], right) <= l2, name
+
+
+def reason(
+    shape: tuple[int, int, int, int] = (16, 8, 1024, 1024),
+    groups: int = 1,
+    dtype: torch.dtype = BF16,
+    directions: tuple[str, ...] = DIRECTIONS,
+) -> str | None:
+    batch, channels, height, width = shape
+    problem = Problem(directions, None, True, batch, channels, groups, height, width, dtype, "cuda")
+    return planes_tiles.why_not(imagined(problem, "planes", Device(), backward=True))
+
+
+def test_it_takes_large_images_whose_channels_share_logits() -> None:
+    assert reason() is None
+    assert reason((1, 80, 1024, 1024)) is None
+    assert reason(directions=("right", "up")) is None
+    assert "share their taps" in str(reason(groups=8))
+    assert "bfloat16" in str(reason(dtype=torch.float32))
+    assert "single direction" in str(reason(directions=("up",)))
+    assert "too few" in str(reason((1, 8, 256, 256)))
+    assert "outside of images" in str(reason((16, 8, 40, 1024)))
+    assert "multiple of 16" in str(reason((16, 8, 1024, 1020)))
+    assert "do not fit" in str(reason((16, 8, 8192, 1024)))
+
+
+def test_the_planner_prefers_it_and_scratch_memory_is_little() -> None:
+    problem = Problem(DIRECTIONS, None, True, 16, 8, 1, 1024, 1024, BF16, "cuda")
+    plan = choose(imagined(problem, "planes", Device(), backward=True))
+    assert plan.variant == "planes_tiles"
+    planes = 16 * 8 * 1024 * 1024
+    assert sum(plan.scratch) == 4 * planes + 4 * 4 * planes // 8
