@@ -27,12 +27,14 @@ from gspn2.backends.cuda import states_sum
 from gspn2.backends.cuda.geometry import Case, Device, Launch, Plan, View
 from gspn2.backends.cuda.variants import (
     lines,
+    pixels_forward,
     planes,
     planes_backward,
     planes_backward_memory,
     planes_backward_pieces,
     planes_layout,
     planes_tiles,
+    resident_straight_backward,
 )
 from gspn2.backends.keeping import empty_states, one_direction
 from gspn2.backends.problem import Problem
@@ -137,7 +139,10 @@ def relatives(drawn: Drawn, rng: random.Random, count: int) -> Iterator[Drawn]:
 
 @contextlib.contextmanager
 def ways_of_large_images(wanted: bool) -> Iterator[None]:
-    """Backward of planes as of images of 512 x 512 and more: prepared weights, parts or chains of sums."""
+    """Backward of planes as of images of 512 x 512 and more: prepared weights, parts or chains of sums.
+
+    Forward of pixels as of many channels: weights that are made once for all of them, x on chip.
+    """
     if not wanted:
         yield
         return
@@ -145,6 +150,7 @@ def ways_of_large_images(wanted: bool) -> Iterator[None]:
     with (
         mock.patch.multiple(planes_backward_memory, **changed),
         mock.patch.multiple(planes_tiles, WAVES=0, FILLED=1e9),
+        mock.patch.object(pixels_forward, "MANY_BLOCKS", 1),
     ):
         yield
 
@@ -162,6 +168,11 @@ def plan_of(variant: str, case: Case, choice: int | None) -> Plan:
         return planes_backward.plan(case, {d: _cut(case, d, rng) for d in case.problem.directions})
     if variant == "planes_tiles":
         return planes_tiles.plan(case, _tiles(case, rng))
+    if variant == "pixels" and not case.backward and (tiling := pixels_forward.tiling_of(case)):
+        ways = list(pixels_forward.ways(case, replace(tiling, prepared=False)))
+        return pixels_forward.plan(case, rng.choice(ways))
+    if variant == "resident" and (found := list(resident_straight_backward.layouts(case))):
+        return resident_straight_backward.plan_of(case, rng.choice(found), 32 * rng.randrange(1, 33))
     return planner.variants()[variant].plan(case)
 
 

@@ -84,4 +84,25 @@ CASES = (
     Small(10, 12, channels=8, groups=2, batch=2, layout="channels_last", dtype=BF16, chunk=5, backward=False),
     Small(11, 9, channels=4, batch=2, layout="channels_last", directions=("left", "up"), backward=False),
     Small(24, 32, channels=5, groups=5, directions=("right",), normalize=False, gate=False, device=TIGHT),
+    # Backward by a block for each direction: channels that share taps in one block, or in those of a cluster.
+    *(
+        Small(12, 11, channels=8, layout=layout, dtype=dtype, chunk=5, forward=False)
+        for layout in ("planes", "channels_last", "channel_innermost", "strided")
+        for dtype in (BF16, FP16, torch.float32)
+    ),
+    Small(10, 70, channels=4, batch=2, layout="channels_last", dtype=BF16, forward=False),
+    Small(9, 14, channels=6, groups=2, batch=2, layout="channels_last", dtype=BF16, forward=False),
+    Small(
+        34, 33, channels=2, directions=("left",), layout="transposed", lam=False, dtype=FP16, forward=False
+    ),
+    Small(13, 16, channels=8, directions=("left", "down"), lam=False, chunk=3, dtype=BF16, forward=False),
+    Small(13, 16, channels=8, gate=False, dtype=BF16, needs=(True, True, False, False), forward=False),
+    Small(14, 13, channels=8, dtype=BF16, needs=(False, True, True, True), forward=False),
+    Small(16, 13, channels=8, dtype=BF16, needs=(True, False, False, True), forward=False),
+    Small(64, 64, channels=8, layout="channels_last", dtype=BF16, forward=False),
+    Small(64, 64, channels=8, forward=False),
+    *(
+        Small(11, 9, channels=8, layout="channels_last", chunk=3, dtype=BF16, nan=name, forward=False)
+        for name in ("x", "logits", "lam", "gate", "dy")
+    ),
 )

@@ -7,9 +7,14 @@
 // Sums over directions are float32, in scratch; or ON_CHIP, in shared memory: each block then answers for its half of
 // the rows, and later for its half of the columns, and in between the partners swap a quarter of the image.
 //
-// More macros: DEPTH lines of the ring, even; SUM 1 if there is more than one direction; ON_CHIP (without SPLIT).
+// More macros: DEPTH lines of the ring, even; SUM 1 if there is more than one direction; ON_CHIP (without SPLIT);
+//              PREPARED 1: weights were made by a launch before (pixels_weights.cu).
 // Knobs: those of Layout.
-// Scratch: 0 float32 sums over directions (16-bit storage), 1 those of the horizontal directions (four roles).
+// Scratch: 0 float32 sums over directions (16-bit storage), 1 those of the horizontal directions (four roles),
+//          2 weights that were prepared.
+#if PREPARED
+#include "tap_pairs.cuh"
+#endif
 #include "pixels_forward_scan.cuh"
 
 // The lines of a phase, whose first are on their way. `h` is the state before them, unless the scan starts there.
@@ -17,7 +22,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
                                           Scanner& scan, TapStages& stages, int group, Meeting& meeting,
                                           int& exchanged, float (&h)[PLACES][V]) {
   const int lines = phase.end - phase.begin;
-#if !OWN_TAPS
+#if TURNED
   stages.turn(0);
   stages.fetch(1);
 #endif
@@ -34,8 +39,14 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
   // Line `at` into registers; the one that is DEPTH lines after it sets out for its part of the ring.
   auto take = [&](int at, int slot) {
     copy_wait<DEPTH - 1>();
+#if PREPARED
+    __syncwarp();
+#endif
     scan.take(slot, phase.add, at < lines, line);
-#if !OWN_TAPS
+#if PREPARED
+    __syncwarp();
+#endif
+#if TURNED
     scan.take_weights(stages, at, group, line);
 #endif
     if (at + DEPTH < lines) scan.copy(slot, phase.add);
@@ -68,7 +79,7 @@ __device__ __forceinline__ void run_phase(const Params& p, const Layout& layout,
   // Two lines a turn, for what alternates between them to be known to the compiler.
 #pragma unroll 1
   for (int at = 0; at < lines; at += 2) {
-#if !OWN_TAPS
+#if TURNED
     if (at % TAP_LINES == TAP_TURN) {
       stages.turn(at / TAP_LINES + 1);
       stages.fetch(at / TAP_LINES + 2);
@@ -215,7 +226,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
   __syncthreads();
 #endif
   const int phases = ROLES == 4 ? 2 : p.scans;
-#if !OWN_TAPS
+#if TURNED
   const int first_group = (me.channel - me.vector * V) / (p.channels / p.groups);
 #endif
   const int group = TAP_GROUPS > 1 ? min(me.vector * V / (p.channels / p.groups), TAP_GROUPS - 1) : 0;
@@ -233,7 +244,7 @@ KERNEL(THREADS, MIN_BLOCKS) pixels_forward(CONSTANT_PARAMS p) {
     if (more) {
       phase = phase_of(p, me, f + 1);
       scan.start(p, layout, me, phase);
-#if !OWN_TAPS
+#if TURNED
       stages.start(p, scan.s, scan.run, me.b, phase.d, first_group, phase.begin, phase.end,
                    (Weights*)(shared_memory() + WEIGHTS_AT));
       stages.fetch(0);

@@ -3,13 +3,15 @@
 #include "pixels.cuh"
 
 static_assert(!(ON_CHIP && SPLIT), "sums on chip are those of whole lines");
+static_assert(!PREPARED || (32 % VECTORS == 0 && TAP_GROUPS == 1), "lanes of a warp share the weights of a place");
+
+#define TURNED (!OWN_TAPS && !PREPARED)  // taps that a block turns into weights itself
 
 constexpr int TAP_VECTORS = OWN_TAPS ? 3 : 0;
-constexpr int OPERANDS = 1 + HAS_LAM + HAS_GATE + TAP_VECTORS;
-constexpr int GATE = 1 + HAS_LAM;
-#if OWN_TAPS
-constexpr int TAPS = 1 + HAS_LAM + HAS_GATE;
-#endif
+constexpr int LAM = 1;  // the first is x
+constexpr int GATE = LAM + HAS_LAM;
+constexpr int TAPS = GATE + HAS_GATE;
+constexpr int OPERANDS = TAPS + TAP_VECTORS;
 constexpr int EDGES = PLACES > 1 ? 2 : 1;         // places of a thread that others look at
 constexpr bool SUMS_COME = SUM && !ON_CHIP;       // sums come through the ring, too
 
@@ -17,7 +19,9 @@ constexpr bool SUMS_COME = SUM && !ON_CHIP;       // sums come through the ring,
 constexpr int PITCH = THREADS + 2 * VECTORS;
 constexpr int FLOATS = 4 * V * PLACES * THREADS;
 constexpr int SUMS_AT = OPERANDS * PLACES * THREADS * VECTOR;     // of a slot: [PLACES][PARTS][THREADS]
-constexpr int SLOT = SUMS_AT + SUMS_COME * FLOATS;
+constexpr int WORDS_AT = SUMS_AT + SUMS_COME * FLOATS;            // [PLACES][columns]: weights that were prepared
+constexpr int COLUMNS = THREADS / VECTORS;
+constexpr int SLOT = WORDS_AT + PREPARED * ((4 * PLACES * COLUMNS + 15) / 16 * 16);
 constexpr int PUBLISHED_AT = DEPTH * SLOT;                        // [2][EDGES][PARTS][PITCH]: states at the edges
 constexpr int CARRIED_AT = PUBLISHED_AT + 8 * V * EDGES * PITCH;  // [PLACES][PARTS][THREADS]: from the partner
 constexpr int MEETING_AT = CARRIED_AT + (ROLES > 1) * FLOATS;       // the barrier that closes a line
@@ -43,6 +47,12 @@ __device__ __forceinline__ Vector* ring(int slot, int operand, int q) {
 }
 __device__ __forceinline__ Floats* ring_sum(int slot, int q) {
   return (Floats*)(shared_memory() + slot + SUMS_AT) + q * PARTS * THREADS + threadIdx.x;
+}
+
+// Shared by the lanes that have a place: one copies, and the warp meets before it is read, and before it is
+// copied to again.
+__device__ __forceinline__ u32* ring_word(int slot, int q) {
+  return (u32*)(shared_memory() + slot + WORDS_AT) + q * COLUMNS + threadIdx.x / VECTORS;
 }
 
 // Where neighbouring places meet, once a line: who has arrived does something else before it waits. One lane arrives
@@ -95,7 +105,7 @@ struct Home {
     part = rows * pitch;
   }
   __device__ __forceinline__ static int at(const Layout& layout) {
-#if OWN_TAPS
+#if !TURNED
     return WEIGHTS_AT;
 #else
     return WEIGHTS_AT + 32 * TAP_LINES * TAP_GROUPS * max(layout.row_run, layout.column_run);
@@ -108,6 +118,7 @@ struct Home {
     return second * PARTS * part + (row - lower * rows) * pitch + (column - right * columns) * PIXEL + vector * 4 * F;
   }
 };
+
 
 // Float32 sums over directions, in scratch: [B][channel block][PARTS][H][W][VECTORS] Floats, for what the lanes of a
 // warp read or write together to be whole sectors. Of float32 storage they are in y until they are complete.

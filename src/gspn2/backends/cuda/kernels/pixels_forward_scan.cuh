@@ -41,6 +41,10 @@ struct Scanner {
   Stream taps;
   long long tap_vector;     // elements between the three vectors of a place's taps
 #endif
+#if PREPARED
+  const u32* weights;       // of the next line to copy
+  long long weight_line;
+#endif
 #if ON_CHIP
   int sum[PLACES], sum_line, sum_part;
 #elif SUM
@@ -65,6 +69,14 @@ struct Scanner {
 #if OWN_TAPS
     taps = stream_of(p.taps, s, me.b, phase.d, me.channel, phase.begin, place);
     tap_vector = INTERLEAVED ? V : p.taps.k;
+#endif
+#if PREPARED
+    const int g = min(me.channel, p.channels - 1) / (p.channels / p.groups);
+    const int from = s.reversed ? s.lines - 1 - phase.begin : phase.begin;
+    weights = (const u32*)p.scratch[2] +
+              (((long long)me.b * p.scans + phase.d) * p.groups + g) * p.height * p.width +
+              (long long)from * s.places + place;
+    weight_line = s.reversed ? -s.places : s.places;
 #endif
 #if ON_CHIP
     Home home;
@@ -91,12 +103,15 @@ struct Scanner {
     for (int q = 0; q < PLACES; q++) {
       const int bytes = exists[q] ? VECTOR : 0;
       copy_async<VECTOR>(ring(slot, 0, q), x.at + q * x.place, bytes);
-      if (HAS_LAM) copy_async<VECTOR>(ring(slot, 1, q), lam.at + q * lam.place, bytes);
+      if (HAS_LAM) copy_async<VECTOR>(ring(slot, LAM, q), lam.at + q * lam.place, bytes);
       if (HAS_GATE) copy_async<VECTOR>(ring(slot, GATE, q), gate.at + q * gate.place, own[q] ? VECTOR : 0);
 #if OWN_TAPS
 #pragma unroll
       for (int k = 0; k < 3; k++)
         copy_async<VECTOR>(ring(slot, TAPS + k, q), taps.at + q * taps.place + k * tap_vector, bytes);
+#endif
+#if PREPARED
+      if (threadIdx.x % VECTORS == 0) copy_async<4>(ring_word(slot, q), weights + q, exists[q] ? 4 : 0);
 #endif
 #if SUM && !ON_CHIP
       if (add)
@@ -111,6 +126,9 @@ struct Scanner {
     if (HAS_GATE) gate.at += gate.line;
 #if OWN_TAPS
     taps.at += taps.line;
+#endif
+#if PREPARED
+    weights += weight_line;
 #endif
 #if SUM && !ON_CHIP
     read.at += read.line;
@@ -133,7 +151,7 @@ struct Scanner {
       unpack(*ring(slot, 0, q), next.u[q]);
 #if HAS_LAM
       float l[V];
-      unpack(*ring(slot, 1, q), l);
+      unpack(*ring(slot, LAM, q), l);
 #pragma unroll
       for (int v = 0; v < V; v++) next.u[q][v] *= l[v];
 #endif
@@ -150,6 +168,10 @@ struct Scanner {
         next.weight[q][3 * v] = w.before, next.weight[q][3 * v + 1] = w.here, next.weight[q][3 * v + 2] = w.after;
       }
 #endif
+#if PREPARED
+      const Taps w = unpack_taps(*ring_word(slot, q));
+      next.weight[q][0] = w.before, next.weight[q][1] = w.here, next.weight[q][2] = w.after;
+#endif
 #if SUM
 #pragma unroll
       for (int v = 0; v < V; v++) next.sum[q][v] = 0.f;
@@ -163,7 +185,7 @@ struct Scanner {
 #endif
     }
   }
-#if !OWN_TAPS
+#if TURNED
   __device__ __forceinline__ void take_weights(const TapStages& stages, int line, int group, Line& next) const {
 #pragma unroll
     for (int q = 0; q < PLACES; q++) {

@@ -1,8 +1,8 @@
 // Backward of planes, all directions of a tile after the scans over whole planes (planes_tiles.cuh). A tile,
 // and all channels of a group, have two warps for each direction, which take its two segments. Tensors of the
 // next channel come while this one is computed; gradients of taps are summed over channels in registers, and
-// dx over directions in shared memory. A block may have neighbours in a row of tiles: rows of a tile are half a
-// line of the cache, and both halves should be asked for, and written, at about the same time.
+// dx over directions in shared memory. A block may have neighbours in a row of tiles: rows of a tile are half
+// a line of the cache, and both halves would be asked for, and written, at about the same time.
 //
 // Macros beside those of common.cuh:
 //   SCANS       directions

@@ -1,5 +1,6 @@
 // Gradients from states and adjoints in shared memory, by all threads.
 #pragma once
+#include "resident_logits.cuh"
 #include "resident_scan.cuh"
 
 #if !RECORDS

@@ -6,56 +6,11 @@
 // each hands its gated states to the block that sums these pixels. A thread has the same pixels before and after the scan,
 // and keeps their gates in registers.
 //
-// Macros: THREADS, BLOCKS, SCANS, DIRECTIONS, PLACES as in resident.cuh; VECTOR (1, 2 or 4)
-//         ADJACENT x, lam and gate have VECTOR adjacent, aligned to so many
+// Macros: THREADS, BLOCKS, SCANS, DIRECTIONS, PLACES as in resident.cuh; VECTOR, ADJACENT as in resident_straight.cuh
 //         ROUNDS   pixels of a thread, at most
 //         BATCH    of them whose reads are on the way together
-#define PACK 1
-#define ONE 1
-#define SPLIT SCANS
-#include "resident_sources.cuh"
-
-#define STORAGE_BYTES (STORAGE == 0 ? 4 : 2)
-#define WORDS (VECTOR * STORAGE_BYTES / 4)
-
-// VECTOR numbers of a pixel.
-struct Numbers {
-#if ADJACENT && VECTOR * STORAGE_BYTES >= 4
-  u32 w[WORDS];
-#else
-  storage_t of[VECTOR];
-#endif
-  __device__ __forceinline__ float operator[](int c) const {
-#if ADJACENT && VECTOR * STORAGE_BYTES >= 4
-#if STORAGE == 0
-    return __uint_as_float(w[c]);
-#else
-    return c % 2 ? widen_high(w[c / 2]) : widen_low(w[c / 2]);
-#endif
-#else
-    return widen(of[c]);
-#endif
-  }
-};
-
-__device__ __forceinline__ Numbers numbers_at(const storage_t* p, long long channel_step) {
-  Numbers n;
-#if ADJACENT && VECTOR * STORAGE_BYTES >= 4
-  if constexpr (WORDS == 4) {
-    const uint4 v = __ldg((const uint4*)p);
-    n.w[0] = v.x, n.w[1] = v.y, n.w[2] = v.z, n.w[3] = v.w;
-  } else if constexpr (WORDS == 2) {
-    const uint2 v = __ldg((const uint2*)p);
-    n.w[0] = v.x, n.w[1] = v.y;
-  } else {
-    n.w[0] = __ldg((const u32*)p);
-  }
-#else
-#pragma unroll
-  for (int c = 0; c < VECTOR; c++) n.of[c] = __ldg(p + c * channel_step);
-#endif
-  return n;
-}
+#define STORE_ADJACENT 0
+#include "resident_straight.cuh"
 
 // What this block does: channels from c0 of image b, in direction d; and where their tensors begin.
 struct Work {
@@ -80,20 +35,6 @@ struct Operands {
   storage_t taps[3];
 };
 
-struct Pixel {
-  int row, column, index;
-  bool inside;  // of the image; a thread that is not looks at the last pixel
-};
-
-// This thread's pixel of a round.
-__device__ __forceinline__ Pixel pixel_of(const Params& p, int round) {
-  const int index = round * THREADS + threadIdx.x, last = p.height * p.width - 1, row = quotient(min(index, last), width_of(p));
-  return {row, min(index, last) - row * p.width, index, index <= last};
-}
-
-// Elements from the first pixel of an image to this one: an image is no longer than 2^31 of them (the plan's promise).
-__device__ __forceinline__ int distance(const View& v, const Pixel& pixel) { return pixel.row * (int)v.h + pixel.column * (int)v.w; }
-
 __device__ __forceinline__ Operands operands_of(const Params& p, const Work& work, const Pixel& pixel) {
   Operands o;
   o.x = numbers_at(work.x + distance(p.x, pixel), p.x.c);
@@ -107,11 +48,6 @@ __device__ __forceinline__ Operands operands_of(const Params& p, const Work& wor
 #pragma unroll
   for (int k = 0; k < 3; k++) o.taps[k] = __ldg(taps + k * p.taps.k);
   return o;
-}
-
-// Where a pixel is in a plane.
-__device__ __forceinline__ int place_of(const Params& p, bool vertical, const Pixel& pixel) {
-  return vertical ? pixel.row * p.knobs[PITCH_V] + pixel.column : pixel.column * p.knobs[PITCH_H] + pixel.row;
 }
 
 // Puts a pixel in order.
@@ -131,19 +67,6 @@ __device__ __forceinline__ void put(const Params& p, bool vertical, const Pixel&
   const int place = vertical ? pixel.column : pixel.row, places = vertical ? p.width : p.height;
   const Taps a = {widen(o.taps[0]), widen(o.taps[1]), widen(o.taps[2])};
   store_taps(shared + VECTOR * plane, index, taps / TAP_PLANES, weights_of(a, place > 0, place + 1 < places));
-}
-
-__device__ __forceinline__ void store_y(const Params& p, const Work& work, int row, int column, const float (&y)[VECTOR]) {
-  storage_t* out = at(p.y, work.b, 0, work.c0, row, column);
-#if STORAGE != 0 && VECTOR % 2 == 0
-  if (paired(p.y)) {
-#pragma unroll
-    for (int c = 0; c < VECTOR; c += 2) *(u32*)(out + c) = narrow_pair(y[c], y[c + 1]);
-    return;
-  }
-#endif
-#pragma unroll
-  for (int c = 0; c < VECTOR; c++) out[c * p.y.c] = narrow(y[c]);
 }
 
 #if SCANS > 1
@@ -174,7 +97,7 @@ __device__ __forceinline__ void sum_directions(const Params& p, const Work& work
 #pragma unroll
       for (int d = 0; d < SCANS; d++) y[c] += *sum_at(p, d, c, i);
     }
-    store_y(p, work, row, first + i - row * p.width, y);
+    store_numbers(p.y, at(p.y, work.b, 0, work.c0, row, first + i - row * p.width), y);
   }
 }
 #endif
@@ -238,7 +161,7 @@ KERNEL(THREADS, BLOCKS) resident_straight_forward(CONSTANT_PARAMS p) {
 #if SCANS > 1
       hand_over(p, work, pixel, state);
 #else
-      if (pixel.inside) store_y(p, work, pixel.row, pixel.column, state);
+      if (pixel.inside) store_numbers(p.y, at(p.y, work.b, 0, work.c0, pixel.row, pixel.column), state);
 #endif
     }
     whole_cluster();

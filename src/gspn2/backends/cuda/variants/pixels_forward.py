@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
-from ..geometry import Case, Kernel, Plan
+from ..geometry import Case, Kernel, Launch, Plan, options
 from .pixels_layout import (
     MOST_THREADS,
     SECTOR,
@@ -22,6 +24,7 @@ from .pixels_layout import (
     tap_groups,
     vector_of,
 )
+from .resident_records import up
 
 HALO = 8
 """Places that a split recomputes on either side, and lines between two exchanges."""
@@ -34,6 +37,15 @@ WIDTHS = (64, SECTOR, SECTOR // 2)
 
 SHORTEST_SPLIT = 64
 """Places of a split at least: with fewer, what it recomputes and exchanges costs more than it gains."""
+
+MANY_BLOCKS = 4
+"""Channel blocks of an image for which it pays to make weights once, in a launch of its own."""
+
+WEIGHT_THREADS = 256
+"""Of a block of that launch."""
+
+MOST_WEIGHTS = 2**30
+"""Places and directions: more would take more blocks than a grid has."""
 
 MOST_TAPS = 4
 """Of a thread: taps that wait in its registers."""
@@ -74,19 +86,50 @@ def _split(case: Case, vector: int, vectors: int, on_chip: bool, places: int) ->
 
 
 def plan(case: Case, tiling: Tiling) -> Plan:
-    """One launch."""
+    """One launch, or one more before it for weights."""
     size = _shared_memory(case, tiling)
-    macros = (*defines(case, tiling, size), ("ON_CHIP", int(tiling.on_chip)))
+    chosen = (("ON_CHIP", int(tiling.on_chip)), ("PREPARED", int(tiling.prepared)))
+    macros = (*defines(case, tiling, size), *chosen)
     kernel = Kernel("pixels_forward.cu", "pixels_forward", macros)
-    return Plan("pixels", (launch(case, tiling, kernel, size),), _scratch(case, tiling), reasons(tiling))
+    before = (_weights(case),) if tiling.prepared else ()
+    launches = (*before, launch(case, tiling, kernel, size))
+    return Plan("pixels", launches, _scratch(case, tiling), reasons(tiling))
 
 
-def _scratch(case: Case, tiling: Tiling) -> tuple[int, int]:
-    """Bytes of float32 sums over directions, for whole channel blocks: of all, or of either axis."""
+def _weights(case: Case) -> Launch:
+    """Weights of all taps, a place a thread."""
+    problem = case.problem
+    planes = problem.batch * len(problem.directions) * problem.groups
+    blocks = -(-problem.height * problem.width // WEIGHT_THREADS)
+    kernel = Kernel("pixels_weights.cu", "pixels_weights", options(case))
+    return Launch(kernel, planes * blocks, WEIGHT_THREADS, 0, knobs=(blocks,))
+
+
+def ways(case: Case, tiling: Tiling) -> Iterator[Tiling]:
+    """With weights prepared, which asks less of the second-level cache, if it may be; and without."""
+    problem = case.problem
+    shared = problem.normalize and case.itemsize == 2 and not own_taps(case)
+    many = channel_blocks(case, tiling) >= MANY_BLOCKS and _places(case) < MOST_WEIGHTS
+    # The lanes that have a place share its weights: they are in one warp, and their channels in one group.
+    together = 32 % tiling.vectors == 0 and tap_groups(case, tiling.vector, tiling.vectors) == 1
+    if tiling.on_chip and tiling.roles == 2 and shared and many and together:
+        yield replace(tiling, prepared=True)
+    yield tiling
+
+
+def _places(case: Case) -> int:
+    """Of all images, directions and tap groups."""
+    problem = case.problem
+    return problem.batch * len(problem.directions) * problem.groups * problem.height * problem.width
+
+
+def _scratch(case: Case, tiling: Tiling) -> tuple[int, int, int]:
+    """Bytes of float32 sums, for whole channel blocks: of all directions, or of either axis; of weights."""
     channels = channel_blocks(case, tiling) * tiling.vectors * tiling.vector // case.itemsize
     problem = case.problem
     image = 4 * problem.batch * channels * problem.height * problem.width * (not tiling.on_chip)
-    return image * (sums(case) and case.itemsize < 4), image * (tiling.roles == 4)
+    weights = 4 * _places(case) * tiling.prepared
+    return image * (sums(case) and case.itemsize < 4), image * (tiling.roles == 4), weights
 
 
 def _shared_memory(case: Case, tiling: Tiling) -> int:
@@ -97,7 +140,8 @@ def _shared_memory(case: Case, tiling: Tiling) -> int:
     carried = (tiling.roles > 1) * places * floats * threads
     halo = (tiling.splits > 1) * (16 + 4 * tiling.halo * floats * vectors)
     groups = tap_groups(case, tiling.vector, vectors)
-    weights = (not own_taps(case)) * 2 * tiling.tap_lines * groups * tiling.longest * 16
+    turned = not own_taps(case) and not tiling.prepared
+    weights = turned * 2 * tiling.tap_lines * groups * tiling.longest * 16
     meeting = (tiling.cluster > 1) * 16
     on_chip = tiling.on_chip * _sums_on_chip(case, tiling)
     return tiling.depth * _slot(case, tiling) + published + carried + meeting + halo + weights + on_chip
@@ -107,7 +151,10 @@ def _slot(case: Case, tiling: Tiling) -> int:
     """Bytes of a line in the ring: operands, and sums if they are in memory."""
     operands = 1 + ("lam" in case.views) + ("gate" in case.views) + 3 * own_taps(case)
     in_memory = sums(case) and not tiling.on_chip
-    return tiling.threads * tiling.places * tiling.vector * (operands + in_memory * 4 // case.itemsize)
+    vectors = tiling.vector * (operands + in_memory * 4 // case.itemsize)
+    columns = tiling.threads // tiling.vectors
+    words = up(4 * tiling.places * columns, 16) * tiling.prepared
+    return tiling.threads * tiling.places * vectors + words
 
 
 def _sums_on_chip(case: Case, tiling: Tiling) -> int:
@@ -201,8 +248,9 @@ def _fit(
         size = rounded(threads)
         for lines in _tap_lines(case, vector, vectors, places, max(runs), on_chip):
             tiling = Tiling(vector, vectors, places, roles, splits, runs, size, halo, lines, depth, on_chip)
-            if lines >= fewest and _shared_memory(case, tiling) <= memory:
-                return tiling
+            fitting = [it for it in ways(case, tiling) if _shared_memory(case, it) <= memory]
+            if lines >= fewest and fitting:
+                return fitting[0]
     return None
 
 
@@ -234,7 +282,15 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
                 ("TAP_WORDS", int(taps is shared)),
                 ("DEPTH", 4),
                 ("ON_CHIP", on_chip),
+                ("PREPARED", 0),
             )
             macros = (*plain, *taps, *size, *alone, *rest)
             kernels.append((Kernel("pixels_forward.cu", "pixels_forward", macros), True))
+    size = (("VECTOR", 16), ("VECTORS", 2), ("PLACES", 1), ("THREADS", 128), ("MIN_BLOCKS", 1))
+    met = (("ROLES", 2), ("SPLIT", 0), ("HALO", 0), ("TAP_LINES", 4), ("TAP_WORDS", 1), ("DEPTH", 4))
+    ways = (("ON_CHIP", 1), ("PREPARED", 1))
+    kernels.append(
+        (Kernel("pixels_forward.cu", "pixels_forward", (*plain, *shared, *size, *met, *ways)), True)
+    )
+    kernels.append((Kernel("pixels_weights.cu", "pixels_weights", plain[:4]), True))
     return kernels

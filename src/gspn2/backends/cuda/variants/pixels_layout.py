@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..geometry import Case, Kernel, Launch, View, options
 
@@ -34,6 +34,7 @@ class Tiling:
         tap_lines: lines of taps that are normalised together; in backward also lines of a segment.
         depth: lines of the ring, even.
         on_chip: sums over directions are in shared memory, not in scratch.
+        prepared: weights of shared taps are made by a launch before.
     """
 
     vector: int
@@ -47,6 +48,7 @@ class Tiling:
     tap_lines: int
     depth: int
     on_chip: bool
+    prepared: bool = field(default=False, kw_only=True)
 
     @property
     def longest(self) -> int:
@@ -235,4 +237,5 @@ def reasons(tiling: Tiling) -> tuple[str, ...]:
         roles[tiling.roles],
         *((f"a line is split over {tiling.splits} blocks",) if tiling.splits > 1 else ()),
         *(("sums over directions stay in shared memory",) if tiling.on_chip else ()),
+        *(("weights are made once for all channels, by a launch before",) if tiling.prepared else ()),
     )

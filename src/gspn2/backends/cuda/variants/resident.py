@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...problem import DIRECTIONS
 from ..geometry import Case, Kernel, Launch, Plan, View, options
-from . import lines, resident_pair, resident_straight
+from . import lines, resident_pair, resident_straight, resident_straight_backward
 from .resident_records import (
     BLOCK_OVERHEAD,
     LANES,
@@ -19,6 +19,9 @@ from .resident_records import (
     record_has_x,
     up,
 )
+
+SPECIAL = (resident_pair, resident_straight, resident_straight_backward)
+"""With kernels of their own, by preference."""
 
 RING = 3
 """Slabs of records on their way into shared memory."""
@@ -39,7 +42,7 @@ def why_not(case: Case) -> str | None:
     places = longest(case)
     if places > LANES * MOST_PLACES:
         return f"a line of {places} places is longer than the {LANES * MOST_PLACES} that a warp holds"
-    if resident_pair.takes(case) or resident_straight.takes(case):
+    if any(special.takes(case) for special in SPECIAL):
         return None
     if next(_layouts(case), None) is None:
         whole = "all channels of a tap group" if case.backward else "one channel"
@@ -61,10 +64,9 @@ def why_not(case: Case) -> str | None:
 
 def plan(case: Case) -> Plan:
     """One task for each image and its channels; blocks take one after the other."""
-    if resident_pair.takes(case):
-        return resident_pair.plan(case)
-    if resident_straight.takes(case):
-        return resident_straight.plan(case)
+    for special in SPECIAL:
+        if special.takes(case):
+            return special.plan(case)
     layout = _best(case)
     threads = _threads(case, layout)
     blocks = max(1, min(_fitting_blocks(case, layout.shared), _thread_room(case, layout) // threads))
@@ -138,8 +140,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
         (*line, ("PASSES", 1)),
     ]
     return [
-        *resident_pair.representative_kernels(),
-        *resident_straight.representative_kernels(),
+        *(kernel for special in SPECIAL for kernel in special.representative_kernels()),
         *((Kernel("resident_forward.cu", "resident_forward", macros), True) for macros in forward),
         *((Kernel("resident_backward.cu", "resident_backward", macros), True) for macros in backward),
     ]

@@ -136,12 +136,12 @@ def layout(case: Case) -> Layout | None:
     scans = len(case.problem.directions)
     if case.backward or scans == 3 or (scans > 1 and case.device.capability < (9, 0)):
         return None
-    if longest(case) > LANES * MOST_PLACES or any(_spans(case, view) for view in case.views.values()):
+    if longest(case) > LANES * MOST_PLACES or any(spans(case, view) for view in case.views.values()):
         return None
     return max(_layouts(case, _vector(case)), key=_rank, default=None)
 
 
-def _spans(case: Case, view: View) -> bool:
+def spans(case: Case, view: View) -> bool:
     """Are pixels of one image 2^31 elements apart?"""
     return (case.problem.height - 1) * abs(view.h) + (case.problem.width - 1) * abs(view.w) >= 2**31
 
@@ -153,14 +153,23 @@ def _rank(it: Layout) -> tuple[int, ...]:
 def _vector(case: Case) -> int:
     """Channels of a task: more than one only if they are adjacent, and if there are tasks enough."""
     problem = case.problem
-    images = [view for name, view in case.views.items() if name in ("x", "lam", "gate")]
     for vector in (4, 2):
-        size = vector * case.itemsize
-        adjacent = all(view.c == 1 and _aligned(case, view, size) for view in images)
         blocks = problem.batch * problem.channels // vector * len(problem.directions)
-        if adjacent and problem.channels // problem.groups % vector == 0 and blocks >= FEW_BLOCKS:
+        if (
+            adjacent(case, vector)
+            and problem.channels // problem.groups % vector == 0
+            and blocks >= FEW_BLOCKS
+        ):
             return vector
     return 1
+
+
+def adjacent(case: Case, vector: int) -> bool:
+    """Are so many channels of what is read adjacent, and aligned to their size? And of gradients?"""
+    names = ("x", "lam", "gate", "dy", "dx", "dlam", "dgate")
+    images = [view for name, view in case.views.items() if name in names]
+    size = vector * case.itemsize
+    return all(view.c == 1 and _aligned(case, view, size) for view in images)
 
 
 def _aligned(case: Case, view: View, size: int) -> bool:
