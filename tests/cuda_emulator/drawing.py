@@ -79,7 +79,13 @@ OTHER_LAYOUTS |= {
 PLANES = ("planes", "planes", "planes", "slices", "expanded", "channels_outermost")
 PIXELS = ("channel_innermost", "channels_last", "records", "records_with_x", "records_with_more", "mixed")
 ANY = (*PLANES, *PIXELS, "strided", "transposed", "spread", "misaligned")
-LIKELY = {"lines": PLANES, "planes_tiles": PLANES, "planes": (*PLANES, "misaligned"), "pixels": PIXELS}
+LIKELY = {
+    "lines": PLANES,
+    "planes_tiles": PLANES,
+    "planes": (*PLANES, "misaligned"),
+    "tiles": PIXELS,
+    "pixels": PIXELS,
+}
 """Layouts that a variant may take; else any."""
 
 

@@ -35,6 +35,7 @@ from gspn2.backends.cuda.variants import (
     planes_layout,
     planes_tiles,
     resident_straight_backward,
+    tiles,
 )
 from gspn2.backends.keeping import empty_states, one_direction
 from gspn2.backends.problem import Problem
@@ -139,9 +140,9 @@ def relatives(drawn: Drawn, rng: random.Random, count: int) -> Iterator[Drawn]:
 
 @contextlib.contextmanager
 def ways_of_large_images(wanted: bool) -> Iterator[None]:
-    """Backward of planes as of images of 512 x 512 and more: prepared weights, parts or chains of sums.
+    """As of images of 512 x 512 and more: tiles; in backward of planes weights, parts or chains of sums.
 
-    Forward of pixels as of many channels: weights that are made once for all of them, x on chip.
+    Forward of pixels as of many channels: weights that are made once for all of them.
     """
     if not wanted:
         yield
@@ -151,6 +152,7 @@ def ways_of_large_images(wanted: bool) -> Iterator[None]:
         mock.patch.multiple(planes_backward_memory, **changed),
         mock.patch.multiple(planes_tiles, WAVES=0, FILLED=1e9),
         mock.patch.object(pixels_forward, "MANY_BLOCKS", 1),
+        mock.patch.object(tiles, "slower", return_value=None),
     ):
         yield
 
@@ -162,6 +164,8 @@ def plan_of(variant: str, case: Case, choice: int | None) -> Plan:
     rng = random.Random(choice)
     if variant == "lines":
         return lines.plan_of(rng.choice(list(lines.layouts(case))))
+    if variant == "tiles":
+        return tiles.plan_of(case, rng.choice(list(tiles.cuts(case))))
     if variant == "planes" and not case.backward:
         return planes.plan_of(rng.choice(list(planes_layout.layouts(case))))
     if variant == "planes":

@@ -102,10 +102,10 @@ def aligned(case: Case, vector: int) -> bool:
     taps = [name for name in ("taps", "dtaps") if name in case.views and own_taps(case)]
     if any(case.views[name].c == 1 and case.views[name].k % width for name in taps):
         return False
-    return all(_has_vectors(case, case.views[name], vector) for name in [*operands(case), *taps])
+    return all(has_vectors(case, case.views[name], vector) for name in [*operands(case), *taps])
 
 
-def _has_vectors(case: Case, view: View, vector: int) -> bool:
+def has_vectors(case: Case, view: View, vector: int) -> bool:
     """Do the pixels of a tensor start at multiples of so many bytes?"""
     problem = case.problem
     sizes = {"b": problem.batch, "d": len(problem.directions), "h": problem.height, "w": problem.width}
@@ -115,7 +115,7 @@ def _has_vectors(case: Case, view: View, vector: int) -> bool:
 
 def has_states(case: Case, vector: int) -> bool:
     """Are the states at hand in backward, in vectors of so many bytes?"""
-    return "y" in case.views and case.views["y"].c == 1 and _has_vectors(case, case.views["y"], vector)
+    return "y" in case.views and case.views["y"].c == 1 and has_vectors(case, case.views["y"], vector)
 
 
 def operands(case: Case) -> list[str]:

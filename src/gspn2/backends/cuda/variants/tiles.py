@@ -1,0 +1,219 @@
+"""Large images of several directions, channels adjacent: tile by tile, operands read twice, no sum in memory.
+
+`kernels/tiles.cuh` says how; here it is decided how large tiles are. A larger tile has fewer borders, a
+smaller one leaves room for several blocks on a multiprocessor, of which some copy while others compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..geometry import Case, Kernel, Launch, Plan, options
+from .pixels_layout import has_vectors, operands
+
+CHANNELS = 4
+"""Of a vector, whatever their type."""
+
+LEAST_LINES = 64
+"""Of an image: with fewer it is a few tiles, and most of their places are beside another."""
+
+WANTED = ((16, 4), (16, 2), (32, 1), (32, 2), (16, 8), (16, 10), (32, 4))
+"""Sides of tiles and vectors of blocks, the most wanted first: the second-level cache is asked for pieces of
+a pixel, and half a sector costs as much as a whole one."""
+
+WIDEST = 16
+"""Channels that one block takes of a pixel: of more it asks for short pieces, and `pixels` was faster."""
+
+FEW, LARGE = 48, 256
+"""Channels of all images at most, and lines of an image at least: `pixels` then has few blocks, whose lines
+follow one another, and most of the device waits."""
+
+MOST_THREADS = 1024
+
+MOST_TOGETHER = 640
+"""Threads of a multiprocessor that registers are saved for: more would leave each too few."""
+
+RING = 12
+"""Lines that are on their way in `tiles_borders`, at most."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an image is cut.
+
+    Args:
+        side: pixels along the sides of a tile.
+        vectors: of a block, four channels each.
+        places: of a thread of `tiles_borders`.
+    """
+
+    side: int
+    vectors: int
+    places: int
+
+
+def why_not(case: Case) -> str | None:
+    """Several directions of a large image, weights to be made, taps that vectors share."""
+    return cannot(case) or slower(case)
+
+
+def slower(case: Case) -> str | None:
+    """Why another variant is faster."""
+    problem, device = case.problem, case.device
+    pixels = problem.height * problem.width
+    if min(problem.height, problem.width) < LEAST_LINES:
+        return f"images of less than {LEAST_LINES} lines are too few tiles"
+    # Those of 32 bytes of channels, in two blocks.
+    if pixels * 8 * 4 // 2 <= device.shared_memory:
+        return "sums over the directions of an image stay on the chip as they are"
+    if problem.batch * problem.channels <= FEW and min(problem.height, problem.width) >= LARGE:
+        return None
+    scaled = "lam" in case.views or "gate" in case.views
+    if problem.channels > WIDEST and (scaled or not case.backward):
+        return f"more than {WIDEST} channels would be asked for in short pieces, twice"
+    if (4 + case.itemsize) * problem.batch * problem.channels * pixels <= device.cache:
+        return "x and sums over directions stay in the cache: operands would be read twice for nothing"
+    return None
+
+
+def cannot(case: Case) -> str | None:
+    """Why it cannot run the case at all."""
+    problem = case.problem
+    if case.backward and "y" in case.views:
+        return "states are at hand, and it would compute them again"
+    if len(problem.directions) < 2:
+        return "a single direction has no sum to keep on the chip"
+    if not problem.normalize:
+        return "weights as given, which need not add up to one"
+    if problem.channels // problem.groups % CHANNELS:
+        return f"taps are not shared by {CHANNELS} channels or a multiple of that"
+    for name in operands(case):
+        if case.views[name].c != 1:
+            return f"{name}: channels are not adjacent in memory (stride {case.views[name].c})"
+        if not has_vectors(case, case.views[name], CHANNELS * case.itemsize):
+            return f"{name}: pixels do not start at multiples of {CHANNELS} channels"
+    if next(cuts(case), None) is None:
+        return "a line is too long for a block's threads, or tiles do not fit in its memory"
+    return None
+
+
+def cuts(case: Case) -> Iterator[Cut]:
+    """The ways of cutting that there are, the most wanted first."""
+    problem = case.problem
+    longest = max(problem.height, problem.width)
+    shared = problem.channels // problem.groups // CHANNELS
+    for side, vectors in WANTED:
+        if shared % vectors == 0:
+            for places in (4, 2):
+                if longest <= places * MOST_THREADS:
+                    cut = Cut(side, vectors, places)
+                    if max(_memory(case, cut, False), _memory(case, cut, True)) <= case.device.shared_memory:
+                        yield cut
+
+
+def plan(case: Case) -> Plan:
+    """Tiles by themselves, what they hand to each other, tiles again."""
+    return plan_of(case, next(cuts(case)))
+
+
+def plan_of(case: Case, cut: Cut) -> Plan:
+    problem = case.problem
+    side, vectors = cut.side, cut.vectors
+    scans = len(problem.directions)
+    restarts = problem.chunk is not None and problem.chunk < max(problem.height, problem.width)
+    shape = (("SIDE", side), ("SUBS", vectors), ("SCANS", scans), ("RESTARTS", int(restarts)))
+    common = (*options(case), *shape)
+    threads = scans * vectors * side
+    tiles = problem.batch * -(-problem.height // side) * -(-problem.width // side)
+    name = "tiles_backward" if case.backward else "tiles_forward"
+
+    def tiled(final: bool) -> Launch:
+        memory = _memory(case, cut, final)
+        # Registers are saved for as many blocks as fit; with more warps than that nothing is gained.
+        together = min(case.device.shared_memory // (memory + 1024), MOST_TOGETHER // threads)
+        macros = (*common, ("FINAL", int(final)), ("MIN_BLOCKS", max(1, together)))
+        # Weights are made once by a block, and the gradient of taps is a sum over the channels of a group.
+        # States from borders are as good in many blocks.
+        span = problem.channels // problem.groups
+        if final and not case.backward:
+            span = CHANNELS * vectors
+        parts = problem.channels // span
+        return Launch(Kernel(f"{name}.cu", name, macros), tiles * parts, threads, memory, knobs=(span,))
+
+    launches = (tiled(False), _borders(case, cut, common), tiled(True))
+    reasons = (
+        f"channels are adjacent, images large: tiles of {side} x {side}, {vectors * CHANNELS} channels",
+        "first the states at borders of tiles, then every tile by itself: sums stay on the chip",
+    )
+    return Plan("tiles", launches, _scratch(case, cut), reasons)
+
+
+def _borders(case: Case, cut: Cut, common: tuple[tuple[str, int], ...]) -> Launch:
+    problem = case.problem
+    longest = max(problem.height, problem.width)
+    threads = 32 * -(-longest // (32 * cut.places))
+    line = threads * (cut.places * _pair(case) + 16)
+    rest = 16 * 2 * 2 * (threads // 32 + 2)
+    chains = problem.batch * len(problem.directions) * problem.channels // CHANNELS * (1 + case.backward)
+    # Where there are more blocks than multiprocessors, two of them fit.
+    memory = case.device.shared_memory
+    if chains > case.device.multiprocessors and threads <= MOST_THREADS // 2:
+        memory = (memory + 1024) // 2 - 1024
+    depth = min(RING, (memory - rest) // line)
+    # These make no difference to it.
+    same = {"HAS_LAM": 0, "HAS_GATE": 0, "SUBS": 1}
+    plain = tuple((name, same.get(name, value)) for name, value in common)
+    cut_up = (("THREADS", threads), ("PLACES", cut.places), ("DEPTH", depth))
+    kernel = Kernel("tiles_borders.cu", "tiles_borders", (*plain, *cut_up, ("BACKWARD", int(case.backward))))
+    return Launch(kernel, chains, threads, depth * line + rest)
+
+
+def _pair(case: Case) -> int:
+    """Bytes of the two weights of a place that are kept."""
+    return 4 if case.problem.dtype == torch.bfloat16 else 8
+
+
+def _memory(case: Case, cut: Cut, final: bool) -> int:
+    """Bytes of shared memory of a block, in the order of the kernel's constants."""
+    side, vectors, scans, back = cut.side, cut.vectors, len(case.problem.directions), case.backward
+    quad = CHANNELS * case.itemsize
+    plane = side * (side + 1) + 1
+    planes = scans * vectors * plane
+    slots = "lam" in case.views or (back and "gate" in case.views) or (final and not back)
+    slot = slots * quad * (1 + (final or back))
+    outside = final * (1 + back) * scans * vectors * side * 2 * 16
+    pairs = scans * side * side * _pair(case)
+    kept = final and back
+    sums = kept * (vectors * side // 32) * 3 * scans * side * side * 4
+    images = vectors * plane * quad * (1 + back)
+    return -(-planes * slot // 16) * 16 + kept * planes * 16 + outside + pairs + sums + images
+
+
+def _scratch(case: Case, cut: Cut) -> tuple[int, int, int]:
+    """Bytes of weights, of states (and adjoints) at borders between places, and of those between lines."""
+    problem, side = case.problem, cut.side
+    height, width = problem.height, problem.width
+    images = problem.batch * len(problem.directions)
+    pairs = max(height * (-(-width // 4) * 4), width * (-(-height // 4) * 4))
+    ends = max(height * -(-width // side), width * -(-height // side)) * problem.channels
+    sets = images * (1 + case.backward)
+    return (images * problem.groups * pairs * _pair(case), sets * 2 * ends * 4, sets * ends * 4)
+
+
+def representative_kernels() -> list[tuple[Kernel, bool]]:
+    """Kernels that the tests compile, and whether each is hot (must not spill)."""
+    plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1))
+    kernels = []
+    for side, vectors, blocks in ((16, 2, (5, 4, 4, 2)), (32, 1, (4, 2, 2, 1))):
+        common = (*plain, ("SIDE", side), ("SUBS", vectors), ("SCANS", 4), ("RESTARTS", 0))
+        for number, together in enumerate(blocks):
+            name = ("tiles_forward", "tiles_backward")[number // 2]
+            macros = (*common, ("FINAL", number % 2), ("MIN_BLOCKS", together))
+            kernels.append((Kernel(f"{name}.cu", name, macros), True))
+    for backward, depth in ((0, RING), (1, 9)):
+        carried = (("THREADS", 512), ("PLACES", 2), ("DEPTH", depth), ("BACKWARD", backward))
+        kernels.append((Kernel("tiles_borders.cu", "tiles_borders", (*common, *carried)), True))
+    return kernels
