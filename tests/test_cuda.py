@@ -57,6 +57,8 @@ def home(variant: str) -> Case:
         return records(draw(8, 2, 14, 14, precision="16 bits").to(torch.bfloat16))
     if variant == "pixels":
         return channel_innermost(draw(1, 64, 64, 64, precision="16 bits"))
+    if variant == "strips":
+        return as_weights(planes(draw(1, 1, 1024, 256, directions=("right",), precision="16 bits")))
     return planes(draw(1, 8, 256, 256, precision="16 bits"))
 
 
@@ -64,9 +66,10 @@ def home(variant: str) -> Case:
 def test_every_variant_can_be_forced(variant: str) -> None:
     """Without this, a variant that declined everything would leave the other tests green and empty."""
     case = home(variant)
-    if variant == "lines":  # forward only
+    if variant in ("strips", "lines"):  # forward only
+        operator = line_scan if variant == "strips" else gspn2.propagate
         with forced(variant, strictly=True) as ran:
-            gspn2.propagate(**case.tensors(), directions=case.directions, chunk=case.chunk, backend=BACKEND)
+            operator(**case.tensors(), directions=case.directions, chunk=case.chunk, backend=BACKEND)
         assert ran == {"forward": variant}
         return
     with forced(variant, strictly=True) as ran:
@@ -178,6 +181,24 @@ def test_line_scan(
 ) -> None:
     case = draw(2, channels, height, width, groups, (direction,), chunk, precision=precision, lam=lam)
     assert_accurate(as_weights(case), precision, MAIN_LAYOUTS, line_scan, eager_line_scan)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("size", "groups", "direction", "chunk"),
+    [
+        ((3, 44, 256, 264), 11, "right", 50),
+        ((2, 66, 500, 256), 1, "left", None),
+        ((2, 33, 1000, 264), 33, "right", None),
+        ((1, 66, 1024, 256), 2, "left", 7),
+    ],
+)
+def test_planes_of_strips(
+    size: tuple[int, int, int, int], groups: int, direction: str, chunk: int | None, precision: str
+) -> None:
+    """All ways of `strips`: planes that fill an H200, ragged strips and tiles."""
+    case = draw(*size, groups, (direction,), chunk, precision=precision)
+    assert_accurate(as_weights(case), precision, ("planes",), line_scan, eager_line_scan)
 
 
 # The sizes of the tables of issue 3 and of the models, with a smaller batch: (B, C, H, W), layouts.

@@ -112,14 +112,47 @@ def test_aligned_planes_are_scanned_by_lines(
     """Large images; long columns, and rows of few planes, by blocks that share them."""
     problem = posed(size, dtype, directions=directions, normalize=len(directions) > 1)
     found = plan.choose(imagined(problem, "planes", Device(), gate=problem.normalize))
-    assert found.variant == "lines"
-    scans = [launch for launch in found.launches if launch.kernel.function == "lines_forward"]
+    by_strips = directions in (("right",), ("left",)) and size[2] <= 1024
+    assert found.variant == ("strips" if by_strips else "lines")
+    functions = {"lines_forward", "strips_forward"}
+    scans = [launch for launch in found.launches if launch.kernel.function in functions]
     assert min(launch.grid for launch in scans) >= 60, "most multiprocessors have work"
-    horizontal = [launch for launch in scans if dict(launch.kernel.defines)["HPIECE"]]
+    horizontal = [
+        launch
+        for launch in scans
+        if launch.kernel.function == "strips_forward" or dict(launch.kernel.defines)["HPIECE"]
+    ]
     assert bool(horizontal) == bool(set(directions) & {"right", "left"})
     assert all(launch.cluster > 1 for launch in horizontal) or size[2] <= 256
     old = plan.choose(imagined(problem, "planes", DEVICES["A100"], gate=problem.normalize))
     assert all(step.cluster == 1 for step in old.launches)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "groups", "cluster"),
+    [
+        ((8, 64, 256, 256), torch.bfloat16, 64, 1),
+        ((8, 64, 256, 256), torch.float32, 64, 0),
+        ((1, 128, 512, 512), torch.float16, 128, 2),
+        ((1, 128, 400, 512), torch.float16, 128, 0),
+        ((1, 160, 512, 512), torch.bfloat16, 1, 0),
+        ((16, 8, 1024, 1024), torch.bfloat16, 8, 4),
+        ((16, 8, 1024, 1024), torch.bfloat16, 1, 2),
+        ((16, 8, 1024, 1024), torch.float32, 8, 4),
+        ((1, 8, 1024, 1024), torch.bfloat16, 8, 4),
+        ((1, 8, 1024, 1024), torch.bfloat16, 1, 0),
+        ((1, 8, 1024, 1024), torch.float32, 8, 0),
+    ],
+    ids=str,
+)
+def test_strips_take_what_they_are_faster_at(
+    size: tuple[int, int, int, int], dtype: torch.dtype, groups: int, cluster: int
+) -> None:
+    """By dtype, rows, taps, and planes that are not too few; `lines` keeps the rest."""
+    case = imagined(posed(size, dtype, groups, ("left",), normalize=False), "planes", Device(), gate=False)
+    found = plan.choose(case)
+    assert found.variant == ("strips" if cluster else "lines")
+    assert not cluster or [launch.cluster for launch in found.launches] == [cluster]
 
 
 def declined(

@@ -80,6 +80,7 @@ PLANES = ("planes", "planes", "planes", "slices", "expanded", "channels_outermos
 PIXELS = ("channel_innermost", "channels_last", "records", "records_with_x", "records_with_more", "mixed")
 ANY = (*PLANES, *PIXELS, "strided", "transposed", "spread", "misaligned")
 LIKELY = {
+    "strips": PLANES,
     "lines": PLANES,
     "planes_tiles": PLANES,
     "planes": (*PLANES, "misaligned"),

@@ -114,6 +114,12 @@ EMULATED void mbarrier_arrive(u64* bar) { emulator::mbarrier_arrive(bar, 0, "mba
 EMULATED void mbarrier_arrive_expect(u64* bar, u32 bytes) {
   emulator::mbarrier_arrive(bar, bytes, "mbarrier_arrive_expect");
 }
+// As early as it may be: whoever does not wait for the mbarrier is found as a race.
+EMULATED void mbarrier_arrive_copied(u64* bar) {
+  emulator::copy_commit();
+  emulator::copy_wait(0);
+  emulator::mbarrier_arrive(bar, 0, "mbarrier_arrive_copied");
+}
 EMULATED void mbarrier_wait(u64* bar, u32 parity) { emulator::mbarrier_wait(bar, parity); }
 EMULATED void bulk_copy(void* shared, const void* global, u32 bytes, u64* bar) {
   emulator::bulk_copy(shared, global, bytes, bar);

@@ -35,6 +35,7 @@ from gspn2.backends.cuda.variants import (
     planes_layout,
     planes_tiles,
     resident_straight_backward,
+    strips,
     tiles,
 )
 from gspn2.backends.keeping import empty_states, one_direction
@@ -138,9 +139,14 @@ def relatives(drawn: Drawn, rng: random.Random, count: int) -> Iterator[Drawn]:
 # Planning and running --------------------------------------------------------------------------------------
 
 
+def any_strips(case: Case) -> strips.Layout | None:
+    """Strips of planes of any size."""
+    return next(strips.layouts(case), None)
+
+
 @contextlib.contextmanager
 def ways_of_large_images(wanted: bool) -> Iterator[None]:
-    """As of images of 512 x 512 and more: tiles; in backward of planes weights, parts or chains of sums.
+    """As of images of 512 x 512 and more: tiles, strips; in backward of planes weights, parts or chains.
 
     Forward of pixels as of many channels: weights that are made once for all of them.
     """
@@ -153,6 +159,7 @@ def ways_of_large_images(wanted: bool) -> Iterator[None]:
         mock.patch.multiple(planes_tiles, WAVES=0, FILLED=1e9),
         mock.patch.object(pixels_forward, "MANY_BLOCKS", 1),
         mock.patch.object(tiles, "slower", return_value=None),
+        mock.patch.object(strips, "best_layout", any_strips),
     ):
         yield
 
@@ -166,6 +173,8 @@ def plan_of(variant: str, case: Case, choice: int | None) -> Plan:
         return lines.plan_of(rng.choice(list(lines.layouts(case))))
     if variant == "tiles":
         return tiles.plan_of(case, rng.choice(list(tiles.cuts(case))))
+    if variant == "strips":
+        return strips.plan_of(rng.choice(list(strips.layouts(case))))
     if variant == "planes" and not case.backward:
         return planes.plan_of(rng.choice(list(planes_layout.layouts(case))))
     if variant == "planes":

@@ -22,7 +22,7 @@ from types import ModuleType
 
 from .geometry import Case, Plan
 
-VARIANTS = ("resident", "lines", "planes_tiles", "planes", "tiles", "pixels", "generic")
+VARIANTS = ("resident", "strips", "lines", "planes_tiles", "planes", "tiles", "pixels", "generic")
 """By preference. `generic` takes every case."""
 
 OLDEST = (8, 0)

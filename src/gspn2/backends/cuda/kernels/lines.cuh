@@ -19,6 +19,7 @@
 //   each place, [B][D][G][2][H][W], as float16 where tensors have 16 bits.
 #pragma once
 #include "lines_taps.cuh"
+#include "words.cuh"
 
 constexpr int SIZE = sizeof(storage_t);
 constexpr int WARPS = THREADS / 32;
@@ -40,48 +41,6 @@ constexpr int RING = (4 * (EDGES + HALOS) + 8 * HALO_BARRIERS + 127) / 128 * 128
 __device__ __forceinline__ float* edges() { return (float*)shared_memory(); }
 __device__ __forceinline__ float* halos() { return edges() + EDGES; }
 __device__ __forceinline__ u64* halo_barriers() { return (u64*)(shared_memory() + (4 * (EDGES + HALOS) + 7) / 8 * 8); }
-
-// Words of two neighbouring elements (float32: of one).
-__device__ __forceinline__ u32 stored(float first, float second) {
-#if STORAGE == 0
-  return __float_as_uint(first);
-#elif STORAGE == 1
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  return *(const u32*)&pair;
-#else
-  const __half2 pair = __floats2half2_rn(first, second);
-  return *(const u32*)&pair;
-#endif
-}
-
-template <int WORDS>
-__device__ __forceinline__ void read_words(u32* words, const void* from) {
-  if (WORDS % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i += 4) {
-      const uint4 four = ((const uint4*)from)[i / 4];
-      words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-    }
-  } else if (WORDS == 2) {
-    const uint2 two = *(const uint2*)from;
-    words[0] = two.x, words[1] = two.y;
-  } else {
-    words[0] = *(const u32*)from;
-  }
-}
-
-template <int WORDS>
-__device__ __forceinline__ void write_words(void* to, const u32* words) {
-  if (WORDS % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i += 4)
-      ((uint4*)to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
-  } else if (WORDS == 2) {
-    *(uint2*)to = make_uint2(words[0], words[1]);
-  } else {
-    *(u32*)to = words[0];
-  }
-}
 
 // One direction of one plane. Sums lie in tiles of 8 x 8 places, 256 bytes, which are what both axes read at about
 // the same time: in right and left scans a thread's 8 columns of a row are 32 bytes beside those of the next thread,
@@ -194,16 +153,6 @@ __device__ __forceinline__ Place unpack(const u32 (&words)[TENSORS][4], int e) {
 #endif
   return it;
 }
-
-// Counts lines to the next restart; true where one is.
-struct Restarts {
-  int chunk, until;
-  __device__ __forceinline__ bool next() {
-    const bool now = until == 0;
-    until = (now ? chunk : until) - 1;
-    return now;
-  }
-};
 
 // Hands the states at the two ends of every warp to its neighbours: put, which meets all threads, then get in the next
 // line. Two turns, as a warp may put those of the next line while its neighbour still gets these: line n is put in turn

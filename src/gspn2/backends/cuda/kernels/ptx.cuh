@@ -179,6 +179,10 @@ __device__ __forceinline__ void mbarrier_arrive(u64* bar) {
 __device__ __forceinline__ void mbarrier_arrive_expect(u64* bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
+// Arrives for this thread when all that it has asked for by copy_async is there.
+__device__ __forceinline__ void mbarrier_arrive_copied(u64* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+}
 __device__ __forceinline__ void mbarrier_wait(u64* bar, u32 parity) {
   asm volatile(
       "{\n"
