@@ -107,6 +107,14 @@ def eager_line_scan(
     return eager_scan(x if lam is None else lam[:, 0] * x, w, directions[0], chunk)
 
 
+def suited(variant: str | None, case: Case) -> tuple[Case, Propagate]:
+    """The problem and its operator; for a variant that scans one direction, weights as given, one like it."""
+    if variant != "strips":
+        return case, gspn2.propagate
+    lam = None if case.lam is None else case.lam[:, :1]
+    return as_weights(replace(case, logits=case.logits[:, :1], lam=lam, directions=("right",))), line_scan
+
+
 # Layouts beyond those of `helpers`
 
 
@@ -206,8 +214,21 @@ def device_given_back() -> Iterator[None]:
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(3)
         pytest.exit(f"the device is lost: {error}", returncode=3)
-    if torch.cuda.memory_reserved() > 2**30:
-        torch.cuda.empty_cache()
+
+
+@contextmanager
+def able(variant: str | None) -> Iterator[None]:
+    """A variant for large images takes whatever it can run, whether others are faster or not."""
+    from gspn2.backends.cuda.variants import planes_tiles, strips, tiles
+
+    with pytest.MonkeyPatch.context() as patch:
+        if variant == "tiles":
+            patch.setattr(tiles, "slower", lambda case: None)
+        if variant == "planes_tiles":
+            patch.setattr(planes_tiles, "why_not", planes_tiles.cannot)
+        if variant == "strips":
+            patch.setattr(strips, "best_layout", lambda case: next(strips.layouts(case), None))
+        yield
 
 
 class Declined(Exception):
@@ -235,7 +256,7 @@ def forced(variant: str | None, strictly: bool = False) -> Iterator[dict[str, st
         ran["backward" if case.backward else "forward"] = chosen.variant
         return chosen
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, able(variant):
         patch.setattr(launch, "choose", choose)
         patch.setattr(launch, "_ready", {})  # calls planned before, by other choices
         yield ran

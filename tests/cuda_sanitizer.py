@@ -35,12 +35,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_helpers import ALL_LAYOUTS, VARIANTS, Declined, forced
+import gspn2
+from cuda_helpers import ALL_LAYOUTS, VARIANTS, Declined, as_weights, forced, line_scan, truth
 from gspn2.backends import DIRECTIONS, Problem, reference
 from gspn2.backends.cuda.geometry import Case as PlannerCase
 from gspn2.backends.cuda.geometry import Kernel, Launch, Plan
 from gspn2.backends.keeping import states_of
-from helpers import Case, make_case, relative_l2, truth
+from helpers import Case, make_case, relative_l2
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
 LAYOUTS = ("records", "planes", "channel_innermost", "strided", "cropped", "misaligned")
@@ -51,7 +52,7 @@ class Size:
     """One problem: small, but more than one tile, stage, warp or chunk of something.
 
     One direction means no gate, and a backward that is handed the state, as autograd does it. Kept: forward
-    leaves the states of all directions, and backward is handed those.
+    leaves the states of all directions, and backward is handed those. Given: `line_scan`, with weights.
     """
 
     batch: int
@@ -62,6 +63,7 @@ class Size:
     chunk: int | None = None
     directions: tuple[str, ...] = DIRECTIONS
     kept: bool = False
+    given: bool = False
 
 
 SIZES = (
@@ -75,6 +77,8 @@ SIZES = (
     Size(2, 16, 1, 24, 64, chunk=7, directions=("up",)),
     Size(1, 12, 1, 70, 48, chunk=31, kept=True),
     Size(2, 8, 8, 24, 72, kept=True),
+    Size(2, 3, 3, 100, 72, chunk=50, directions=("right",), given=True),
+    Size(1, 8, 1, 140, 64, directions=("left",), given=True),
 )
 
 
@@ -145,9 +149,9 @@ def main() -> int:
             break
         if (size, dtype) not in truths:
             case = posed(size, dtype)
-            truths[size, dtype] = case, truth(case)
+            truths[size, dtype] = case, truth(case, line_scan if size.given else gspn2.propagate)
         case, expected = truths[size, dtype]
-        for variant, operator, call in calls(case, layout, variants, expected["y"], size.kept):
+        for variant, operator, call in calls(case, layout, variants, expected["y"], size):
             with forced(variant, strictly=True):
                 try:
                     found = call()
@@ -176,7 +180,7 @@ def in_diagonals() -> list[tuple[Size, torch.dtype, str]]:
 
 def posed(size: Size, dtype: torch.dtype) -> Case:
     """The problem, on the CPU."""
-    return make_case(
+    case = make_case(
         size.batch,
         size.channels,
         size.height,
@@ -187,19 +191,20 @@ def posed(size: Size, dtype: torch.dtype) -> Case:
         dtype,
         gate=len(size.directions) > 1,
     )
+    return as_weights(case) if size.given else case
 
 
 def calls(
-    case: Case, layout: str, variants: list[str], y: Tensor, kept: bool
+    case: Case, layout: str, variants: list[str], y: Tensor, size: Size
 ) -> Iterator[tuple[str, str, Callable[[], dict[str, Tensor]]]]:
     """By variant and pass, what runs it on the GPU."""
     laid, upload = ALL_LAYOUTS[layout](case), Uploaded()
     uploaded = laid.map(upload)
     hidden = upload(torch.empty_like(laid.x).copy_(y)) if case.gate is None else None
-    problem = Problem.of(uploaded.x, uploaded.logits, case.directions, case.chunk, normalize=True)
-    if kept:
+    problem = Problem.of(uploaded.x, uploaded.logits, case.directions, case.chunk, normalize=not size.given)
+    if size.kept:
         hidden = upload(states_of(reference.propagate, laid.x, laid.logits, laid.lam, problem))
-    for variant, operator in product(variants, (keeping if kept else forward, backward)):
+    for variant, operator in product(variants, (keeping if size.kept else forward, backward)):
         yield variant, operator.__name__, partial(operator, uploaded, problem, hidden)
 
 
@@ -246,7 +251,7 @@ def compile_all(variants: list[str]) -> int:
     kernels: dict[Kernel, None] = {}
     for size, dtype, layout in in_diagonals():
         case = posed(size, dtype)
-        for variant, _, call in calls(case, layout, variants, case.x, size.kept):
+        for variant, _, call in calls(case, layout, variants, case.x, size):
             with suppress(Declined, Planned), forced(variant, strictly=True), planning(kernels):
                 call()
     with ProcessPoolExecutor() as pool:

@@ -57,6 +57,10 @@ def home(variant: str) -> Case:
         return records(draw(8, 2, 14, 14, precision="16 bits").to(torch.bfloat16))
     if variant == "pixels":
         return channel_innermost(draw(1, 64, 64, 64, precision="16 bits"))
+    if variant == "tiles":
+        return channel_innermost(draw(2, 8, 80, 72, precision="16 bits").to(torch.bfloat16))
+    if variant == "planes_tiles":
+        return planes(draw(2, 8, 80, 72, precision="16 bits").to(torch.bfloat16))
     if variant == "strips":
         return as_weights(planes(draw(1, 1, 1024, 256, directions=("right",), precision="16 bits")))
     return planes(draw(1, 8, 256, 256, precision="16 bits"))
@@ -71,6 +75,11 @@ def test_every_variant_can_be_forced(variant: str) -> None:
         with forced(variant, strictly=True) as ran:
             operator(**case.tensors(), directions=case.directions, chunk=case.chunk, backend=BACKEND)
         assert ran == {"forward": variant}
+        return
+    if variant == "planes_tiles":  # backward only
+        with forced(variant) as ran:
+            run(case, backend=BACKEND)
+        assert ran["backward"] == variant
         return
     with forced(variant, strictly=True) as ran:
         run(case, backend=BACKEND)
@@ -232,12 +241,14 @@ def test_tables_propagate(size: tuple[int, int, int, int], precision: str) -> No
     assert_accurate(draw(*size, precision=precision), precision, BOTH)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_large_image(precision: str, groups: int) -> None:
     assert_accurate(draw(1, 8, 1024, 1024, groups, precision=precision), precision, BOTH)
 
 
+@pytest.mark.large
 def test_a_large_image_of_many_channels() -> None:
     case = draw(1, 80, 1024, 1024, directions=("down", "left"), precision="16 bits")
     assert_accurate(case, "16 bits", BOTH)

@@ -84,5 +84,7 @@ def test_the_planner_prefers_it_and_scratch_memory_is_little() -> None:
     problem = Problem(DIRECTIONS, None, True, 16, 8, 1, 1024, 1024, BF16, "cuda")
     plan = choose(imagined(problem, "planes", Device(), backward=True))
     assert plan.variant == "planes_tiles"
+    kept = choose(imagined(problem, "planes", Device(), backward=True, keep_hidden=True))
+    assert kept == plan, "kept states change nothing"
     planes = 16 * 8 * 1024 * 1024
     assert sum(plan.scratch) == 4 * planes + 4 * 4 * planes // 8

@@ -109,4 +109,4 @@ def test_what_is_declined() -> None:
     few = replace(problem, batch=1, channels=32, height=256, width=512)
     assert tiles.why_not(replace(case, problem=few)) is None
     kept = large(16, 8, backward=True)
-    assert "at hand" in (tiles.why_not(replace(kept, views=kept.views | {"y": kept.views["x"]})) or "")
+    assert tiles.why_not(replace(kept, views=kept.views | {"y": kept.views["x"]})) is None

@@ -168,8 +168,12 @@ def test_layers_and_backbones_hand_it_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_the_option_is_for_is_not_planned_without_need() -> None:
     """With states at hand there is no walk forward and no memory for states."""
-    for layout, directions in (("planes", DIRECTIONS), ("channels", DIRECTIONS), ("planes", ("left",))):
-        problem = Problem(directions, None, True, 2, 16, 1, 512, 512, BF16, "cuda")
+    for layout, directions, channels, groups in (
+        ("planes", DIRECTIONS, 16, 16),
+        ("channels", DIRECTIONS, 64, 1),
+        ("planes", ("left",), 16, 1),
+    ):
+        problem = Problem(directions, None, True, 2, channels, groups, 512, 512, BF16, "cuda")
         case = imagined(problem, layout, Device(), backward=True, keep_hidden=True)
         chosen = plan.choose(case)
         hidden = {dict(launch.kernel.defines).get("HAS_HIDDEN") for launch in chosen.launches}

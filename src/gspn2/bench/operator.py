@@ -224,7 +224,8 @@ def check(
 
     Raises:
         Wrong: an element was not written, a run differs from another, or the error is more than twice that
-            of rounding the exact result, plus 1e-5 (1e-4 for gradients), or plus `slack`.
+            of rounding the exact result, plus 1e-5 (1e-4 for gradients; the dtype's epsilon where they are
+            made from states that forward has rounded), or plus `slack`.
     """
     images = sorted({0, scan.size[0] - 1})
     channels = sorted({0, scan.size[1] - 1}) if scan.taps == "per-channel" else slice(None)
@@ -253,6 +254,7 @@ def check(
             found = tuple(t for t, needed in zip(found, needs, strict=True) if needed)
         for (name, truth), tensor in zip(expected.items(), found, strict=True):
             label = name if which == "forward" else f"d{name}"
-            floor = slack or (1e-5 if which == "forward" else 1e-4)
+            least = torch.finfo(tensor.dtype).eps if scan.kept else 1e-4
+            floor = slack or (1e-5 if which == "forward" else max(least, 1e-4))
             errors[label] = refuse_if_far(label, pick[name](tensor), truth, floor)
     return errors

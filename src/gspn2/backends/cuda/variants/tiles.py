@@ -82,14 +82,13 @@ def slower(case: Case) -> str | None:
 def cannot(case: Case) -> str | None:
     """Why it cannot run the case at all."""
     problem = case.problem
-    if case.backward and "y" in case.views:
-        return "states are at hand, and it would compute them again"
     if len(problem.directions) < 2:
         return "a single direction has no sum to keep on the chip"
     if not problem.normalize:
         return "weights as given, which need not add up to one"
     if problem.channels // problem.groups % CHANNELS:
         return f"taps are not shared by {CHANNELS} channels or a multiple of that"
+    # States that forward has kept are not looked at.
     for name in operands(case):
         if case.views[name].c != 1:
             return f"{name}: channels are not adjacent in memory (stride {case.views[name].c})"
