@@ -268,7 +268,8 @@ def _how(results: Sequence[Result]) -> str:
     """Settings, machines and versions; all that differ among the results are named."""
     settings = [result["settings"] for result in results]
     told = "; ".join(
-        f"{name.replace('_', ' ')} {_values(it[name] for it in settings)}" for name in settings[0]
+        f"{name.replace('_', ' ')} {_values(it.get(name, 'not told') for it in settings)}"
+        for name in settings[0]
     )
     told = f"peak learning rate {_values(sorted({it['run']['lr'] for it in results}))}; {told}"
     machines = [result["machine"] for result in results]
