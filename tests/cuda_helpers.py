@@ -201,10 +201,7 @@ ALL_LAYOUTS: dict[str, Callable[[Case], Case]] = LAYOUTS | {
 
 @pytest.fixture
 def device_given_back() -> Iterator[None]:
-    """Several processes may share the device: none keeps what its biggest test needed.
-
-    After an illegal access nothing works any more in a process: it ends, and pytest-xdist begins another.
-    """
+    """After an illegal access a process can do nothing more: it ends, and pytest-xdist begins another."""
     yield
     if not ON_GPU:
         return

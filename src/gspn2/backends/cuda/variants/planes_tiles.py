@@ -149,7 +149,7 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     found: list[tuple[Kernel, bool]] = []
     for scales in (1, 0):
         macros = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", scales), ("HAS_GATE", scales))
-        found.append((_tiles_kernel(macros, 4, Choice(resident=1)), scales == 1))
+        found.append((_tiles_kernel(macros, 4, Choice()), scales == 1))
         found.append((_vertical_kernel(macros, 128, 4, 4), True))
     macros = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 0), ("HAS_GATE", 1))
     found.append((_tiles_kernel(macros, 2, Choice(resident=1, lockstep=True)), False))
