@@ -25,24 +25,6 @@ __device__ __forceinline__ void store_scaled(const Tile& tile, const View& v, in
     *(Quad*)to = *(const Quad*)from;
 }
 
-// dx: directions are added in their order.
-__device__ __forceinline__ void store_dx(const Tile& tile, const View& v) {
-  const int sub = threadIdx.x % SUBS, column = threadIdx.x / SUBS % SIDE;
-  if (v.data == nullptr || column >= tile.width) return;
-#pragma unroll 2
-  for (int row = threadIdx.x / (SUBS * SIDE); row < tile.height; row += SCANS) {
-    float sum[V], one[V];
-    load_state(state_at(0, sub, row * PITCH + column), sum);
-#pragma unroll
-    for (int d = 1; d < SCANS; d++) {
-      load_state(state_at(d, sub, row * PITCH + column), one);
-#pragma unroll
-      for (int v_ = 0; v_ < V; v_++) sum[v_] += one[v_];
-    }
-    *(Quad*)(tile.at(v, row, column) + sub * V) = pack(sum);
-  }
-}
-
 // From sums over the channels of a group to the gradient of its logits.
 __device__ __forceinline__ void store_taps(const Params& p, const Tile& tile) {
   const int d = threadIdx.x % SCANS, column = threadIdx.x / SCANS % SIDE;
@@ -88,7 +70,7 @@ KERNEL(SCANS * SUBS * SIDE, MIN_BLOCKS) tiles_backward(CONSTANT_PARAMS p) {
     __syncthreads();
     if (HAS_LAM) store_scaled(tile, p.dlam, 0);
     if (HAS_GATE) store_scaled(tile, p.dgate, QUAD);
-    store_dx(tile, p.dx);
+    store_sum(tile, p.dx, [](int d, int sub, int pixel) { return state_at(d, sub, pixel); });
     __syncthreads();
   }
   store_taps(p, tile);

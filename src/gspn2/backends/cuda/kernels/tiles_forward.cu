@@ -9,26 +9,6 @@
 #define BACKWARD 0
 #include "tiles_scan.cuh"
 
-#if FINAL
-// y: directions are added in their order.
-__device__ __forceinline__ void add(const Params& p, const Tile& tile) {
-  const int sub = threadIdx.x % SUBS, column = threadIdx.x / SUBS % SIDE;
-  if (column >= tile.width) return;
-#pragma unroll 2
-  for (int row = threadIdx.x / (SUBS * SIDE); row < tile.height; row += SCANS) {
-    float sum[V], one[V];
-    load_state(slot(0, sub, row * PITCH + column), sum);
-#pragma unroll
-    for (int d = 1; d < SCANS; d++) {
-      load_state(slot(d, sub, row * PITCH + column), one);
-#pragma unroll
-      for (int v = 0; v < V; v++) sum[v] += one[v];
-    }
-    *(Quad*)(tile.at(p.y, row, column) + sub * V) = pack(sum);
-  }
-}
-#endif
-
 KERNEL(SCANS * SUBS * SIDE, MIN_BLOCKS) tiles_forward(CONSTANT_PARAMS p) {
 #if FINAL
   const Tile tile(p, CHANNELS);
@@ -40,7 +20,7 @@ KERNEL(SCANS * SUBS * SIDE, MIN_BLOCKS) tiles_forward(CONSTANT_PARAMS p) {
   __syncthreads();
   scan(p, tile);
   __syncthreads();
-  add(p, tile);
+  store_sum(tile, p.y, [](int d, int sub, int pixel) { return slot(d, sub, pixel); });
 #else
   const int span = p.knobs[0];
   Tile tile(p, span);

@@ -113,3 +113,22 @@ __device__ __forceinline__ void scan(const Params& p, const Tile& tile) {
     store_state(store.end((lines.first + store.late) / SIDE, place, channel), h);
 #endif
 }
+
+// y, or dx if it is asked for: what lies `at` a pixel of the directions, added in their order.
+template <typename At>
+__device__ __forceinline__ void store_sum(const Tile& tile, const View& view, At at) {
+  const int sub = threadIdx.x % SUBS, column = threadIdx.x / SUBS % SIDE;
+  if ((BACKWARD && view.data == nullptr) || column >= tile.width) return;
+#pragma unroll 2
+  for (int row = threadIdx.x / (SUBS * SIDE); row < tile.height; row += SCANS) {
+    float sum[V], one[V];
+    load_state(at(0, sub, row * PITCH + column), sum);
+#pragma unroll
+    for (int d = 1; d < SCANS; d++) {
+      load_state(at(d, sub, row * PITCH + column), one);
+#pragma unroll
+      for (int v = 0; v < V; v++) sum[v] += one[v];
+    }
+    *(Quad*)(tile.at(view, row, column) + sub * V) = pack(sum);
+  }
+}
