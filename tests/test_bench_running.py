@@ -182,6 +182,28 @@ def test_times_of_another_machine_are_not_gone_on_with(tmp_path: Path) -> None:
     assert [row["case"] for row in same.rows] == ["a"]
 
 
+def test_time_is_counted_once_when_a_process_dies_on_the_way(tmp_path: Path) -> None:
+    path, counts = tmp_path / "r.json", dict[str, int]()
+    before = run_cases([counted("a", counts)], path)["run"]["seconds"]
+
+    def process() -> results.Results:
+        """One of the same run: it began at 5.0, whatever process goes on with it."""
+        found = results.Results(path, {"commit": "abc"}, {"command": "gspn2 bench", "began": 5.0})
+        found.resume()
+        return found
+
+    first = process()
+    first.begin("ladder", "b", {})
+    first.end({"contenders": [], "seconds": 30.0})
+    first.begin("ladder", "c", {})  # and dies
+    results.give_up(path)
+    last = process()
+    last.finish([], seconds=50.0, left_out=[])
+    run = results.load(path)["run"]
+    assert run["seconds"] == pytest.approx(before + 50.0)
+    assert not {"began", "before"} & run.keys()
+
+
 def interrupted() -> dict[str, Pass]:
     raise KeyboardInterrupt
 

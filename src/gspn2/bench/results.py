@@ -82,9 +82,16 @@ class Results:
             self.rows.append(_failed(row) if tries else row)
         if self.rows:
             self.content["rates"] = old["rates"]
-            self._seconds = old["run"].get("seconds") or sum(row.get("seconds", 0.0) for row in self.rows)
+            self._seconds = self._seconds_before(old["run"])
         dropped = sum(row.get("commit") != here["commit"] for row in old["cases"])
         return f"{_counted(dropped)} of another commit than {here['commit']}: not kept" if dropped else ""
+
+    def _seconds_before(self, old: dict[str, Any]) -> float:
+        """Of the runs that this one goes on with, from what the file says of the last."""
+        if "began" in old and old["began"] == self.content["run"].get("began"):
+            # A process of this very run, which has died: the run's clock has not stopped.
+            return float(old["before"])
+        return float(old.get("seconds") or sum(row.get("seconds", 0.0) for row in self.rows))
 
     def holds(self, bench: str, case: str) -> bool:
         """Has the case been run?"""
@@ -93,6 +100,7 @@ class Results:
     def begin(self, bench: str, case: str, facts: dict[str, Any]) -> None:
         """Note that a case begins."""
         commit = self.content["machine"]["commit"]
+        self.content["run"]["before"] = self._seconds
         tries = 1 + self._tries.get((bench, case), 0)
         self.rows.append({"bench": bench, "case": case, "facts": facts, "commit": commit, "began": tries})
         self.save()
@@ -122,6 +130,8 @@ class Results:
         self.rows.sort(key=lambda row: places.get((row["bench"], row["case"]), -1))
         told = {"seconds": self._seconds + seconds, "left_out": list(left_out), "complete": True}
         self.content["run"] |= rounded(told)
+        for name in ("began", "before"):
+            self.content["run"].pop(name, None)
         self.save()
 
     def save(self) -> None:

@@ -278,6 +278,9 @@ def _results(device: torch.device, args: argparse.Namespace) -> Results:
 
     command = shlex.join(["gspn2", *_shown(_typed())])
     run: dict[str, Any] = {"command": command, "device": device.type, "rounds": args.rounds}
+    if args.in_process is not None:
+        # By this a process that goes on where another died knows that it is the same run.
+        run["began"] = args.in_process
     results = Results(args.out / "results.json", machine(device, command), run)
     dropped = results.resume() if args.resume else ""
     if dropped and args.in_process is None:
