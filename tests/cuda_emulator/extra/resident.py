@@ -61,6 +61,9 @@ CASES = (
     Small(1, 3, channels=2, batch=2, layout="records", dtype=BF16),
     Small(28, 28, channels=2, batch=3, layout="records", dtype=BF16, device=SMALL),
     Small(56, 56, channels=2, layout="records", dtype=BF16, forward=False),
+    # A thread's pixels are below each other: in one pass, and in two.
+    *(Small(32, 32, channels=2, layout="records", dtype=dtype, chunk=5) for dtype in (BF16, FP16)),
+    Small(56, 56, channels=2, layout="records", dtype=BF16, chunk=9, forward=False),
     Small(12, 12, channels=2, batch=2, layout="records_in_other_order", dtype=BF16),
     Small(12, 12, channels=2, batch=2, layout="records_with_more", dtype=BF16),
     Small(9, 10, channels=2, layout="records", directions=("left", "down"), dtype=BF16),

@@ -25,9 +25,14 @@
 #define PART (SCANS / PASSES)    // directions of a pass
 #define SOURCES (1 + BACKWARD)   // planes of pairs of a direction
 #if FIXED
-#define FULL (HEIGHT * WIDTH % BUNDLE == 0)  // no bundle is short
+#define FULL (HEIGHT * WIDTH % BUNDLE == 0)                // no bundle is short
+#define COMPLETE(round) (((round) + 1) * THREADS <= HEIGHT * WIDTH)  // every thread has a pixel of the image in it
+// A thread's pixels are below each other, in the same part of a plane.
+#define STRIDED (FULL && THREADS % (PLACES * WIDTH) == 0)
 #else
 #define FULL 0
+#define STRIDED 0
+#define COMPLETE(round) false
 #endif
 
 // Words of a record, and where its parts begin.
@@ -41,7 +46,30 @@
 #define SLOT_DY (SLOT_X + (RECORD_X ? 0 : 4 * BUNDLE))
 #define SLOT (SLOT_DY + BACKWARD * 4 * BUNDLE)
 
+// A slot is filled by copies of 32 COPY bytes, all but the last of them from records. The last has the rest of the
+// records, x and dy: pieces of several tensors, by lanes.
+#define LAST_COPY (SLOT_X / (32 * COPY) * (32 * COPY))
+#define ONE_LAST_COPY (SLOT - LAST_COPY <= 32 * COPY)
+
 // Reading ---------------------------------------------------------------------------------------------------------
+
+// This lane's part of a slot's last copy: of records, of x, or of dy.
+struct Piece {
+  const unsigned char* data;  // of the first pixel of all, where the lane's part begins
+  int size, byte;             // bytes of a pixel; where in the tensor's part of the slot the lane's begins
+};
+
+__device__ __forceinline__ Piece piece_of(const Params& p) {
+  const int at = LAST_COPY + ((int)threadIdx.x & 31) * COPY;
+  const bool image = at >= SLOT_X, gradient = BACKWARD && at >= SLOT_DY;
+  const int size = image ? 4 : 4 * RECORD_WORDS, byte = at - (gradient ? SLOT_DY : image ? SLOT_X : 0);
+  const u32* data = (const u32*)p.taps.data - RECORD_TAPS;
+  if (image) data = (const u32*)p.x.data;
+#if BACKWARD
+  if (gradient) data = (const u32*)p.dy.data;
+#endif
+  return {(const unsigned char*)data + byte, size, byte};
+}
 
 // What a warp reads, in the order in which it needs it: for each task of the block, in each pass, ROUNDS bundles, of
 // which the last may be short, or nothing.
@@ -52,6 +80,7 @@ struct Stream {
   int task, pass;        // to be read next
   int used;              // bytes from the first slot to that of the bundle to be used next
   bool dense;            // do the tensors lie as the plan supposed?
+  Piece piece;
 };
 
 // The first record, or null if these tensors are no such records after all: the plan saw strides, not addresses.
@@ -77,27 +106,37 @@ __device__ __forceinline__ void find_image(const Params& p, Stream& s) {
   s.pixel = (u32)s.task * pixels_of(p) + begin;
 }
 
-// This lane's part of a bundle's pixels of WORDS words on their way. All images have less than 2^32 words (the plan's
-// promise).
-template <int WORDS>
-__device__ __forceinline__ void copy_pixels(unsigned char* to, const u32* data, const Stream& s) {
+// This lane's part of a bundle's pixels of WORDS words on their way, up to byte END. All images have less than 2^32
+// words (the plan's promise). `complete`: the bundle is not short.
+template <int WORDS, int END = 4 * WORDS * BUNDLE>
+__device__ __forceinline__ void copy_pixels(unsigned char* to, const u32* data, const Stream& s, bool complete) {
   const int lane = threadIdx.x & 31, mine = lane * COPY, bytes = min(s.left, BUNDLE) * 4 * WORDS;
   const unsigned char* from = (const unsigned char*)(data + (s.pixel * WORDS + lane * (COPY / 4)));
 #pragma unroll
-  for (int o = 0; o < 4 * WORDS * BUNDLE; o += 32 * COPY)
-    if (FULL && o + 32 * COPY <= 4 * WORDS * BUNDLE ? s.left > 0 : mine + o < bytes)
+  for (int o = 0; o < END; o += 32 * COPY)
+    if (complete ? s.left > 0 && (o + 32 * COPY <= END || mine + o < END) : mine + o < bytes)
       copy_async<COPY>(to + mine + o, from + o);
 }
 
 // Starts reading the warp's next bundle into a slot: bundle `round` of an image.
 __device__ __forceinline__ void read_bundle(const Params& p, Stream& s, unsigned char* slot, int round) {
-  copy_pixels<RECORD_WORDS>(slot, (const u32*)p.taps.data - RECORD_TAPS, s);
+  const bool complete = FULL || COMPLETE(round);
+  const u32* records = (const u32*)p.taps.data - RECORD_TAPS;
+  if constexpr (ONE_LAST_COPY) {
+    copy_pixels<RECORD_WORDS, LAST_COPY>(slot, records, s, complete);
+    // Lanes behind the slot's end are none of it, whatever their piece.
+    const int mine = ((int)threadIdx.x & 31) * COPY, pixels = complete ? BUNDLE : min(s.left, BUNDLE);
+    if (s.left > 0 && LAST_COPY + mine < SLOT && (complete || s.piece.byte < pixels * s.piece.size))
+      copy_async<COPY>(slot + LAST_COPY + mine, s.piece.data + (u64)s.pixel * (u32)s.piece.size);
+  } else {
+    copy_pixels<RECORD_WORDS>(slot, records, s, complete);
 #if !RECORD_X
-  copy_pixels<1>(slot + SLOT_X, (const u32*)p.x.data, s);
+    copy_pixels<1>(slot + SLOT_X, (const u32*)p.x.data, s, complete);
 #endif
 #if BACKWARD
-  copy_pixels<1>(slot + SLOT_DY, (const u32*)p.dy.data, s);
+    copy_pixels<1>(slot + SLOT_DY, (const u32*)p.dy.data, s, complete);
 #endif
+  }
   copy_commit();
   if (round + 1 == ROUNDS) {
     if (++s.pass == PASSES) s.pass = 0, s.task += gridDim.x;
@@ -110,7 +149,7 @@ __device__ __forceinline__ void read_bundle(const Params& p, Stream& s, unsigned
 // Starts reading.
 __device__ __forceinline__ Stream stream_of(const Params& p, unsigned char* shared) {
   unsigned char* slots = shared + p.knobs[RING_AT] + (int)threadIdx.x / 32 * (RING * SLOT);
-  Stream s = {slots, 0, 0, (int)blockIdx.x, 0, 0, records_of(p) != nullptr};
+  Stream s = {slots, 0, 0, (int)blockIdx.x, 0, 0, records_of(p) != nullptr, piece_of(p)};
   find_image(p, s);
 #pragma unroll
   for (int slot = 0; slot < RING; slot++) read_bundle(p, s, s.slots + slot * SLOT, slot);
@@ -193,18 +232,19 @@ struct Pixel {
 __device__ __forceinline__ Pixel pixel_of(const Params& p, int round) {
   // In backward all registers are taken: rows and columns are found anew.
   const int thread = BACKWARD ? opaque((int)threadIdx.x) : (int)threadIdx.x, index = round * THREADS + thread;
-  const int within = FULL ? index : min(index, pixels_of(p) - 1);
+  const bool known = FULL || COMPLETE(round);
+  const int within = known ? index : min(index, pixels_of(p) - 1);
 #if FIXED
   const int row = (int)((u32)within / WIDTH);
 #else
   const int row = quotient(within, width_of(p));
 #endif
-  return {index, row, within - row * columns_of(p), FULL || index == within};
+  return {index, row, within - row * columns_of(p), known || index == within};
 }
 
 // Has the warp a bundle in this round?
 __device__ __forceinline__ bool has_round(const Params& p, int round) {
-  return round * THREADS + ((int)threadIdx.x & ~31) < pixels_of(p);
+  return COMPLETE(round) || round * THREADS + ((int)threadIdx.x & ~31) < pixels_of(p);
 }
 
 // The operands of this thread's pixel of a round. The slot is given back.
@@ -250,6 +290,7 @@ __device__ __forceinline__ int place_at(int j, int part) {
 // A pixel on an axis; in bytes from the beginning of a plane of pairs, and of weights.
 struct Spot {
   int line, place, pair, weight;
+  int part;            // the place's part of a plane
   bool before, after;  // which neighbours exist
 };
 
@@ -257,7 +298,49 @@ __device__ __forceinline__ Spot spot_of(const Axis& axis, const Pixel& pixel) {
   const int line = axis.vertical ? pixel.row : pixel.column, place = axis.vertical ? pixel.column : pixel.row;
   const int start = line * axis.pitch;
   return {line, place, 8 * start + place_at<8>(place, axis.pairs), 4 * start + place_at<4>(place, axis.weights),
-          place > 0, place + 1 < axis.places};
+          (int)((u32)place % PLACES), place > 0, place + 1 < axis.places};
+}
+
+// A pixel on the axes of a pass's directions.
+struct Spots {
+  Spot of[PART];
+};
+
+// This thread's pixel of the first round.
+__device__ __forceinline__ Spots origin_of(const Params& p, int first) {
+  Spots spots;
+  const Pixel pixel = pixel_of(p, 0);
+#pragma unroll
+  for (int k = 0; k < PART; k++) spots.of[k] = spot_of(axis_at(p, first, k), pixel);
+  return spots;
+}
+
+// This thread's pixel of a round: where STRIDED, at constant distances from that of the first.
+__device__ __forceinline__ Spots spots_of(const Params& p, const Spots& origin, int first, int round) {
+  Spots spots;
+#if STRIDED
+  constexpr int STEP = THREADS / WIDTH;
+  const int rows = round * STEP;
+#pragma unroll
+  for (int k = 0; k < PART; k++) {
+    const Axis axis = axis_at(p, first, k);
+    const Spot from = origin.of[k];
+    const int items = axis.vertical ? rows * axis.pitch : rows / PLACES;
+    const bool above = round > 0, below = (round + 1) * STEP < HEIGHT;  // is there a row, whatever the thread?
+    spots.of[k] = {from.line + (axis.vertical ? rows : 0),
+                   from.place + (axis.vertical ? 0 : rows),
+                   from.pair + 8 * items,
+                   from.weight + 4 * items,
+                   from.part,
+                   from.before || (!axis.vertical && above),
+                   axis.vertical ? from.after : below || from.place + rows + 1 < HEIGHT};
+  }
+#else
+  const Pixel pixel = pixel_of(p, round);
+#pragma unroll
+  for (int k = 0; k < PART; k++) spots.of[k] = spot_of(axis_at(p, first, k), pixel);
+#endif
+  return spots;
 }
 
 // Bytes from the pair at a place to those at its neighbours.
@@ -266,9 +349,9 @@ struct Neighbours {
 };
 
 __device__ __forceinline__ Neighbours neighbours_of(const Axis& axis, const Spot& spot) {
-  const int here = place_at<8>(spot.place, axis.pairs);
-  return {spot.before ? place_at<8>(spot.place - 1, axis.pairs) - here : 0,
-          spot.after ? place_at<8>(spot.place + 1, axis.pairs) - here : 0};
+  const int around = (PLACES - 1) * axis.pairs - 8;  // from a lane's first place to the one before
+  const int before = spot.part > 0 ? -axis.pairs : around, after = spot.part < PLACES - 1 ? axis.pairs : -around;
+  return {spot.before ? before : 0, spot.after ? after : 0};
 }
 
 // Bytes of a plane of pairs, and of all planes of a direction.
@@ -299,38 +382,54 @@ __device__ __forceinline__ void halve(const u32 (&taps)[3 * PART / 2], u32 (&hal
 
 // Packed weights from halves of the logits, by the hardware's tanh. Its error is small beside 1, but not beside small
 // sigmoids: `fine` becomes false where all three are, or one is a NaN.
-__device__ __forceinline__ u32 quick_weights(const Taps& half, bool has_before, bool has_after, bool& fine) {
+// `rest`: what is missing from the sigmoids to 1.
+__device__ __forceinline__ u32 quick_weights(const Taps& half, bool has_before, bool has_after, bool& fine,
+                                             Taps& rest) {
   const float before = has_before ? 1.f + tanh_fast(half.before) : 0.f;
   const float after = has_after ? 1.f + tanh_fast(half.after) : 0.f;
   // A little more than 1: whatever rounding does to the others, something is left for this one.
-  const float sum = before + after + (1.00000381f + tanh_fast(half.here));
+  const float here = 1.00000381f + tanh_fast(half.here), sum = before + after + here;
   fine = fine && sum >= 0.5f;
+  rest = {fmaf(before, -0.5f, 1.f), fmaf(here, -0.5f, 1.f), fmaf(after, -0.5f, 1.f)};
   const float scale = reciprocal(sum);
   return halves_toward_zero(before * scale, after * scale);
 }
 #endif
 
-// The weights of a pixel's directions as words.
-__device__ __forceinline__ void weigh(const Params& p, const Operands& o, const Pixel& pixel, int first,
-                                      u32 (&weights)[PART]) {
+// The weights of a pixel's directions as words. `taps` becomes what gradients of the logits take besides: for bfloat16
+// 1 - sigmoid(a) as float16, else the logits.
+__device__ __forceinline__ void weigh(const Operands& o, const Spots& spots, u32 (&weights)[PART],
+                                      u32 (&taps)[3 * PART / 2]) {
   bool fine = true;
 #if STORAGE == 1
   u32 halves[3 * PART / 2];
   halve(o.taps, halves);
+  float rest[3 * PART];
 #endif
 #pragma unroll
   for (int k = 0; k < PART; k++) {
-    const Spot spot = spot_of(axis_at(p, first, k), pixel);
+    const Spot& spot = spots.of[k];
 #if STORAGE == 1
-    weights[k] = quick_weights(logits_of(halves, k), spot.before, spot.after, fine);
+    Taps of;
+    weights[k] = quick_weights(logits_of(halves, k), spot.before, spot.after, fine, of);
+    rest[3 * k] = of.before, rest[3 * k + 1] = of.here, rest[3 * k + 2] = of.after;
 #else
     weights[k] = pack_taps(plain_weights(logits_of(o.taps, k), spot.before, spot.after, fine));
+#endif
+  }
+#pragma unroll
+  for (int i = 0; i < 3 * PART / 2; i++) {
+#if STORAGE == 1
+    const __half2 pair = __floats2half2_rn(rest[2 * i], rest[2 * i + 1]);
+    taps[i] = *(const u32*)&pair;
+#else
+    taps[i] = o.taps[i];
 #endif
   }
   if (fine) return;
 #pragma unroll
   for (int k = 0; k < PART; k++) {
-    const Spot spot = spot_of(axis_at(p, first, k), pixel);
+    const Spot& spot = spots.of[k];
     weights[k] = pack_taps(weights_of(logits_of(o.taps, k), spot.before, spot.after));
   }
 }

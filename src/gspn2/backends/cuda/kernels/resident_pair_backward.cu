@@ -19,21 +19,23 @@
 
 // What a pixel keeps for its gradients while the directions of a pass are scanned.
 struct Kept {
-  u32 x, dy, lam[PART], taps[TAP_GRADIENTS];
+  u32 x, dy, lam[PART], taps[TAP_GRADIENTS];  // taps: see `weigh`
 };
 
 // Puts this thread's pixel of a round in order.
-__device__ __forceinline__ Kept unpack(const Params& p, Stream& s, unsigned char* shared, int b, int round, int first) {
+__device__ __forceinline__ Kept unpack(const Params& p, Stream& s, unsigned char* shared, int b, int round, int first,
+                                       const Spots& origin) {
   const Pixel pixel = pixel_of(p, round);
   const Operands o = read_pixel(p, s, b, pixel, round, first);
+  const Spots spots = spots_of(p, origin, first, round);
   u32 weights[PART];
-  weigh(p, o, pixel, first, weights);
   Kept kept;
+  weigh(o, spots, weights, kept.taps);
   kept.x = o.x, kept.dy = o.dy;
 #pragma unroll
   for (int k = 0; k < PART; k++) {
     const Axis axis = axis_at(p, first, k);
-    const Spot spot = spot_of(axis, pixel);
+    const Spot& spot = spots.of[k];
     unsigned char* planes = shared + planes_at(p, first, k);
     if (pixel.inside) {
       *(float2*)(planes + spot.pair) = product<true>(o.x, o.lam[k]);
@@ -42,8 +44,6 @@ __device__ __forceinline__ Kept unpack(const Params& p, Stream& s, unsigned char
     }
     kept.lam[k] = o.lam[k];
   }
-#pragma unroll
-  for (int i = 0; i < TAP_GRADIENTS; i++) kept.taps[i] = o.taps[i];
   return kept;
 }
 
@@ -57,16 +57,14 @@ __device__ __forceinline__ bool restarts(const Params& p, const Axis& axis, bool
 __device__ __forceinline__ Taps logit_gradients(const Kept& kept, int k, u32 weights, const Taps& dw, bool has_before,
                                                 bool has_here, bool has_after) {
 #if STORAGE == 1
-  u32 halves[TAP_GRADIENTS];
-  halve(kept.taps, halves);
-  const Taps half = logits_of(halves, k), w = unpack_taps(weights);
-  const float mean = w.before * dw.before + w.here * dw.here + w.after * dw.after;
-  // 1 - sigmoid(a) = (1 - tanh(a / 2)) / 2.
-  const auto gradient = [&](float weight, float gradient, float logit) {
-    return weight * (gradient - mean) * fmaf(tanh_fast(logit), -0.5f, 0.5f);
+  const auto rest = [&](int e) {
+    const float2 pair = __half22float2(*(const __half2*)&kept.taps[e / 2]);
+    return e % 2 ? pair.y : pair.x;
   };
-  const Taps da = {gradient(w.before, dw.before, half.before), gradient(w.here, dw.here, half.here),
-                   gradient(w.after, dw.after, half.after)};
+  const Taps w = unpack_taps(weights);
+  const float mean = w.before * dw.before + w.here * dw.here + w.after * dw.after;
+  const Taps da = {w.before * (dw.before - mean) * rest(3 * k), w.here * (dw.here - mean) * rest(3 * k + 1),
+                   w.after * (dw.after - mean) * rest(3 * k + 2)};
 #else
   const Taps da = tap_gradient(logits_of(kept.taps, k), dw, has_before, has_after);
 #endif
@@ -75,10 +73,9 @@ __device__ __forceinline__ Taps logit_gradients(const Kept& kept, int k, u32 wei
 
 // Of one direction: dlam and dgate as words, dx added to a sum, and the gradients of the taps.
 __device__ __forceinline__ Taps direction_gradients(const Params& p, const unsigned char* shared, int first, int k,
-                                                    const Pixel& pixel, const Kept& kept, u32& dlam, u32& dgate,
+                                                    const Spot& spot, const Kept& kept, u32& dlam, u32& dgate,
                                                     float (&dx)[2]) {
   const Axis axis = axis_at(p, first, k);
-  const Spot spot = spot_of(axis, pixel);
   const Neighbours to = neighbours_of(axis, spot);
   const bool reversed = reversed_at(first, k), restart = restarts(p, axis, reversed, spot.line);
   const unsigned char* planes = shared + planes_at(p, first, k);
@@ -108,13 +105,13 @@ struct Gradients {
 };
 
 __device__ __forceinline__ Gradients gradients_of(const Params& p, const unsigned char* shared, int round, int first,
-                                                  const Kept& kept, float (&dx)[2]) {
-  const Pixel pixel = pixel_of(p, round);
+                                                  const Spots& origin, const Kept& kept, float (&dx)[2]) {
+  const Spots spots = spots_of(p, origin, first, round);
   Gradients out;
   float dtaps[3 * PART];
 #pragma unroll
   for (int k = 0; k < PART; k++) {
-    const Taps da = direction_gradients(p, shared, first, k, pixel, kept, out.dlam[k], out.dgate[k], dx);
+    const Taps da = direction_gradients(p, shared, first, k, spots.of[k], kept, out.dlam[k], out.dgate[k], dx);
     dtaps[3 * k] = da.before, dtaps[3 * k + 1] = da.here, dtaps[3 * k + 2] = da.after;
   }
 #pragma unroll
@@ -184,21 +181,21 @@ __device__ __forceinline__ void store_gradients(const Params& p, unsigned char* 
 
 // The gradients of this thread's pixel of a round, in the directions of a pass: to scratch, or with the others.
 __device__ __forceinline__ void gradients(const Params& p, unsigned char* shared, int b, int round, int first,
-                                          const Kept& kept, float (&dx)[2]) {
+                                          const Spots& origin, const Kept& kept, float (&dx)[2]) {
   Gradients of[PASSES];
 #if PASSES > 1
   u32* waiting = waiting_at(p, round);
   if (first > 0)
 #pragma unroll
     for (int i = 0; i < WAITING; i++) of[0].word(i) = waiting[i * THREADS];
-  of[1] = gradients_of(p, shared, round, first, kept, dx);
+  of[1] = gradients_of(p, shared, round, first, origin, kept, dx);
   if (first == 0) {
 #pragma unroll
     for (int i = 0; i < WAITING; i++) waiting[i * THREADS] = of[1].word(i);
     return;
   }
 #else
-  of[0] = gradients_of(p, shared, round, first, kept, dx);
+  of[0] = gradients_of(p, shared, round, first, origin, kept, dx);
 #endif
   store_gradients(p, shared, b, round, of);
 }
@@ -228,19 +225,21 @@ KERNEL(THREADS, BLOCKS) resident_pair_backward(CONSTANT_PARAMS p) {
       const int first = pass * PART;
       clear_planes(p, shared);
       Kept kept[ROUNDS];
+      Spots origin = origin_of(p, first);
 #pragma unroll
       for (int round = 0; round < ROUNDS; round++) {
         if (has_round(p, round))
-          kept[round] = unpack(p, stream, shared, b, round, first);
+          kept[round] = unpack(p, stream, shared, b, round, first, origin);
         else
           skip_pixel(p, stream, round);
       }
       __syncthreads();
       scan_all(p, shared, warp, first);
       __syncthreads();
+      origin = origin_of(p, first);
 #pragma unroll
       for (int round = 0; round < ROUNDS; round++)
-        if (has_round(p, round)) gradients(p, shared, b, round, first, kept[round], dx[round]);
+        if (has_round(p, round)) gradients(p, shared, b, round, first, origin, kept[round], dx[round]);
       __syncthreads();
     }
     u32* out = (u32*)p.dx.data + (long long)b * pixels_of(p);

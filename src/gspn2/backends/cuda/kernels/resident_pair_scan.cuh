@@ -116,15 +116,19 @@ __device__ __forceinline__ void scan_pair(const Params& p, int d, unsigned char*
   const bool backwards = s.reversed != ADJOINT;
   const int step_bytes = 4 * (backwards ? -axis.pitch : axis.pitch);
   // Of a line's weights; pairs are twice as far.
-  int offset = 4 * ((backwards ? s.lines - 1 : 0) * axis.pitch + held.first / PLACES), ahead = offset, unread = s.lines;
+  const int begin = 4 * ((backwards ? s.lines - 1 : 0) * axis.pitch + held.first / PLACES);
+  const unsigned char* ahead = sources + 2 * begin;
+  weights += begin;
+  int written = 2 * begin, unread = s.lines;
   Packed packed;
   const auto load = [&]() {
 #pragma unroll
     for (int v = 0; v < PLACES; v++) {
-      packed.pair[v] = *(const float2*)(sources + v * axis.pairs + 2 * ahead);
-      packed.weights[v] = *(const u32*)(weights + v * axis.weights + ahead);
+      packed.pair[v] = *(const float2*)(ahead + v * axis.pairs);
+      packed.weights[v] = *(const u32*)(weights + v * axis.weights);
     }
-    ahead += --unread > 0 ? step_bytes : 0;
+    const int bytes = --unread > 0 ? step_bytes : 0;
+    ahead += 2 * bytes, weights += bytes;
   };
   Operand line;
   load();
@@ -167,10 +171,10 @@ __device__ __forceinline__ void scan_pair(const Params& p, int d, unsigned char*
     if (held.writes) {
 #pragma unroll
       for (int v = 0; v < PLACES; v++)
-        *(float2*)(sources + v * axis.pairs + 2 * offset) =
+        *(float2*)(sources + v * axis.pairs + written) =
             ADJOINT ? make_float2(g[0][v], g[1][v]) : make_float2(carried[0][v], carried[1][v]);
     }
-    offset += step_bytes, left--;
+    written += 2 * step_bytes, left--;
     line = next;
   };
   // A state restarts at the first line of a chunk, an adjoint behind it: backwards, at the last.
