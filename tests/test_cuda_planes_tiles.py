@@ -8,6 +8,7 @@ import torch
 from cuda_emulator import compiler, run_plan
 from cuda_emulator.emulator import Inputs, case_of
 from cuda_emulator.problems import BF16, Small, truth
+from gspn2.backends.cuda.geometry import Case as PlannedCase
 from gspn2.backends.cuda.geometry import Device
 from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.plan import choose
@@ -22,18 +23,15 @@ TOLERANCE = (2.6e-3, 1.02 * 2**-8)
 RUNS = (
     (Small(32, 32, dtype=BF16), Choice()),
     (Small(37, 72, channels=5, dtype=BF16), Choice(ring=2)),
-    (Small(75, 40, batch=2, chunk=7, dtype=BF16), Choice(horizontal=(2, 64, 2))),
+    (Small(75, 40, batch=2, chunk=7, dtype=BF16), Choice(strips=2)),
     (
         Small(50, 104, channels=8, groups=2, chunk=20, lam=False, directions=("left", "down"), dtype=BF16),
         Choice(ring=3),
     ),
-    (Small(70, 48, gate=False, directions=("up", "left", "right"), dtype=BF16), Choice(tiles=1)),
-    (
-        Small(33, 264, lam=False, gate=False, directions=("down", "up"), chunk=16, dtype=BF16),
-        Choice(lockstep=True, stream=True, whole=False),
-    ),
-    (Small(161, 24, directions=("right", "left"), chunk=9, dtype=BF16), Choice(horizontal=(3, 32, 1))),
-    (Small(9, 8, directions=("left", "up"), needs=(False, True, False, True), dtype=BF16), Choice()),
+    (Small(70, 48, gate=False, directions=("up", "left", "right"), dtype=BF16), Choice()),
+    (Small(33, 264, lam=False, gate=False, directions=("down", "up"), chunk=16, dtype=BF16), Choice()),
+    (Small(161, 56, directions=("right", "left"), chunk=9, dtype=BF16), Choice(strips=3)),
+    (Small(9, 72, directions=("left", "up"), needs=(False, True, False, True), dtype=BF16), Choice()),
 )
 
 
@@ -78,6 +76,36 @@ def test_it_takes_large_images_whose_channels_share_logits() -> None:
     assert "outside of images" in str(reason((16, 8, 40, 1024)))
     assert "multiple of 16" in str(reason((16, 8, 1024, 1020)))
     assert "do not fit" in str(reason((16, 8, 8192, 1024)))
+
+
+def over_columns(height: int, channels: int = 8, scaled: bool = True, shared: int = 232448) -> PlannedCase:
+    """What the planner sees where walks go over columns only, on a device with so much shared memory."""
+    problem = Problem(("right", "left"), None, True, 16, channels, 1, height, 1024, BF16, "cuda")
+    device = Device(shared_memory=shared)
+    return imagined(problem, "planes", device, backward=True, lam=scaled, gate=scaled)
+
+
+@pytest.mark.parametrize(
+    ("case", "channels"),
+    [
+        (over_columns(1024), 2),
+        (over_columns(1024, channels=5), 1),
+        (over_columns(3840, scaled=False), 2),
+        (over_columns(3840, scaled=False, shared=101376), 1),
+    ],
+)
+def test_walks_over_columns_take_two_channels_where_they_can(case: PlannedCase, channels: int) -> None:
+    assert planes_tiles.cannot(case) is None
+    walks = planes_tiles.plan(case).launches[1]
+    assert dict(walks.kernel.defines)["CHANNELS"] == channels
+    assert walks.shared <= case.device.shared_memory
+
+
+def test_walks_that_do_not_fit_in_shared_memory_are_declined() -> None:
+    assert "columns of 3840" in str(planes_tiles.cannot(over_columns(3840, shared=101376)))
+    problem = Problem(("down", "up"), None, True, 16, 8, 1, 1024, 8192, BF16, "cuda")
+    rows = imagined(problem, "planes", Device(shared_memory=101376), backward=True)
+    assert "rows of 8192" in str(planes_tiles.cannot(rows))
 
 
 def test_the_planner_prefers_it_and_scratch_memory_is_little() -> None:

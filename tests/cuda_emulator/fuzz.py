@@ -203,11 +203,7 @@ def _cut(
 
 
 def _tiles(case: Case, rng: random.Random) -> planes_tiles.Choice:
-    cuts = [(cut.strips, cut.piece, cut.buffers) for cut in planes_tiles.cuts(case)] or [None]
-    flags = [rng.random() < 0.5 for _ in range(3)]
-    return planes_tiles.Choice(
-        rng.choice((2, 3, 4, 6)), 4, rng.choice(cuts), rng.choice((2, 5)), rng.choice((1, 2)), 2, *flags
-    )
+    return planes_tiles.Choice(rng.choice((2, 3, 4, 6)), rng.choice(planes_tiles.cuts(case) or [None]))
 
 
 def _states(small: Small, case: Tensors, problem: Problem) -> Tensor:

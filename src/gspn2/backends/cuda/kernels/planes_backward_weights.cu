@@ -1,7 +1,6 @@
-// Weights of one direction from logits that many channels share: once for all of them. Those of the neighbours, in two planes
-// of 16 bits; the third is what they leave of one.
-// Knobs: 0 direction (its index among the scans), 1 elements of a row in scratch memory, 2 directions whose weights come
-//   before.
+// Weights of directions from logits that many channels share: once for all of them. Those of the neighbours,
+// in two planes of 16 bits; the third is what they leave of one.
+// Knobs: 0 first direction (its index among the scans), 1 elements of a row in scratch memory, 2 directions.
 // Scratch: 1 the weights, [directions][B][G][2][H][row].
 #include "common.cuh"
 
@@ -19,15 +18,15 @@ __device__ __forceinline__ u32 rounded(float first, float second, bool first_clo
 }
 
 KERNEL(256, 4) planes_backward_weights(CONSTANT_PARAMS p) {
-  const Scan scan = scan_of(p, p.knobs[0]);
-  const int columns = p.width / EACH, pitch = p.knobs[1];
-  const long long all = (long long)p.batch * p.groups * p.height * columns, plane = (long long)p.height * pitch;
+  const int columns = p.width / EACH, pitch = p.knobs[1], images = p.batch * p.groups;
+  const long long all = (long long)p.knobs[2] * images * p.height * columns, plane = (long long)p.height * pitch;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += (long long)gridDim.x * blockDim.x) {
     const long long line = i / columns;
-    const int left = (int)(i - line * columns) * EACH, index = (int)(line / p.height);
-    const int h = (int)(line - (long long)index * p.height);
-    const int b = index / p.groups, g = index % p.groups;
-    const storage_t* from = p.taps.data + (b * p.taps.b + p.knobs[0] * p.taps.d + g * p.taps.c + h * p.taps.h + left);
+    const int left = (int)(i - line * columns) * EACH, number = (int)(line / p.height);
+    const int h = (int)(line - (long long)number * p.height), d = p.knobs[0] + number / images;
+    const int b = number % images / p.groups, g = number % p.groups;
+    const Scan scan = scan_of(p, d);
+    const storage_t* from = p.taps.data + (b * p.taps.b + d * p.taps.d + g * p.taps.c + h * p.taps.h + left);
     uint4 logits[3];
 #pragma unroll
     for (int k = 0; k < 3; k++) logits[k] = __ldcs((const uint4*)(from + k * p.taps.k));
@@ -48,8 +47,7 @@ KERNEL(256, 4) planes_backward_weights(CONSTANT_PARAMS p) {
       before[word] = rounded(w[0].before, w[1].before, close[0], close[1]);
       after[word] = rounded(w[0].after, w[1].after, close[0], close[1]);
     }
-    const long long number = (long long)p.knobs[2] * p.batch * p.groups + index;
-    storage_t* to = (storage_t*)p.scratch[1] + number * 2 * plane + (long long)h * pitch + left;
+    storage_t* to = (storage_t*)p.scratch[1] + 2 * number * plane + (long long)h * pitch + left;
     *(uint4*)to = make_uint4(before[0], before[1], before[2], before[3]);
     *(uint4*)(to + plane) = make_uint4(after[0], after[1], after[2], after[3]);
   }

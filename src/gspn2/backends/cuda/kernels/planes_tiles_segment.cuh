@@ -19,24 +19,17 @@ constexpr int STATE = 0, CARRIED = 4 * SIDE, STATE_SIDES = 8 * SIDE, CARRIED_SID
 // Tiles of float32 numbers, in which neither rows nor columns meet a bank twice: parts of dx, one for each
 // direction.
 constexpr int PART_ROW = 4 * SIDE + 4, PART = SIDE * PART_ROW;
-// Weights of one warp, for all channels: of each place before and after, and of the place before the one
-// after, of the place after the one before (0 outside of the tile). And zeros.
-constexpr int WEIGHTS = 8 * SIDE * LINES, ZEROS = 4 * LINES;
+// Weights of one warp, for all channels: of each place before and after; and AROUND it, of the place before
+// the one after, of the place after the one before (0 outside of the tile). A lane's words of two lines lie
+// together. And zeros.
+constexpr int AROUND = 4 * SIDE * LINES, WEIGHTS = 2 * AROUND, ZEROS = 4 * LINES;
 
-constexpr int THREADS = 32 * WARPS;  // of a tile
-constexpr int CHANNELS_BYTES = 2 * STAGE + SCANS * PART + ZEROS + WARPS * WEIGHTS,
-              SUMS_BYTES = 3 * SCANS * PART;
-constexpr int TILE_BYTES = CHANNELS_BYTES > SUMS_BYTES ? CHANNELS_BYTES : SUMS_BYTES;
+constexpr int THREADS = 32 * WARPS;
 
-__device__ __forceinline__ int thread_of_tile() { return TILES == 1 ? threadIdx.x : threadIdx.x % THREADS; }
-
-// Gradients.
+// Gradients: nobody will touch them soon.
 template <typename T>
 __device__ __forceinline__ void store(void* to, T v) {
-  if (STREAM)
-    __stcs((T*)to, v);
-  else
-    *(T*)to = v;
+  __stcs((T*)to, v);
 }
 
 struct Segment {
@@ -137,18 +130,31 @@ struct Channel {
   const unsigned char* weights;  // of line 0
 };
 
-__device__ __forceinline__ uint2 weights_at(const Channel& c, int k) {
-  return *(const uint2*)(c.weights + 8 * SIDE * k);
+// Words of two lines, read together: how often shared memory is asked is a limit of this kernel.
+struct Two {
+  u32 word[2];
+
+  __device__ __forceinline__ void read(const unsigned char* from) {
+    const uint2 v = *(const uint2*)from;
+    word[0] = v.x, word[1] = v.y;
+  }
+  __device__ __forceinline__ float number(int k) const { return __uint_as_float(word[k % 2]); }
+};
+
+// Weights of the two lines that k is one of.
+__device__ __forceinline__ const unsigned char* weights_at(const Channel& c, int k) {
+  return c.weights + k / 2 * 8 * SIDE;
 }
 
-// What comes in from beside the tile at line k, for the first and the last lane.
-__device__ __forceinline__ float side_at(const unsigned char* sides, const Segment& s, int k) {
-  return *(const float*)(sides + s.lane / 16 * 4 * LINES + 4 * k);
+// What comes in from beside the tile at line k and those after it, for the first and the last lane.
+__device__ __forceinline__ const unsigned char* sides_at(const Segment& s, const Channel& c, int k) {
+  return c.borders + STATE_SIDES + s.lane / 16 * 4 * LINES + 4 * k;
 }
 
 // The states of all lines.
 __device__ __forceinline__ void scan(const Segment& s, const Channel& c, float (&h)[LINES]) {
   float last = *(const float*)(c.borders + STATE + 4 * s.lane);
+  Two weights, sides;
 #pragma unroll
   for (int q = 0; q < LINES / 8; q++) {
     Eight in[2];
@@ -158,9 +164,10 @@ __device__ __forceinline__ void scan(const Segment& s, const Channel& c, float (
     for (int i = 0; i < 8; i++) {
       const int k = 8 * q + i;
       const float u = HAS_LAM ? in[0][i] * in[1][i] : in[0][i];
-      const float side = side_at(c.borders + STATE_SIDES, s, k);
+      if (k % 2 == 0) weights.read(weights_at(c, k)), sides.read(sides_at(s, c, k));
+      const float side = sides.number(k);
       const float before = __shfl_up_sync(~0u, last, 1), after = __shfl_down_sync(~0u, last, 1);
-      const u32 pair = weights_at(c, k).x;
+      const u32 pair = weights.word[k % 2];
       const float w_before = low_weight(pair), w_after = high_weight(pair);
       float next = fmaf(1.f - w_before - w_after, last, u);
       next = fmaf(w_after, s.lane == 31 ? side : after, next);
@@ -187,13 +194,11 @@ struct WeightSums {
 };
 
 // What line k hands to the line before. Outside of the tile a place's weights count as 0 here.
-__device__ __forceinline__ float hand_back(const Segment& s, const Channel& c, int k, float g_before, float g,
-                                           float g_after) {
-  const float message = *(const float*)(c.messages + 4 * (k - 1));
-  const uint2 weights = weights_at(c, k);
-  const float here = 1.f - low_weight(weights.x) - high_weight(weights.x);
-  const float next = fmaf(low_weight(weights.y), g_before, fmaf(here, g, message));
-  return restarts(s, k) ? 0.f : fmaf(high_weight(weights.y), g_after, next);
+__device__ __forceinline__ float hand_back(const Segment& s, int k, u32 pair, u32 around, float message,
+                                           float g_before, float g, float g_after) {
+  const float here = 1.f - low_weight(pair) - high_weight(pair);
+  const float next = fmaf(low_weight(around), g_before, fmaf(here, g, message));
+  return restarts(s, k) ? 0.f : fmaf(high_weight(around), g_after, next);
 }
 
 // All gradients, from the last line to the first.
@@ -201,6 +206,7 @@ __device__ __forceinline__ void walk_back(const Segment& s, const Channel& c, We
                                           const float (&h)[LINES]) {
   float carried = *(const float*)(c.borders + CARRIED + 4 * s.lane);
   unsigned char* part = c.part + (LINES - 1) * s.part_step;
+  Two pairs, around, messages;
 #pragma unroll
   for (int q = LINES / 8 - 1; q >= 0; q--) {
     Eight in[4], out[2];
@@ -211,13 +217,18 @@ __device__ __forceinline__ void walk_back(const Segment& s, const Channel& c, We
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
       const int k = 8 * q + i;
+      if (k % 2 == 1) pairs.read(weights_at(c, k)), around.read(weights_at(c, k) + AROUND);
+      // Those of a line are with the line before.
+      if (k == LINES - 1 || (k > 0 && k % 2 == 0)) messages.read(c.messages + (k - 1) / 2 * 8);
       const float g = HAS_GATE ? fmaf(gate[i], dy[i], carried) : dy[i] + carried;
       const float state = k > 0 ? h[k > 0 ? k - 1 : 0] : *(const float*)(c.borders + STATE + 4 * s.lane);
       *(float*)part = HAS_LAM ? g * lam[i] : g;
       part -= s.part_step;
       const float g_before = __shfl_up_sync(~0u, g, 1), g_after = __shfl_down_sync(~0u, g, 1);
-      sums.add(s, k, g_before, g, g_after, state, side_at(c.borders + STATE_SIDES, s, k));
-      if (k > 0) carried = hand_back(s, c, k, g_before, g, g_after);
+      sums.add(s, k, g_before, g, g_after, state, *(const float*)sides_at(s, c, k));
+      if (k > 0)
+        carried = hand_back(s, k, pairs.word[k % 2], around.word[k % 2], messages.number(k - 1), g_before, g,
+                            g_after);
       if (i % 2 == 0) {
         out[0].word[i / 2] = packed(g * x[i], later_g * x[i + 1]);
         out[1].word[i / 2] = packed(h[k] * dy[i], h[k + 1] * dy[i + 1]);

@@ -35,11 +35,17 @@ __device__ __forceinline__ void read_pairs(const Params& p, const Segment& s, in
 // And of the places around these, into the warp's shared memory.
 __device__ __forceinline__ void show_weights(const Segment& s, const u32 (&weights)[LINES],
                                              unsigned char* to) {
+  u32 around[LINES];
 #pragma unroll
   for (int k = 0; k < LINES; k++) {
     const u32 before = __shfl_up_sync(~0u, weights[k], 1), after = __shfl_down_sync(~0u, weights[k], 1);
-    const u32 around = (s.lane == 0 ? 0u : before >> 16) | (s.lane == 31 ? 0u : after << 16);
-    *(uint2*)(to + 8 * SIDE * k) = make_uint2(weights[k], around);
+    around[k] = (s.lane == 0 ? 0u : before >> 16) | (s.lane == 31 ? 0u : after << 16);
+  }
+#pragma unroll
+  for (int k = 0; k < LINES; k += 2) {
+    unsigned char* at = to + k / 2 * 8 * SIDE;
+    *(uint2*)at = make_uint2(weights[k], weights[k + 1]);
+    *(uint2*)(at + AROUND) = make_uint2(around[k], around[k + 1]);
   }
 }
 
@@ -132,7 +138,7 @@ __device__ __forceinline__ void write_logit_gradients(const Params& p, const Seg
 __device__ __forceinline__ void write_tap_gradients(const Params& p, const Segment& s, int b, int group,
                                                     const unsigned char* sums) {
 #pragma unroll 1
-  for (int i = thread_of_tile(); i < SCANS * SIDE * SIDE / 8; i += THREADS) {
+  for (int i = threadIdx.x; i < SCANS * SIDE * SIDE / 8; i += THREADS) {
     const int d = i / (SIDE * SIDE / 8), row = i / 4 % SIDE, left = i % 4 * 8;
     if (s.tile_row + row >= p.height || s.tile_column + left >= p.width) continue;
     if (p.directions[d] < 2)

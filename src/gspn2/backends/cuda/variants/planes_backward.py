@@ -162,7 +162,7 @@ def _weights(case: Case, index: int) -> list[Launch]:
         -problem.batch * problem.groups * problem.height * problem.width * case.itemsize // (UNIT * 256)
     )
     return [
-        Launch(kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, 1, (index, memory.row(case)))
+        Launch(kernel, min(blocks, 16 * case.device.multiprocessors), 256, 0, 1, (index, memory.row(case), 1))
     ]
 
 

@@ -7,13 +7,11 @@ written once; no sums and no states of whole planes travel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..geometry import Case, Kernel, Launch, Plan, View, options
-from . import planes_backward_pieces as pieces
 from .planes_backward_cuts import unsuitable
 from .planes_backward_memory import WEIGHING, row
 
@@ -25,6 +23,21 @@ SIDE, LINES = 32, 16
 
 EACH = 8
 """Places of a row that a thread of a vertical scan holds: 16 bytes."""
+
+MOST_BLOCKS, SHORTEST_RING = 4, 2
+"""Of vertical scans: blocks on a multiprocessor, at most; rows in shared memory, at least: the one that is
+computed and one on its way."""
+
+HALO, OWN, PIECE = 16, 128, 64
+"""Of horizontal scans: rows that a block scans along on either side, rows that it answers for at best, and
+bytes of a row in a tile."""
+
+MOST_STRIPS, MOST_THREADS = 8, 512
+"""Blocks of a cluster; threads of a block."""
+
+MOST_RESIDENT = {1: 800, 2: 640}
+"""Threads of horizontal scans on a multiprocessor that leave each of them its registers, by the channels of
+a walk."""
 
 LONGEST = 1024 * EACH
 """Places of a row."""
@@ -45,25 +58,11 @@ class Choice:
 
     Args:
         ring: rows of a vertical scan in shared memory.
-        blocks: of a vertical scan on a multiprocessor, at most.
-        horizontal: how a horizontal scan is cut; None for the way expected to be fastest.
-        clusters: blocks of horizontal scans on a multiprocessor, at most.
-        tiles: of a block of the tiles' kernel, neighbours in a row.
-        resident: tiles on a multiprocessor, at most.
-        lockstep: do all warps of such a block wait for each other, or those of a tile?
-        whole: are operands asked for with the rest of their lines of the cache?
-        stream: are gradients written as what nobody will touch soon?
+        strips: blocks that share the rows of a horizontal scan; None for as many as are expected to be best.
     """
 
     ring: int = 4
-    blocks: int = 4
-    horizontal: tuple[int, int, int] | None = None
-    clusters: int = 5
-    tiles: int = 1
-    resident: int = 2
-    lockstep: bool = False
-    whole: bool = True
-    stream: bool = True
+    strips: int | None = None
 
 
 def why_not(case: Case) -> str | None:
@@ -106,42 +105,45 @@ def cannot(case: Case) -> str | None:
             return f"{name} and its gradient have different strides"
     if problem.width > LONGEST:
         return f"rows of {problem.width} places are longer than {LONGEST}"
+    if _is_any(case, "down", "up") and _vertical_shared(case, SHORTEST_RING) > case.device.shared_memory:
+        return f"two rows of {problem.width} places do not fit in shared memory"
     if _is_any(case, "right", "left") and not cuts(case):
-        return f"columns of {problem.height} places do not fit in the blocks of a cluster"
+        return f"columns of {problem.height} places do not fit in {MOST_STRIPS} blocks"
     return None
 
 
 def plan(case: Case, choice: Choice | None = None) -> Plan:
     """Weights, scans that leave what enters tiles, and the tiles."""
-    choice = choice or Choice()
-    problem = case.problem
-    launches = [_weights(case, index) for index in range(len(problem.directions))]
-    launches += _vertical(case, choice)
+    choice, problem = choice or Choice(), case.problem
+    launches = [_weights(case)]
     reasons = ["gradients of planes by tiles, all directions at once"]
-    cut = best(case, choice)
-    if cut is not None:
-        launches.append(_horizontal(case, choice, cut))
+    if _is_any(case, "down", "up"):
+        launches.append(_vertical(case, choice))
+    if _is_any(case, "right", "left"):
+        strips = choice.strips or min(cuts(case), key=lambda count: abs(problem.height / count / OWN - 1))
+        channels = _together(case, strips)
+        launches.append(_horizontal(case, channels, strips))
         reasons.append(
-            f"right and left: {cut.strips} blocks a line, {cut.threads} threads with a row each, "
-            f"{cut.buffers} tiles with {cut.piece} bytes of a row"
+            f"right and left: {channels} channel{'s' * (channels > 1)} a walk, {strips} blocks a line, "
+            f"{launches[-1].block} threads with a row each"
         )
-    launches.append(_tiles(case, choice))
+    launches.append(_tiles(case))
     return Plan(NAME, tuple(launches), (_borders(case), _bytes_of_weights(case)), tuple(reasons))
 
 
-def cuts(case: Case) -> list[pieces.Pieces]:
-    """All ways of cutting walks over columns."""
-    return list(pieces.pieces(*_as_states(case)))
-
-
-def best(case: Case, choice: Choice) -> pieces.Pieces | None:
-    """The way that a choice names, (strips, bytes of a piece, tiles), or what was fastest for such walks."""
-    if not _is_any(case, "right", "left"):
-        return None
-    found, alike = cuts(case), _as_states(case)[0]
-    if choice.horizontal is not None:
-        return next(cut for cut in found if (cut.strips, cut.piece, cut.buffers) == choice.horizontal)
-    return min(found, key=lambda cut: pieces.rank(alike, cut))
+def cuts(case: Case) -> list[int]:
+    """Numbers of blocks that can share the rows of a horizontal scan."""
+    height = case.problem.height
+    found = []
+    for strips in range(1, MOST_STRIPS + 1):
+        own = -(-height // strips)
+        if strips > 1 and (own < 2 * HALO or -(-height // own) != strips):
+            continue
+        threads = _threads(height, strips)
+        fits = _horizontal_shared(case, 1, threads, strips) <= case.device.shared_memory
+        if threads <= MOST_THREADS and fits:
+            found.append(strips)
+    return found
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
@@ -149,20 +151,13 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     found: list[tuple[Kernel, bool]] = []
     for scales in (1, 0):
         macros = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", scales), ("HAS_GATE", scales))
-        found.append((_tiles_kernel(macros, 4, Choice()), scales == 1))
+        found.append((_tiles_kernel(macros, 4, 2), scales == 1))
         found.append((_vertical_kernel(macros, 128, 4, 4), True))
+        found.append((_horizontal_kernel(macros, 160, 4 - scales, 2, 8), True))
+        found.append((_horizontal_kernel(macros, 160, 5, 1, 8), True))
     macros = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 0), ("HAS_GATE", 1))
-    found.append((_tiles_kernel(macros, 2, Choice(resident=1, lockstep=True)), False))
-    cluster = {
-        "THREADS": 160,
-        "MIN_BLOCKS": 4,
-        "WIDE": 1,
-        "SPLIT": 1,
-        "CLUSTER": 1,
-        "PIECE": 64,
-        "BUFFERS": 1,
-    }
-    found.append((_horizontal_kernel(macros, cluster), True))
+    found.append((_tiles_kernel(macros, 2, 1), False))
+    found.append((_horizontal_kernel(macros, 32, 1, 1, 1), False))
     return found
 
 
@@ -172,14 +167,6 @@ def _lie_alike(one: View, other: View) -> bool:
 
 def _is_any(case: Case, *directions: str) -> bool:
     return any(direction in directions for direction in case.problem.directions)
-
-
-def _as_states(case: Case) -> tuple[Case, pieces.Walk]:
-    """The walk forward of `planes_backward_pieces` that reads as many operands."""
-    views = {"x": case.views["x"]}
-    if "gate" in case.views or "lam" in case.views:
-        views["lam"] = case.views["x"]
-    return replace(case, views=views), pieces.Walk("right", True, True, False, row(case), 0, True)
 
 
 def _walks(case: Case, *directions: str) -> list[int]:
@@ -203,7 +190,12 @@ def _borders(case: Case) -> int:
     """Bytes of what enters tiles."""
     problem = case.problem
     walks = 2 * len(problem.directions) * problem.batch * problem.channels
-    return 4 * walks * 2 * _whole(problem.height) * _whole(problem.width) // LINES
+    return 4 * walks * _plane_of_borders(case)
+
+
+def _plane_of_borders(case: Case) -> int:
+    """Numbers of one plane and walk, lines and sides."""
+    return 2 * _whole(case.problem.height) * _whole(case.problem.width) // LINES
 
 
 def _bytes_of_weights(case: Case) -> int:
@@ -211,34 +203,40 @@ def _bytes_of_weights(case: Case) -> int:
     return 4 * len(problem.directions) * problem.batch * problem.groups * problem.height * row(case)
 
 
-def _weights(case: Case, index: int) -> Launch:
-    """Weights of one direction from logits, once for all channels."""
-    problem = case.problem
+def _weights(case: Case) -> Launch:
+    """Weights of all directions from logits, once for all channels."""
+    problem, scans = case.problem, len(case.problem.directions)
     kernel = Kernel("planes_backward_weights.cu", "planes_backward_weights", options(case))
-    vectors = problem.batch * problem.groups * problem.height * problem.width // EACH
+    vectors = scans * problem.batch * problem.groups * problem.height * problem.width // EACH
     blocks = min(-(-vectors // 256), 16 * case.device.multiprocessors)
-    return Launch(kernel, blocks, 256, 0, 1, (index, row(case), index))
+    return Launch(kernel, blocks, 256, 0, 1, (0, row(case), scans))
 
 
-def _vertical(case: Case, choice: Choice) -> Iterator[Launch]:
+def _resident(case: Case, shared: int, most: int) -> int:
+    """Blocks on a multiprocessor."""
+    return max(1, min(most, (case.device.shared_memory + RESERVED) // (shared + RESERVED)))
+
+
+def _vertical(case: Case, choice: Choice) -> Launch:
     """All walks over rows, a block each."""
-    problem = case.problem
-    walks = _walks(case, "down", "up")
-    if not walks:
-        return
-    threads = -(-problem.width // (32 * EACH)) * 32
+    problem, walks, threads = case.problem, _walks(case, "down", "up"), _threads_of_row(case)
     ring = choice.ring
-    while ring > 2 and _vertical_shared(ring, threads) > case.device.shared_memory:
+    while ring > SHORTEST_RING and _vertical_shared(case, ring) > case.device.shared_memory:
         ring -= 1
-    shared = _vertical_shared(ring, threads)
-    room = case.device.shared_memory + RESERVED
-    resident = max(1, min(choice.blocks, room // (shared + RESERVED), 512 // threads))
-    planes = problem.batch * problem.channels
+    shared = _vertical_shared(case, ring)
+    resident = _resident(case, shared, min(MOST_BLOCKS, 512 // threads))
     kernel = _vertical_kernel(options(case), threads, resident, ring)
-    yield Launch(kernel, planes * len(walks), threads, shared, 1, (row(case), *walks))
+    blocks = problem.batch * problem.channels * len(walks)
+    return Launch(kernel, blocks, threads, shared, 1, (row(case), *walks))
 
 
-def _vertical_shared(ring: int, threads: int) -> int:
+def _threads_of_row(case: Case) -> int:
+    return -(-case.problem.width // (32 * EACH)) * 32
+
+
+def _vertical_shared(case: Case, ring: int) -> int:
+    """Four operands of rows in the ring, and two sets of edges."""
+    threads = _threads_of_row(case)
     return ring * 4 * 16 * threads + 16 * (threads // 32 + 2)
 
 
@@ -247,54 +245,55 @@ def _vertical_kernel(macros: tuple[tuple[str, int], ...], threads: int, resident
     return Kernel("planes_tiles_vertical.cu", "planes_tiles_vertical", macros)
 
 
-def _horizontal(case: Case, choice: Choice, cut: pieces.Pieces) -> Launch:
+def _threads(height: int, strips: int) -> int:
+    """Of a block of a horizontal scan: its rows and those that it scans along."""
+    rows = min(height, -(-height // strips) + HALO * min(2, strips - 1))
+    return -(-rows // 32) * 32
+
+
+def _together(case: Case, strips: int) -> int:
+    """Channels that a horizontal scan takes together: two that share their taps."""
+    shared, threads = case.problem.channels // case.problem.groups, _threads(case.problem.height, strips)
+    fits = _horizontal_shared(case, 2, threads, strips) <= case.device.shared_memory
+    return 2 if shared % 2 == 0 and fits else 1
+
+
+def _horizontal(case: Case, channels: int, strips: int) -> Launch:
     """All walks over columns, a cluster each."""
-    problem = case.problem
-    warps = cut.threads // 32
-    mail = 16 * pieces.HALO + 32 if cut.strips > 1 else 0
-    shared = warps * cut.buffers * 4 * 32 * cut.piece + 24 * (warps + 2) + mail
-    room = case.device.shared_memory + RESERVED
-    resident = max(1, min(choice.clusters, room // (shared + RESERVED), 800 // cut.threads))
-    split = int(cut.strips > 1)
-    macros = {"THREADS": cut.threads, "MIN_BLOCKS": resident, "WIDE": int(warps > 1), "SPLIT": split}
-    macros |= {"CLUSTER": split, "PIECE": cut.piece, "BUFFERS": cut.buffers}
-    walks = _walks(case, "right", "left")
-    knobs = (0, cut.threads, row(case), cut.strips, cut.own, 1, 0, 0, 0, *walks)
-    blocks = len(walks) * problem.batch * problem.channels * cut.strips
-    kernel = _horizontal_kernel(options(case), macros)
-    return Launch(kernel, blocks, cut.threads, shared, cut.strips, knobs)
+    problem, walks = case.problem, _walks(case, "right", "left")
+    threads = _threads(problem.height, strips)
+    shared = _horizontal_shared(case, channels, threads, strips)
+    resident = _resident(case, shared, MOST_RESIDENT[channels] // threads)
+    kernel = _horizontal_kernel(options(case), threads, resident, channels, strips)
+    blocks = problem.batch * problem.channels // channels * len(walks) * strips
+    knobs = (row(case), strips, -(-problem.height // strips), *walks)
+    return Launch(kernel, blocks, threads, shared, strips, knobs)
 
 
-def _horizontal_kernel(macros: tuple[tuple[str, int], ...], cut: dict[str, int]) -> Kernel:
-    fixed = {"HORIZONTAL": 1, "REVERSED": 0, "PLACES": 1, "SEGMENT": pieces.HALO, "RAGGED": 0, "SHARED": 0}
-    fixed |= {"HAS_SUMS": 0, "WANTS": 0, "HAS_HIDDEN": 0, "WEIGHTS": 1}
-    return Kernel("planes_tiles_horizontal.cu", "planes_tiles_horizontal", (*macros, *(fixed | cut).items()))
+def _horizontal_shared(case: Case, channels: int, threads: int, strips: int) -> int:
+    """Tiles of x and lam, or dy and gate, and two weights; three sets of edges; rows of other blocks."""
+    warps, tensors = threads // 32, 1 + ("lam" in case.views or "gate" in case.views)
+    mail = 16 * channels * HALO + 32 if strips > 1 else 0
+    return warps * (channels * tensors + 2) * 32 * PIECE + 24 * channels * (warps + 2) + mail
 
 
-def _tiles(case: Case, choice: Choice) -> Launch:
-    problem, scans = case.problem, len(case.problem.directions)
-    tiles = choice.tiles if _tiles_shared(case) * choice.tiles <= case.device.shared_memory else 1
-    shared = tiles * _tiles_shared(case)
-    resident = max(
-        1, min(choice.resident // tiles, (case.device.shared_memory + RESERVED) // (shared + RESERVED))
+def _horizontal_kernel(
+    macros: tuple[tuple[str, int], ...], threads: int, resident: int, channels: int, strips: int
+) -> Kernel:
+    macros = (*macros, ("THREADS", threads), ("MIN_BLOCKS", resident), ("CHANNELS", channels))
+    return Kernel(
+        "planes_tiles_horizontal.cu", "planes_tiles_horizontal", (*macros, ("SPLIT", int(strips > 1)))
     )
-    choice = replace(choice, tiles=tiles, resident=resident)
-    kernel = _tiles_kernel(options(case), scans, choice)
-    rows, columns = _whole(problem.height) // SIDE, -(-problem.width // (SIDE * tiles))
-    blocks = rows * columns * problem.batch * problem.groups
-    return Launch(kernel, blocks, 64 * scans * tiles, shared, 1, (row(case),))
 
 
-def _tiles_kernel(macros: tuple[tuple[str, int], ...], scans: int, choice: Choice) -> Kernel:
-    """`choice.resident` counts blocks here."""
-    how = (
-        ("TILES", choice.tiles),
-        ("LOCKSTEP", choice.lockstep),
-        ("WHOLE", choice.whole),
-        ("STREAM", choice.stream),
-    )
-    macros = (*macros, ("SCANS", scans), ("MIN_BLOCKS", choice.resident), *((n, int(v)) for n, v in how))
-    return Kernel("planes_tiles.cu", "planes_tiles", macros)
+def _tiles(case: Case) -> Launch:
+    scans, shared = len(case.problem.directions), _tiles_shared(case)
+    kernel = _tiles_kernel(options(case), scans, _resident(case, shared, 2))
+    return Launch(kernel, _blocks(case), 64 * scans, shared, 1, (row(case), _plane_of_borders(case)))
+
+
+def _tiles_kernel(macros: tuple[tuple[str, int], ...], scans: int, resident: int) -> Kernel:
+    return Kernel("planes_tiles.cu", "planes_tiles", (*macros, ("SCANS", scans), ("MIN_BLOCKS", resident)))
 
 
 def _tiles_shared(case: Case) -> int:
