@@ -198,7 +198,10 @@ def _cut(
         pieces = [list(planes_backward_pieces.pieces(case, walk)) for walk in walks]
         # With states at hand only these read them.
         if all(pieces) and (not cuts or planes_backward.is_at_hand(case) or rng.random() < 0.6):
-            return tuple(rng.choice(found) for found in pieces)
+            # The walk back finds states in tiles as wide as those in which the walk forward left them.
+            common = set.intersection(*({cut.piece for cut in found} for found in pieces))
+            piece = rng.choice(sorted(common))
+            return tuple(rng.choice([cut for cut in found if cut.piece == piece]) for found in pieces)
     return rng.choice(cuts)
 
 
