@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import gspn2.models  # noqa: F401  (registers them with timm)
 from cuda_emulator import KernelError, compiler, run_launch
 from cuda_emulator.memory import Memory
-from gspn2.backends.cuda import depthwise
-from gspn2.backends.cuda.geometry import Device
+from gspn2.backends.cuda import depthwise, driver
+from gspn2.backends.cuda.geometry import Device, Launch
 from gspn2.models.gspn2 import Stem
 from gspn2.ops.depthwise import depthwise as depthwise_op
 
@@ -146,6 +147,29 @@ def test_tensor_cores_take_much_work_of_16_bits() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
+    ("channels", "side", "groups", "rows"),
+    # Part of a block's channels; more groups than rows, not as many for each; two blocks of channels.
+    [(6, 3, 1, 1), (36, 3, 291, 32), (64, 7, 17, 3)],
+)
+def test_kernel_of_sums(channels: int, side: int, groups: int, rows: int) -> None:
+    torch.manual_seed(0)
+    partial = torch.randn(groups, side**2 + 1, channels)
+    weight, bias = torch.full((channels, 1, side, side), torch.nan), torch.full((channels,), torch.nan)
+    launch, arguments = depthwise.plan_sums(channels, side, groups)
+    assert launch.block == 32 * rows
+    memory = Memory({"partial": partial, "weight": weight, "bias": bias}, {"weight", "bias"})
+    addresses = [memory.tensors[name].data_ptr() for name in ("partial", "weight", "bias")]
+    packed = b"".join(address.to_bytes(8, "little") for address in addresses) + arguments[24:]
+    run_launch(launch, packed, memory, 1)
+    assert not memory.wrongly_written()
+    memory.copy_back()
+    right = partial.double().sum(0)
+    torch.testing.assert_close(weight.double().flatten(1), right[:-1].t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.double(), right[-1], rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
     ("shape", "side", "dtype"),
     [((2, 6, 9, 17), 7, torch.bfloat16), ((1, 134, 7, 5), 3, torch.float32)],
 )
@@ -223,6 +247,31 @@ def test_operator_on_a_gpu(
             assert error <= (2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
 
 
+def test_gradients_of_weights_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one adds up what the first one leaves, and writes what is returned."""
+    runs: list[tuple[str, list[int]]] = []
+
+    def load(launch: Launch, arguments: bytes, places: range, index: int) -> SimpleNamespace:
+        assert len(arguments) >= 8 * len(places)
+        return SimpleNamespace(run=lambda addresses, _: runs.append((launch.kernel.function, addresses)))
+
+    monkeypatch.setattr(driver, "Loaded", load)
+    monkeypatch.setattr(driver, "device", lambda _: Device())
+    monkeypatch.setattr(driver, "current_device", lambda: -1)
+    monkeypatch.setattr(driver, "stream", lambda _: 7)
+    depthwise._ready.cache_clear()
+    x, dy = _images(2, 6, 5, 4, dtype=torch.float32), _images(2, 6, 5, 4, dtype=torch.float32)
+    weight, bias = depthwise.weight_gradient(dy, x, 3)
+    depthwise._ready.cache_clear()
+    (first, images), (second, sums) = runs
+    assert (first, second) == ("depthwise_weights", "depthwise_sums")
+    assert images[:2] == [x.data_ptr(), dy.data_ptr()]
+    assert sums == [images[5], weight.data_ptr(), bias.data_ptr()]
+    assert weight.shape == (6, 1, 3, 3)
+    assert bias.shape == (6,)
+    assert weight.dtype == bias.dtype == torch.float32
+
+
 def test_registration() -> None:
     x = _images(2, 4, 5, 6, dtype=torch.float32)
     weight, bias = torch.randn(4, 1, 3, 3), torch.randn(4)
@@ -236,6 +285,28 @@ def test_registration() -> None:
     )
     args = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), None, True, False)
     torch.library.opcheck(torch.ops.gspn2.depthwise.default, args)
+
+
+def test_compiled_it_is_one_node() -> None:
+    """With the same values and gradients as called directly, past the dispatcher."""
+    torch.manual_seed(0)
+    x, weight = _images(2, 4, 5, 6, dtype=torch.float32), torch.randn(4, 1, 3, 3)
+    found = []
+    for function in (torch.compile(depthwise_op, backend="aot_eager", fullgraph=True), depthwise_op):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight)]
+        y = function(*inputs, residual=True)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), inputs)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    graph = torch.export.export(_Alone(), (x, weight)).graph
+    assert [node.target for node in graph.find_nodes(op="call_function", target=_OP)] == [_OP]
+
+
+_OP = torch.ops.gspn2.depthwise.default
+
+
+class _Alone(torch.nn.Module):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return depthwise_op(x, weight)
 
 
 def test_no_gradient_through_the_fused_activation() -> None:

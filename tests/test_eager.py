@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gspn2
 from gspn2.ops import eager
+from gspn2.ops.depthwise import depthwise
+from gspn2.ops.packed import propagate_packed
 from helpers import Case, make_case
 
 
@@ -103,6 +105,46 @@ def test_modes_and_profilers_see_the_operator(case: Case) -> None:
     assert {"gspn2::propagate", "gspn2::propagate_backward"} <= {event.key for event in seen.key_averages()}
 
 
+def test_depthwise_convolutions_and_packed_operands_likewise() -> None:
+    x, weight = torch.randn(2, 4, 5, 6), torch.randn(4, 1, 3, 3, requires_grad=True)
+    direct = depthwise(x, weight)
+    direct.square().sum().backward()
+    expected, weight.grad = weight.grad, None
+    packed = torch.randn(1, 4, 3, 11)
+    scanned = propagate_packed(packed, 1, 1, ("down", "left"), None, True, None)
+    with Names() as names:
+        y = depthwise(x, weight)
+        y.square().sum().backward()
+        assert torch.equal(propagate_packed(packed, 1, 1, ("down", "left"), None, True, None), scanned)
+    operators = ("depthwise", "depthwise_weights", "propagate_packed")
+    assert {f"gspn2.{name}.default" for name in operators} <= set(names.seen)
+    assert type(direct.grad_fn) is not type(y.grad_fn), "otherwise nothing was compared"
+    assert torch.equal(direct, y)
+    assert torch.equal(weight.grad, expected)
+
+
+def test_batched_gradients_go_to_the_dispatcher() -> None:
+    """Those of `is_grads_batched`: a batch does not look like one."""
+    plain: list[bool] = []
+
+    class Looking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            plain.append(eager.plain_gradient(dy))
+            return dy
+
+    x = torch.randn(3, requires_grad=True)
+    y = Looking.apply(x)
+    torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(3).requires_grad_(), create_graph=True)
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+    assert plain == [True, False, False]
+
+
 def test_forward_mode_goes_to_the_dispatcher(case: Case) -> None:
     with torch.autograd.forward_ad.dual_level():
         assert not eager.plain(torch.autograd.forward_ad.make_dual(case.x, torch.ones_like(case.x)))
@@ -151,3 +193,12 @@ def test_a_second_derivative_is_refused(case: Case) -> None:
     (dx,) = torch.autograd.grad(y, tensors["x"], case.dy.requires_grad_(), create_graph=True)
     with pytest.raises(NotImplementedError, match="cannot be differentiated a second time"):
         dx.sum().backward()
+    weight = torch.randn(4, 1, 3, 3, requires_grad=True)
+    (dw,) = torch.autograd.grad(
+        depthwise(torch.randn(2, 4, 5, 6), weight),
+        weight,
+        torch.ones(2, 4, 5, 6).requires_grad_(),
+        create_graph=True,
+    )
+    with pytest.raises(NotImplementedError, match="cannot be differentiated a second time"):
+        dw.sum().backward()

@@ -28,9 +28,31 @@ def test_same_as_the_views(lam: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_registration() -> None:
+@pytest.mark.parametrize(("lam", "size"), [(True, 11), (False, 9)])
+def test_registration(lam: bool, size: int) -> None:
+    packed, dy = torch.randn(1, 4, 3, size), torch.randn(1, 1, 4, 3)
+    options = (1, 1, [0, 3], 0, lam, None)
+    torch.library.opcheck(torch.ops.gspn2.propagate_packed.default, (packed.requires_grad_(), *options))
+    torch.library.opcheck(
+        torch.ops.gspn2.propagate_packed_backward.default,
+        (dy, packed.detach(), *options),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_parts_of_the_gradient_are_dense() -> None:
+    packed, dy = torch.randn(2, 8, 3, 2 + 4 + 4 + 6), torch.randn(2, 2, 4, 3)
+    parts = torch.ops.gspn2.propagate_packed_backward(dy, packed[:, ::2], 2, 1, [1, 2], 0, True, None)
+    assert [part.shape[3] for part in parts] == [2, 4, 4, 6]
+    assert all(part.is_contiguous() for part in parts)
+
+
+def test_a_second_derivative_is_refused() -> None:
     packed = torch.randn(1, 4, 3, 11, requires_grad=True)
-    torch.library.opcheck(torch.ops.gspn2.propagate_packed.default, (packed, 1, 1, [0, 3], 0, True, None))
+    y = propagate_packed(packed, 1, 1, ("down", "left"), None, True, None)
+    (gradient,) = torch.autograd.grad(y, packed, torch.ones_like(y).requires_grad_(), create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated a second time"):
+        gradient.sum().backward()
 
 
 def test_compiled_mixers_use_it() -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import refuse_forward_mode
+from ..backends.cuda import depthwise as kernels
+from .eager import needs_gradient, plain, plain_gradient, refuse_forward_mode
 
 _library = torch.library.Library("gspn2", "FRAGMENT")
 _library.define(
@@ -36,17 +37,17 @@ def depthwise(
     If `other` is there, all this is done with x + other in place of x.
     Sums are float32 and rounded once. With `silu` there is no gradient.
     """
+    if plain(x, weight, bias, other):
+        arguments = (x, weight, bias, other, residual, silu)
+        return _Eager.apply(*arguments) if needs_gradient(x, weight, bias, other) else _forward(*arguments)
     refuse_forward_mode(x, weight, bias, other)
     y: Tensor = torch.ops.gspn2.depthwise(x, weight, bias, other, residual, silu)
     return y
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not x.is_cuda or torch.version.cuda is None:
-        return False
-    from ..backends.cuda import depthwise as kernels
-
-    return kernels.takes(x, weight, bias)
+def _on_cuda(x: Tensor) -> bool:
+    """AMD's GPUs go by the same name."""
+    return x.is_cuda and torch.version.cuda is not None
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,9 +58,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, residual: bool, silu: bool
 ) -> Tensor:
-    if _takes(x, weight, bias):
-        from ..backends.cuda import depthwise as kernels
-
+    if _on_cuda(x) and kernels.takes(x, weight, bias):
         return kernels.forward(x, weight, bias, residual=residual, silu=silu, other=other)
     x = x if other is None else x + other.to(x.dtype)
     y = _convolve(x, weight, bias)
@@ -68,26 +67,21 @@ def _forward(
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, residual: bool) -> Tensor:
-    if _takes(dy, weight, None):
-        from ..backends.cuda import depthwise as kernels
-
+    if _on_cuda(dy) and kernels.takes(dy, weight, None):
         return kernels.forward(dy, weight, None, residual=residual, flip=True)
     dx = _convolve(dy, weight.flip(2, 3), None)
     return _laid_out(dx + dy if residual else dx)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, other: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
-    weight = x.new_empty(x.shape[1], 1, side, side)
-    if _takes(x, weight, None):
-        from ..backends.cuda import depthwise as kernels
-
+    if _on_cuda(x) and kernels.takes_side(x, side):
         return kernels.weight_gradient(dy, x, side, other)
     x = x if other is None else x + other.to(x.dtype)
     dy = dy.to(x.dtype)
     _, dw, db = torch.ops.aten.convolution_backward(
         dy,
         x,
-        weight,
+        x.new_empty(x.shape[1], 1, side, side),
         [x.shape[1]],
         [1, 1],
         [side // 2] * 2,
@@ -127,18 +121,37 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.silu:
         raise RuntimeError("gspn2: depthwise with silu=True has no gradient: apply the activation after it")
     x, weight, other = ctx.saved_tensors
+    if plain_gradient(dy, x, weight, other):
+        input_gradient, weight_gradient = _input_gradient, _weight_gradient
+    else:
+        input_gradient = torch.ops.gspn2.depthwise_input
+        weight_gradient = torch.ops.gspn2.depthwise_weights
     dx = dw = db = d_other = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        dx = torch.ops.gspn2.depthwise_input(dy, weight, ctx.residual)
+        dx = input_gradient(dy, weight, ctx.residual)
         d_other = dx.to(ctx.other_dtype) if ctx.needs_input_grad[3] else None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        dw, db = torch.ops.gspn2.depthwise_weights(dy, x, other, weight.shape[2])
+        dw, db = weight_gradient(dy, x, other, weight.shape[2])
         dw, db = dw.to(weight.dtype), None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
     return dx, dw, db, d_other, None, None
 
 
 def _refuse_second_order(ctx: Any, *_: Any) -> None:
     raise NotImplementedError("gspn2: the gradient of depthwise cannot be differentiated a second time")
+
+
+class _Eager(torch.autograd.Function):
+    """`depthwise` with its derivative, apart from the dispatcher (see `eager`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y = _forward(*arguments)
+        _setup_context(ctx, arguments, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _autograd(ctx, dy)
 
 
 _library.impl("depthwise", _forward, "CompositeExplicitAutograd")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import _C, Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -61,3 +62,17 @@ def plain(x: Tensor, *others: Tensor | None) -> bool:
         tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor())
         for tensor in (x, *others)
     )
+
+
+def plain_gradient(dy: Tensor, *others: Tensor | None) -> bool:
+    """The same where a derivative is asked for, given the gradient of the output and what was saved.
+
+    No if the derivative is to be differentiated again, or if dy is batched by `is_grads_batched`, which is
+    older than torch.func and no transform of it.
+    """
+    return not torch.is_grad_enabled() and not _functorch.is_legacy_batchedtensor(dy) and plain(dy, *others)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Is what is made of these tensors going to be differentiated, as far as autograd alone can tell?"""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

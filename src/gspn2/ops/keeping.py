@@ -15,14 +15,13 @@ from torch._C import _functorch
 
 from ..backends import select
 from ..backends.keeping import empty_states
-from .eager import plain, refuse_forward_mode, under_transforms
+from .eager import needs_gradient, plain, refuse_forward_mode, under_transforms
 from .propagate import (
     _INDICES,
     _autograd,
     _fold,
     _is_hidden_state,
     _library,
-    _needs_gradient,
     _problem,
     _Saved,
     propagate,
@@ -66,7 +65,7 @@ def _pays(x: Tensor, gate: Tensor | None, directions: Sequence[int], backend: st
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
     if not under_transforms():
-        return _needs_gradient(*tensors)
+        return needs_gradient(*tensors)
     return torch.is_grad_enabled() and any(tensor is not None and _is_tracked(tensor) for tensor in tensors)
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from ..backends import DIRECTIONS, Problem, select
-from .eager import plain, refuse_forward_mode, under_transforms
+from .eager import needs_gradient, plain, plain_gradient, refuse_forward_mode, under_transforms
 
 _INDICES = {
     tuple(DIRECTIONS[index] for index in indices): indices
@@ -51,15 +50,11 @@ def propagate(
     indices = _INDICES[tuple(directions)]
     arguments = (x, taps, lam, gate, indices, chunk or 0, normalize, backend)
     if plain(x, taps, lam, gate):
-        return _Eager.apply(*arguments) if _needs_gradient(x, taps, lam, gate) else _forward(*arguments)
+        return _Eager.apply(*arguments) if needs_gradient(x, taps, lam, gate) else _forward(*arguments)
     refuse_forward_mode(x, taps, lam, gate)
     if under_transforms():
         return _UnderTransforms.apply(*arguments)
     return torch.ops.gspn2.propagate(*arguments)
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _problem(x: Tensor, taps: Tensor, directions: Sequence[int], chunk: int, normalize: bool) -> Problem:
@@ -164,9 +159,7 @@ def _autograd(ctx: _Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     options = (ctx.directions, ctx.chunk, ctx.normalize, ctx.backend, needs, hidden)
     arguments: tuple[Any, ...] = (dy, x, taps, lam, gate, *options)
-    # Batched by `is_grads_batched`, which is older than torch.func and no transform of it.
-    batched = _functorch.is_legacy_batchedtensor(dy)
-    if not torch.is_grad_enabled() and not batched and plain(dy, x, taps, lam, gate, hidden):
+    if plain_gradient(dy, x, taps, lam, gate, hidden):
         gradients = _backward(*arguments)
     elif under_transforms():
         gradients = _GradientsUnderTransforms.apply(*arguments)

@@ -7,19 +7,23 @@ bits as the multiplications need.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import driver
+from . import driver, toolchain
 from .geometry import Device, Kernel, Launch
+from .plan import OLDEST
 
 SIDES = (3, 5, 7)
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMAT = struct.Struct("<7q8i")
 _ADDRESSES = 7
+_SUMS_FORMAT = struct.Struct("<3q6i")
+_SUMS_ADDRESSES = 3
 _MOST_TILES = 2**32 - 2**20
 """A kernel counts tiles, and adds a round of them, in 32 bits."""
 
@@ -30,23 +34,46 @@ _STRIPS, _STRIP, _SLICE = 16, 8, 16
 """On tensor cores: strips of a block, columns of a strip, channels of a block."""
 _ROUNDS = 4
 """Blocks for each one that the GPU has room for: the last ones to finish are short."""
+_LANES, _MOST_ROWS, _EACH = 32, 32, 8
+"""When groups are added up: channels of a block, its rows at most, and groups that a row reads at a time."""
 
 
 Options = tuple[torch.dtype, torch.dtype, int, tuple[bool, bool, bool, bool, bool]]
 
 
+class _Ready(NamedTuple):
+    """A call with its kernels on a device.
+
+    Args:
+        loaded: the launch.
+        aligned: the images have to begin at an address of whole vectors of 16 bytes.
+        groups: of blocks, each of which leaves sums in the gradient of the weights.
+        sums: the launch that adds these up; None in other calls.
+    """
+
+    loaded: driver.Loaded
+    aligned: bool
+    groups: int
+    sums: driver.Loaded | None
+
+
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Are there kernels for this convolution, x (B, C, H, W) on a GPU and weight (C, 1, side, side)?"""
-    from . import toolchain
-    from .plan import OLDEST
+    _, _, side, across = weight.shape
+    return (
+        weight.dtype in _STORAGE
+        and (bias is None or bias.dtype == weight.dtype)
+        and side == across
+        and takes_side(x, side)
+    )
 
+
+def takes_side(x: Tensor, side: int) -> bool:
+    """The same, of weights in float32: this is what the gradient of weights comes in."""
     return (
         x.dtype in _STORAGE
-        and weight.dtype in _STORAGE
-        and (bias is None or bias.dtype == weight.dtype)
         and x.shape[1] % 2 == 0
-        and weight.shape[2] == weight.shape[3]
-        and weight.shape[2] in SIDES
+        and side in SIDES
         and x.numel() < _MOST_TILES
         and toolchain.why_not() is None
         and driver.device(x.get_device()).capability >= OLDEST
@@ -83,10 +110,9 @@ def forward(
     index = x.get_device()
     flags = (residual, silu, flip, other is not None, False)
     options = (x.dtype, weight.dtype, weight.shape[2], flags)
-    if _on_tensor_cores(x.shape, options):
-        x = _aligned(x)
-    loaded, _ = _ready(tuple(x.shape), options, index)
-    _run(loaded, (x, None, weight, bias, y, None, other), index)
+    ready = _ready(tuple(x.shape), options, index)
+    x = _aligned(x) if ready.aligned else x
+    _run(index, (ready.loaded, (x, None, weight, bias, y, None, other)))
     return y
 
 
@@ -100,15 +126,17 @@ def weight_gradient(dy: Tensor, x: Tensor, side: int, other: Tensor | None = Non
             channels, dtype=torch.float32
         )
     index = x.get_device()
-    flags = (False, False, False, other is not None, True)
-    options = (x.dtype, torch.float32, side, flags)
-    if _on_tensor_cores(x.shape, options):
+    options = (x.dtype, torch.float32, side, (False, False, False, other is not None, True))
+    ready = _ready(tuple(x.shape), options, index)
+    assert ready.sums is not None
+    if ready.aligned:
         x, dy = _aligned(x), _aligned(dy)
-    loaded, groups = _ready(tuple(x.shape), options, index)
-    partial = torch.empty(groups, taps + 1, channels, dtype=torch.float32, device=x.device)
-    _run(loaded, (x, dy, None, None, None, partial, other), index)
-    sums = partial.sum(0)
-    return sums[:taps].t().contiguous().view(channels, 1, side, side), sums[taps].clone()
+    partial = x.new_empty(ready.groups, taps + 1, channels, dtype=torch.float32)
+    weight = x.new_empty(channels, 1, side, side, dtype=torch.float32)
+    bias = x.new_empty(channels, dtype=torch.float32)
+    images = (x, dy, None, None, None, partial, other)
+    _run(index, (ready.loaded, images), (ready.sums, (partial, weight, bias)))
+    return weight, bias
 
 
 def plan(shape: tuple[int, int, int, int], options: Options, device: Device) -> tuple[Launch, bytes, int]:
@@ -206,6 +234,27 @@ def _plan_tensor(
     return Launch(kernel, grid, _SLICE // 2 * 32, shared), arguments, groups
 
 
+def plan_sums(channels: int, side: int, groups: int) -> tuple[Launch, bytes]:
+    """The launch that adds the groups' sums up, and its packed arguments without addresses.
+
+    Args:
+        channels: of the images.
+        side: of the weights.
+        groups: of blocks that left sums, (groups, side * side + 1, channels) float32.
+    """
+    rows = min(_MOST_ROWS, -(-groups // _EACH))
+    slices = -(-channels // _LANES)
+    taps = side * side
+    arguments = _SUMS_FORMAT.pack(*(0,) * _SUMS_ADDRESSES, channels, taps, groups, rows, slices, 0)
+    launch = Launch(_SUMS, (taps + 1) * slices, _LANES * rows, 4 * _LANES * rows)
+    return launch, arguments
+
+
+_SUMS = Kernel(
+    "depthwise_sums.cu", "depthwise_sums", (("LANES", _LANES), ("MOST_ROWS", _MOST_ROWS), ("EACH", _EACH))
+)
+
+
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     bf16, full = torch.bfloat16, torch.float32
@@ -220,8 +269,11 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     # The gradients of 49 weights take all registers there are, and a few more.
     hot = (True, True, True, False, False, True)
     return [
-        (plan(shape, options, Device())[0].kernel, flag)
-        for (shape, options), flag in zip(calls, hot, strict=True)
+        *(
+            (plan(shape, options, Device())[0].kernel, flag)
+            for (shape, options), flag in zip(calls, hot, strict=True)
+        ),
+        (_SUMS, True),
     ]
 
 
@@ -254,23 +306,30 @@ def _pairs(count: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _ready(
-    shape: tuple[int, int, int, int],
-    options: Options,
-    index: int,
-) -> tuple[driver.Loaded, int]:
+def _ready(shape: tuple[int, int, int, int], options: Options, index: int) -> _Ready:
     launch, arguments, groups = plan(shape, options, driver.device(index))
     with torch.cuda.device(index):
-        return driver.Loaded(launch, arguments, range(_ADDRESSES), index), groups
+        loaded = driver.Loaded(launch, arguments, range(_ADDRESSES), index)
+        sums = _ready_sums(shape[1], options[2], groups, index) if options[3][4] else None
+    return _Ready(loaded, _on_tensor_cores(shape, options), groups, sums)
 
 
-def _run(loaded: driver.Loaded, tensors: tuple[Tensor | None, ...], index: int) -> None:
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _ready_sums(channels: int, side: int, groups: int, index: int) -> driver.Loaded:
+    return driver.Loaded(*plan_sums(channels, side, groups), range(_SUMS_ADDRESSES), index)
+
+
+def _run(index: int, *launches: tuple[driver.Loaded, tuple[Tensor | None, ...]]) -> None:
+    """Launches with the addresses of their tensors, in order, on the current stream of a device."""
     if driver.current_device() == index:
-        loaded.run(addresses, driver.stream(index))
+        _launch(driver.stream(index), launches)
     else:
         with torch.cuda.device(index):
-            loaded.run(addresses, driver.stream(index))
+            _launch(driver.stream(index), launches)
+
+
+def _launch(stream: int, launches: Iterable[tuple[driver.Loaded, tuple[Tensor | None, ...]]]) -> None:
+    for loaded, tensors in launches:
+        loaded.run([0 if tensor is None else tensor.data_ptr() for tensor in tensors], stream)
 
 
 def _channels_last(x: Tensor) -> Tensor:
