@@ -79,6 +79,19 @@ def check_response(channels: int, pixels: int) -> None:
             check(name, found, right if last is None else exactly(right, *last))
 
 
+def check_normed_sum(channels: int, rows: int) -> None:
+    """Of one to four proxy channels, with a bias and without."""
+    x = draw(rows, channels) + 3
+    for proxies in (1, 2, 4):
+        y, weight = draw(rows, proxies), draw(channels, proxies, like=torch.float32)
+        for bias in (draw(channels, like=torch.float32), None):
+            v = x.double() + F.linear(y.double(), weight.double(), None if bias is None else bias.double())
+            z, scale = launch.normed_sum(x, y, weight, bias, EPS)
+            name = f"normed_sum {channels} {proxies} {bias is None}"
+            check(name, z, F.layer_norm(v, (channels,), eps=EPS))
+            check(f"{name}, scale", scale, (v.var(1, unbiased=False) + EPS).rsqrt())
+
+
 def check_stem(channels: int, inputs: int, stride: int) -> None:
     x, w, b = draw(2, 13, 18, inputs), draw(channels, inputs, 3, 3), draw(channels)
     gain, shift = draw(2, channels, like=torch.float32)
@@ -93,6 +106,8 @@ def main() -> None:
     for channels, rows in ((64, 70), (40, 70)):
         check_linear(channels, rows)
         check_response(channels, rows // 2)
+    for channels, rows in ((64, 200), (40, 300), (576, 20), (2048, 5)):
+        check_normed_sum(channels, rows)
     check_stem(32, 3, 2)
     check_stem(40, 1, 1)
     print("all kernels agree")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from ..ops import depthwise, fused, packed  # noqa: F401  (registers them)
+from ..ops import depthwise, fused, normed_sum, packed  # noqa: F401  (registers them)
 
 # One state element takes three taps and lam * x, and its contribution to the output one gate.
 _PROPAGATE_MACS = 5
@@ -88,6 +88,11 @@ def _stem_flops(
 def _response_flops(x_shape: Any, y_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     proxies = 0 if y_shape is None else y_shape[-1]
     return 2 * math.prod(x_shape) * (out_shape[-1] + proxies)
+
+
+@register_flop_formula(torch.ops.gspn2.normed_sum)
+def _normed_sum_flops(x_shape: Any, y_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x_shape) * y_shape[-1]
 
 
 def count_parameters(model: nn.Module) -> int:

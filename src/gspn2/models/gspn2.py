@@ -31,6 +31,7 @@ from ..nn.layers import Depthwise, hidden_width, is_bare, is_plain, norm_of, res
 from ..nn.mixer import INITIAL_TAPS, INITIAL_TURNS
 from ..ops import fused
 from ..ops.eager import under_transforms
+from ..ops.normed_sum import normed_sum, worth_it
 
 __all__ = ["GSPN2"]
 
@@ -65,8 +66,22 @@ class GSPNModule(nn.Module):
         if fused.at_work(x) and is_plain(self.norm1, self.fc1, self.norm2, self.grn, self.fc2):
             return self._fused(x)
         x = self.conv(self.fc1(self.norm1(x)), silu=True)
+        if worth_it(x) and self._from_few() and is_plain(self.norm2):
+            n = normed_sum(x.permute(0, 2, 3, 1), self._proxies(x), norm_of(self.norm2))
+            return self.fc2(self.grn(n.permute(0, 3, 1, 2)))
         x = x + self.mixer(x)
         return self.fc2(self.grn(self.norm2(x)))
+
+    def _from_few(self) -> bool:
+        """May the mixer's way back be part of the pass that takes its sum with x?"""
+        mixer = self.mixer
+        plain = type(mixer) is Mixer and is_bare(mixer) and is_plain(mixer.from_proxy)
+        return plain and mixer.proxy_dim <= fused.MOST_PROXIES
+
+    def _proxies(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the mixer makes of x (B, H, W, proxy_dim), weight and bias of its way back."""
+        back = self.mixer.from_proxy
+        return self.mixer.mixed(x).permute(0, 2, 3, 1), back.weight, back.bias
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same by operators that leave out passes over activations; see `gspn2.ops.fused`."""
@@ -77,13 +92,9 @@ class GSPNModule(nn.Module):
         else:
             x = self.fc1(self.norm1(x))
         x = self.conv(x, silu=True)
-        mixer, proxies = self.mixer, None
-        plain = type(mixer) is Mixer and is_bare(mixer) and is_plain(mixer.from_proxy)
-        if plain and mixer.proxy_dim <= fused.MOST_PROXIES:
-            back = mixer.from_proxy
-            proxies = (mixer.mixed(x).permute(0, 2, 3, 1), back.weight, back.bias)
-        else:
-            x = x + mixer(x)
+        proxies = self._proxies(x) if self._from_few() else None
+        if proxies is None:
+            x = x + self.mixer(x)
         y = fused.response(
             x.permute(0, 2, 3, 1),
             proxies,

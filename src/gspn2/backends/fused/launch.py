@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -18,16 +18,19 @@ from ..cuda import driver
 from ..cuda.response import Norms, Problem, in_one_block, statistics, whole
 from .ffn import ffn_kernel
 from .linear import linear_gelu_kernel, narrow_linear_kernel, norm_linear_kernel
+from .normed_sum import normed_sum_kernel
 from .parts import split
 from .response import apply_kernel, fold_kernel
 from .stem import stem_kernel
 
+_Result = TypeVar("_Result")
 
-def _where_it_lies(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+
+def _where_it_lies(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """With the device of the first argument as the current one, where Triton launches."""
 
     @wraps(function)
-    def launch(x: Tensor, *rest: Any) -> Tensor:
+    def launch(x: Tensor, *rest: Any) -> _Result:
         index = x.get_device()
         if index < 0 or index == torch.cuda.current_device():
             return function(x, *rest)
@@ -207,3 +210,29 @@ def apply(
 
 APPLY = (64, 4)
 APPLY_ALONE = (16, 8)
+
+
+@_where_it_lies
+def normed_sum(
+    x: Tensor,  # (rows, C)
+    y: Tensor,  # (rows, P)
+    weight: Tensor,  # (C, P)
+    bias: Tensor | None,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # (rows, C), (rows,)
+    """LayerNorm(x + y weight^T + bias) without gain and shift, and by what it multiplies each row."""
+    rows, channels = x.shape
+    bias = weight.new_zeros(channels) if bias is None else bias
+    z, scales = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+    first, second = split(channels)
+    held, warps = NORMED_SUM
+    tile = held // first
+    normed_sum_kernel[(triton.cdiv(rows, tile),)](
+        x, y, weight, bias, z, scales, rows, eps,
+        C=channels, C0=first, C1=second, PROXIES=y.shape[1], TILE=tile, num_warps=warps,
+    )  # fmt: skip
+    return z, scales
+
+
+NORMED_SUM = (8192, 8)
+"""Numbers that a tile holds, the smaller part of a row (`parts.split`) not counted, and warps."""
