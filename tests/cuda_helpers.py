@@ -109,10 +109,11 @@ def eager_line_scan(
 
 def suited(variant: str | None, case: Case) -> tuple[Case, Propagate]:
     """The problem and its operator; for a variant that scans one direction, weights as given, one like it."""
-    if variant != "strips":
+    if variant not in ("strips", "strips_vertical"):
         return case, gspn2.propagate
+    direction = "right" if variant == "strips" else "down"
     lam = None if case.lam is None else case.lam[:, :1]
-    return as_weights(replace(case, logits=case.logits[:, :1], lam=lam, directions=("right",))), line_scan
+    return as_weights(replace(case, logits=case.logits[:, :1], lam=lam, directions=(direction,))), line_scan
 
 
 # Layouts beyond those of `helpers`
@@ -216,7 +217,7 @@ def device_given_back() -> Iterator[None]:
 @contextmanager
 def able(variant: str | None) -> Iterator[None]:
     """A variant for large images takes whatever it can run, whether others are faster or not."""
-    from gspn2.backends.cuda.variants import planes_tiles, strips, tiles
+    from gspn2.backends.cuda.variants import planes_tiles, strips, strips_vertical, tiles
 
     with pytest.MonkeyPatch.context() as patch:
         if variant == "tiles":
@@ -225,6 +226,9 @@ def able(variant: str | None) -> Iterator[None]:
             patch.setattr(planes_tiles, "why_not", planes_tiles.cannot)
         if variant == "strips":
             patch.setattr(strips, "best_layout", lambda case: next(strips.layouts(case), None))
+        if variant == "strips_vertical":
+            layouts = strips_vertical.layouts
+            patch.setattr(strips_vertical, "best_layout", lambda case: next(layouts(case), None))
         yield
 
 

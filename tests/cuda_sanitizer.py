@@ -79,6 +79,8 @@ SIZES = (
     Size(2, 8, 8, 24, 72, kept=True),
     Size(2, 3, 3, 100, 72, chunk=50, directions=("right",), given=True),
     Size(1, 8, 1, 140, 64, directions=("left",), given=True),
+    Size(2, 3, 3, 100, 72, chunk=50, directions=("down",), given=True),
+    Size(1, 4, 1, 70, 248, chunk=16, directions=("up",), given=True),
 )
 
 

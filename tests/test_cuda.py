@@ -63,6 +63,8 @@ def home(variant: str) -> Case:
         return planes(draw(2, 8, 80, 72, precision="16 bits").to(torch.bfloat16))
     if variant == "strips":
         return as_weights(planes(draw(1, 1, 1024, 256, directions=("right",), precision="16 bits")))
+    if variant == "strips_vertical":
+        return as_weights(planes(draw(1, 1, 256, 1024, directions=("down",), precision="16 bits")))
     return planes(draw(1, 8, 256, 256, precision="16 bits"))
 
 
@@ -70,8 +72,8 @@ def home(variant: str) -> Case:
 def test_every_variant_can_be_forced(variant: str) -> None:
     """Without this, a variant that declined everything would leave the other tests green and empty."""
     case = home(variant)
-    if variant in ("strips", "lines"):  # forward only
-        operator = line_scan if variant == "strips" else gspn2.propagate
+    if variant in ("strips", "strips_vertical", "lines"):  # forward only
+        operator = gspn2.propagate if variant == "lines" else line_scan
         with forced(variant, strictly=True) as ran:
             operator(**case.tensors(), directions=case.directions, chunk=case.chunk, backend=BACKEND)
         assert ran == {"forward": variant}
@@ -200,12 +202,35 @@ def test_line_scan(
         ((2, 66, 500, 256), 1, "left", None),
         ((2, 33, 1000, 264), 33, "right", None),
         ((1, 66, 1024, 256), 2, "left", 7),
+        ((1, 5, 920, 272), 5, "left", 30),
     ],
 )
 def test_planes_of_strips(
     size: tuple[int, int, int, int], groups: int, direction: str, chunk: int | None, precision: str
 ) -> None:
-    """All ways of `strips`: planes that fill an H200, ragged strips and tiles."""
+    """All ways of `strips`: planes that fill an H200, and few; ragged strips and tiles."""
+    case = draw(*size, groups, (direction,), chunk, precision=precision)
+    assert_accurate(as_weights(case), precision, ("planes",), line_scan, eager_line_scan)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("size", "groups", "direction", "chunk"),
+    [
+        ((1, 8, 1000, 1024), 8, "up", None),
+        ((2, 4, 300, 1000), 1, "down", 37),
+        ((1, 24, 70, 1016), 1, "down", 50),
+        ((1, 2, 40, 2048), 2, "up", None),
+        ((1, 8, 130, 504), 8, "down", 16),
+        ((2, 16, 100, 248), 4, "up", None),
+        ((1, 5, 77, 120), 5, "down", 7),
+        ((3, 2, 50, 56), 1, "up", 30),
+    ],
+)
+def test_few_planes_of_strips(
+    size: tuple[int, int, int, int], groups: int, direction: str, chunk: int | None, precision: str
+) -> None:
+    """All ways of `strips_vertical`: a warp, clusters, two blocks at once; ragged strips and tiles."""
     case = draw(*size, groups, (direction,), chunk, precision=precision)
     assert_accurate(as_weights(case), precision, ("planes",), line_scan, eager_line_scan)
 

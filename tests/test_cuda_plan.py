@@ -129,30 +129,90 @@ def test_aligned_planes_are_scanned_by_lines(
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "groups", "cluster"),
+    ("size", "dtype", "groups", "cut"),
     [
-        ((8, 64, 256, 256), torch.bfloat16, 64, 1),
-        ((8, 64, 256, 256), torch.float32, 64, 0),
-        ((1, 128, 512, 512), torch.float16, 128, 2),
-        ((1, 128, 400, 512), torch.float16, 128, 0),
-        ((1, 160, 512, 512), torch.bfloat16, 1, 0),
-        ((16, 8, 1024, 1024), torch.bfloat16, 8, 4),
-        ((16, 8, 1024, 1024), torch.bfloat16, 1, 2),
-        ((16, 8, 1024, 1024), torch.float32, 8, 4),
-        ((1, 8, 1024, 1024), torch.bfloat16, 8, 4),
-        ((1, 8, 1024, 1024), torch.bfloat16, 1, 0),
-        ((1, 8, 1024, 1024), torch.float32, 8, 0),
+        ((8, 64, 256, 256), torch.bfloat16, 64, (1, 4, 4, 2)),
+        ((8, 64, 256, 256), torch.bfloat16, 1, (1, 4, 4, 2)),
+        ((8, 64, 256, 256), torch.float32, 64, None),
+        ((8, 64, 256, 256), torch.float32, 1, (1, 4, 4, 2)),
+        ((1, 64, 256, 256), torch.bfloat16, 64, (1, 4, 4, 2)),
+        ((1, 64, 256, 256), torch.float32, 1, None),
+        ((1, 128, 512, 512), torch.float16, 128, (2, 4, 4, 2)),
+        ((1, 128, 512, 512), torch.float32, 128, (2, 4, 4, 2)),
+        ((1, 128, 512, 512), torch.float32, 1, (2, 4, 4, 2)),
+        ((1, 128, 400, 512), torch.float16, 128, None),
+        ((1, 160, 512, 512), torch.bfloat16, 1, None),
+        ((16, 8, 1024, 1024), torch.bfloat16, 8, (4, 4, 2, 2)),
+        ((16, 8, 1024, 1024), torch.bfloat16, 1, (2, 8, 2, 1)),
+        ((16, 8, 1024, 1024), torch.float32, 8, (4, 4, 2, 2)),
+        ((16, 8, 1024, 1024), torch.float32, 1, (4, 4, 4, 2)),
+        ((256, 1, 1024, 1024), torch.bfloat16, 1, (4, 4, 2, 2)),
+        ((256, 1, 1024, 1024), torch.float32, 1, (4, 4, 2, 2)),
+        ((1, 8, 1024, 1024), torch.bfloat16, 8, (8, 2, 2, 2)),
+        ((1, 8, 1024, 1024), torch.bfloat16, 1, (8, 2, 2, 2)),
+        ((1, 20, 1024, 1024), torch.bfloat16, 1, (4, 4, 2, 2)),
+        ((1, 8, 1024, 1024), torch.float32, 8, (4, 4, 2, 2)),
+        ((1, 8, 1024, 128), torch.bfloat16, 8, None),
     ],
     ids=str,
 )
 def test_strips_take_what_they_are_faster_at(
-    size: tuple[int, int, int, int], dtype: torch.dtype, groups: int, cluster: int
+    size: tuple[int, int, int, int], dtype: torch.dtype, groups: int, cut: tuple[int, ...] | None
 ) -> None:
-    """By dtype, rows, taps, and planes that are not too few; `lines` keeps the rest."""
+    """By dtype, rows, taps, planes: cluster, strips, copying warps, stages. `lines` keeps the rest."""
     case = imagined(posed(size, dtype, groups, ("left",), normalize=False), "planes", Device(), gate=False)
     found = plan.choose(case)
-    assert found.variant == ("strips" if cluster else "lines")
-    assert not cluster or [launch.cluster for launch in found.launches] == [cluster]
+    assert found.variant == ("lines" if cut is None else "strips")
+    if cut is not None:
+        (launch,) = found.launches
+        defines = dict(launch.kernel.defines)
+        assert tuple(defines[name] for name in ("CLUSTER", "STRIPS", "COPIERS", "STAGES")) == cut
+        assert launch.cluster == cut[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "cut"),
+    [
+        ((1, 8, 1024, 1024), torch.bfloat16, (8, 4, 2, 16, 16, 8)),
+        ((1, 8, 1024, 1024), torch.float32, (8, 2, 4, 32, 16, 3)),
+        ((1, 16, 1024, 1024), torch.bfloat16, (8, 2, 4, 32, 8, 7)),
+        ((1, 16, 1024, 1024), torch.float32, (8, 2, 4, 32, 8, 3)),
+        ((1, 32, 1024, 1024), torch.bfloat16, (8, 2, 4, 32, 8, 7)),
+        ((1, 32, 1024, 1024), torch.float32, (8, 2, 4, 32, 8, 3)),
+        ((1, 40, 1024, 1024), torch.float32, None),
+        ((16, 8, 1024, 1024), torch.bfloat16, None),
+        ((1, 8, 1000, 1000), torch.bfloat16, (8, 2, 4, 32, 16, 7)),
+        ((1, 8, 2048, 2048), torch.bfloat16, (8, 8, 2, 16, 16, 4)),
+        ((1, 8, 2048, 2048), torch.float32, (8, 4, 4, 32, 8, 4)),
+        ((1, 16, 2048, 2048), torch.float32, None),
+        ((1, 8, 4096, 4096), torch.float32, None),
+        ((1, 16, 512, 512), torch.bfloat16, (4, 4, 2, 16, 16, 8)),
+        ((1, 8, 300, 512), torch.float16, (4, 4, 2, 16, 16, 8)),
+        ((1, 64, 512, 512), torch.float32, None),
+        ((1, 32, 256, 256), torch.float32, (2, 2, 4, 32, 16, 3)),
+        ((1, 32, 128, 128), torch.bfloat16, (1, 1, 4, 0, 16, 8)),
+        ((1, 120, 128, 128), torch.float32, (1, 1, 4, 0, 16, 5)),
+        ((1, 121, 128, 128), torch.float32, None),
+        ((1, 32, 64, 64), torch.bfloat16, (1, 1, 2, 0, 16, 8)),
+        ((1, 32, 64, 64), torch.float32, (1, 1, 2, 0, 16, 8)),
+        ((1, 32, 32, 32), torch.float32, None),
+    ],
+    ids=str,
+)
+def test_strips_of_rows_take_few_planes(
+    size: tuple[int, int, int, int], dtype: torch.dtype, cut: tuple[int, ...] | None
+) -> None:
+    """Cluster, strips, places of a lane, halo, lines of a tile, stages; others keep small and many planes."""
+    case = imagined(posed(size, dtype, size[1], ("up",), normalize=False), "planes", Device(), gate=False)
+    found = plan.choose(case)
+    assert (found.variant == "strips_vertical") == (cut is not None)
+    if cut is not None:
+        (launch,) = found.launches
+        defines = dict(launch.kernel.defines)
+        assert (
+            tuple(defines[name] for name in ("CLUSTER", "STRIPS", "PLACES", "HALO", "LINES", "STAGES")) == cut
+        )
+        assert launch.grid <= Device().multiprocessors * (2 if defines["LINES"] == 8 else 1)
 
 
 def declined(
@@ -197,7 +257,7 @@ def test_the_generic_variant_comes_last_and_takes_everything() -> None:
 
 def test_names_in_the_table() -> None:
     case = imagined(posed((1, 8, 64, 64)), "planes", Device())
-    with pytest.raises(ValueError, match=r"variant: expected one of resident.*generic, got 'fast'"):
+    with pytest.raises(ValueError, match=r"variant: expected one of strips_vertical.*generic, got 'fast'"):
         plan.choose(case, "fast")
 
 

@@ -81,6 +81,7 @@ PIXELS = ("channel_innermost", "channels_last", "records", "records_with_x", "re
 ANY = (*PLANES, *PIXELS, "strided", "transposed", "spread", "misaligned")
 LIKELY = {
     "strips": PLANES,
+    "strips_vertical": PLANES,
     "lines": PLANES,
     "planes_tiles": PLANES,
     "planes": (*PLANES, "misaligned"),

@@ -214,6 +214,8 @@ EMULATED T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32) {
   const u32 lane = lane_of_thread(), last = lane | (u32)(width - 1), source = lane ^ (u32)bits;
   return exchange(mask, value, source <= last ? source : lane);
 }
+// strips_ptx.cuh's.
+EMULATED float fma_where(bool there, float a, float b, float sum) { return there ? fmaf(a, b, sum) : sum; }
 #if defined(STORAGE) && STORAGE != 0
 // ptx.cuh's: products of 16 bits summed in float32.
 EMULATED float tile_number(u32 bits, int half) {

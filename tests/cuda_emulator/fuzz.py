@@ -36,6 +36,7 @@ from gspn2.backends.cuda.variants import (
     planes_tiles,
     resident_straight_backward,
     strips,
+    strips_vertical,
     tiles,
 )
 from gspn2.backends.keeping import empty_states, one_direction
@@ -144,6 +145,11 @@ def any_strips(case: Case) -> strips.Layout | None:
     return next(strips.layouts(case), None)
 
 
+def any_rows(case: Case) -> strips_vertical.Layout | None:
+    """The same of rows."""
+    return next(strips_vertical.layouts(case), None)
+
+
 @contextlib.contextmanager
 def ways_of_large_images(wanted: bool) -> Iterator[None]:
     """As of images of 512 x 512 and more: tiles, strips; in backward of planes weights, parts or chains.
@@ -160,6 +166,7 @@ def ways_of_large_images(wanted: bool) -> Iterator[None]:
         mock.patch.object(pixels_forward, "MANY_BLOCKS", 1),
         mock.patch.object(tiles, "slower", return_value=None),
         mock.patch.object(strips, "best_layout", any_strips),
+        mock.patch.object(strips_vertical, "best_layout", any_rows),
     ):
         yield
 
@@ -175,6 +182,8 @@ def plan_of(variant: str, case: Case, choice: int | None) -> Plan:
         return tiles.plan_of(case, rng.choice(list(tiles.cuts(case))))
     if variant == "strips":
         return strips.plan_of(rng.choice(list(strips.layouts(case))))
+    if variant == "strips_vertical":
+        return strips_vertical.plan_of(rng.choice(list(strips_vertical.layouts(case))))
     if variant == "planes" and not case.backward:
         return planes.plan_of(rng.choice(list(planes_layout.layouts(case))))
     if variant == "planes":

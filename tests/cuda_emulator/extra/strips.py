@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..problems import BF16, FP16, SMALL, Small
 
-GIVEN = {"normalize": False, "gate": False, "backward": False, "device": SMALL}
+FEW = {"normalize": False, "gate": False, "backward": False}
+GIVEN = FEW | {"device": SMALL}
 
 CASES = (
     # A block for a plane, which has two in turn; a tile that ends inside a piece.
@@ -12,5 +13,9 @@ CASES = (
     # Restarts between exchanges, and a strip that is shorter than others, in two blocks and in four.
     Small(450, 260, channels=2, directions=("left",), chunk=7, **GIVEN),
     Small(897, 256, channels=1, directions=("left",), dtype=FP16, lam=False, chunk=30, **GIVEN),
-    Small(1000, 256, channels=2, directions=("right",), dtype=BF16, nan="x", **GIVEN),
+    # Shared taps: one tile a block, eight strips, in 16 bits; more warps that copy in float32.
+    Small(1000, 264, channels=2, directions=("right",), dtype=BF16, nan="x", **GIVEN),
+    Small(920, 260, channels=2, directions=("right",), chunk=50, nan="restarts", **GIVEN),
+    # Few planes: clusters of eight; the first tile of a scan is the narrow one.
+    Small(1000, 264, channels=2, directions=("left",), dtype=BF16, chunk=16, nan="restarts", **FEW),
 )

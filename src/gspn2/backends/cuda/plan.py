@@ -22,7 +22,17 @@ from types import ModuleType
 
 from .geometry import Case, Plan
 
-VARIANTS = ("resident", "strips", "lines", "planes_tiles", "planes", "tiles", "pixels", "generic")
+VARIANTS = (
+    "strips_vertical",
+    "resident",
+    "strips",
+    "lines",
+    "planes_tiles",
+    "planes",
+    "tiles",
+    "pixels",
+    "generic",
+)
 """By preference. `generic` takes every case."""
 
 OLDEST = (8, 0)

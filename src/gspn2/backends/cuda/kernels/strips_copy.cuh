@@ -19,13 +19,18 @@ struct Copier {
 #pragma unroll 1
     for (int i = 0; i < STAGES * TENSORS; ++i) {
       const int k = i % TENSORS;
-      unsigned char* to = ring + i / TENSORS * STAGE + k * TILE + place_of(lane_row, lane_vector);
+      unsigned char* to = ring + i / TENSORS * STAGE + k * TILE;
       const int from = rows.first + (k == 0 && rows.first_row < 0);
       const int until = rows.end - (k == TAPS - 1 && rows.first_row + rows.end == p.height);
-#pragma unroll 1
-      for (int r = lane_row; r < TILE_ROWS; r += STEP, to += STEP * PIECE)
-        if (!between(r, from, until)) *(uint4*)to = make_uint4(0, 0, 0, 0);
+      clear_rows(to, 0, from);
+      clear_rows(to, until, TILE_ROWS);
     }
+  }
+
+  __device__ __forceinline__ void clear_rows(unsigned char* to, int first, int end) const {
+#pragma unroll 1
+    for (int r = first + lane_row; r < end; r += STEP)
+      *(uint4*)(to + place_of(r, lane_vector)) = make_uint4(0, 0, 0, 0);
   }
 
   // All lanes go through as many rows, those that are not there among them: addresses of a loop that lanes
@@ -61,7 +66,8 @@ struct Copier {
       if (between(lane_row + k * STEP, HALO, until)) *(uint4*)y = *(const uint4*)(from + k * STEP * PIECE);
   }
 
-  // Results leave a stage before the next tile comes into it.
+  // The next tile is asked for before the results of the last one in its place are written: they have a place
+  // of their own. It counts as there only after that.
   __device__ __forceinline__ void run(const Tiles& tiles) const {
     const int all = tiles.all();
     int plane = 0, tile = 0;          // that come next
@@ -71,8 +77,9 @@ struct Copier {
     for (int n = 0; n < all + STAGES; ++n) {
       const int stage = tiles.stage(n);
       unsigned char* at = ring + stage * STAGE;
+      if (n >= STAGES) mbarrier_wait(Shared::done(stage), (tiles.turn(n) - 1) & 1);
+      if (n < all) copy_tile(now, tiles.column(tile), at);
       if (n >= STAGES) {
-        mbarrier_wait(done_barrier(stage), (tiles.turn(n) - 1) & 1);
         write_tile(old, tiles.column(old_tile), at);
         if (++old_tile == tiles.each) {
           old_tile = 0;
@@ -80,8 +87,7 @@ struct Copier {
         }
       }
       if (n >= all) continue;
-      copy_tile(now, tiles.column(tile), at);
-      mbarrier_arrive_copied(full_barrier(stage));
+      mbarrier_arrive_copied(Shared::full(stage));
       if (++tile == tiles.each) {
         tile = 0;
         if (++plane < tiles.count) now = plane_of(p, tiles.plane(plane));

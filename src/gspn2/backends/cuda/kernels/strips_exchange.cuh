@@ -5,80 +5,77 @@
 // The part of a line that a warp holds. Rows of a lane are counted from the first that the warp holds: HALO
 // are the strip's before it, then come its own.
 struct Strip {
-  int number, own, after;   // among all of a line; rows of its own; rows of the strip after it
+  int slot, own;                 // see SLOTS; rows of its own
   int lane;
-  int count;                // of exchanges so far
+  bool has_before, has_after;    // neighbours
+  bool far_before, far_after;    // in other blocks
+  int after;                     // rows of the strip after it that it holds
+  int source[ROWS];              // whose state a row takes, among those of all slots in turn 0; -1: nobody's
+  int sent;                      // the row whose state this lane sends to another block; -1: none
+  int count;                     // of exchanges so far
 
   __device__ __forceinline__ int row(int k) const { return lane * ROWS + k; }
   __device__ __forceinline__ bool owns(int k) const { return row(k) >= HALO && row(k) < HALO + own; }
 
-  // Two sets of states take turns, as a neighbour may already send the next while these are read. It does not
-  // send those after these before it has what this strip sends next.
+  // A strip shows the states of all rows that it holds; neighbours take those that they need. Two sets take
+  // turns, as a neighbour may still read one when the next is written. The one after that is not written
+  // before neighbours have shown the next, and so have read this one.
   __device__ __forceinline__ void exchange(float (&h)[ROWS]) {
     const int turn = count & 1;
     const u32 parity = count >> 1 & 1;
     ++count;
-    const int set = set_of(number, turn, 0);  // what the strip before sends; then the strip after
-    u64* bar = halo_barriers() + set;
-    const bool has_before = number > 0, has_after = after > 0;
-    if (lane == 0) {
-      if (has_before && !near(number - 1)) mbarrier_arrive_expect(bar, 4 * HALO);
-      if (has_after && !near(number + 1)) mbarrier_arrive_expect(bar + 1, 4 * after);
-    }
+    float* shown = states_of(slot, turn);
 #pragma unroll
-    for (int k = 0; k < ROWS; ++k) {
-      const int o = row(k) - HALO;
-      if (has_before && o >= 0 && o < min(HALO, own)) send(h[k], number - 1, set_of(number - 1, turn, 1), o);
-      if (has_after && o >= own - HALO && o < own)
-        send(h[k], number + 1, set_of(number + 1, turn, 0), o - (own - HALO));
-    }
+    for (int k = 0; k < ROWS; ++k) shown[row(k)] = h[k];
     __syncwarp();
-    if (lane == 0) {
-      if (has_before && near(number - 1)) mbarrier_arrive(halo_barriers() + set_of(number - 1, turn, 1));
-      if (has_after && near(number + 1)) mbarrier_arrive(halo_barriers() + set_of(number + 1, turn, 0));
-    }
-    const float* from = halos() + set * HALO;
-    if (has_before) {
-      mbarrier_wait(bar, parity);
-#pragma unroll
-      for (int k = 0; k < ROWS; ++k)
-        if (row(k) < HALO) h[k] = from[row(k)];
-    }
-    if (has_after) {
-      mbarrier_wait(bar + 1, parity);
-#pragma unroll
-      for (int k = 0; k < ROWS; ++k) {
-        const int o = row(k) - HALO - own;
-        if (o >= 0 && o < after) h[k] = from[HALO + o];
-      }
-    }
-    // All have read before any sends again.
-    __syncwarp();
-  }
-
-  // side: 0 if the sender comes before the receiver.
-  static __device__ __forceinline__ int set_of(int to, int turn, int side) {
-    return (to % STRIPS * 2 + turn) * 2 + side;
-  }
-  // In the same block states are stored, and the sender arrives for all of them; to another block each one
-  // counts.
-  __device__ __forceinline__ bool near(int to) const {
-    return CLUSTER == 1 || to / STRIPS == number / STRIPS;
-  }
-
-  __device__ __forceinline__ void send(const float& state, int to, int set, int at) const {
-    float* there = halos() + set * HALO + at;
+    if (lane == 0) mbarrier_arrive(state_barrier(slot, turn));
 #if CLUSTER > 1
-    if (!near(to)) {
-      store_counted<1>(there, halo_barriers() + set, to / STRIPS, &state);
-      return;
-    }
+    if (far_before || far_after) send(shown, turn);
 #endif
-    *there = state;
+    if (has_before) mbarrier_wait(state_barrier(slot - 1, turn), parity);
+    if (has_after) mbarrier_wait(state_barrier(slot + 1, turn), parity);
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k)
+      if (source[k] >= 0) h[k] = states_of(0, turn)[source[k]];
   }
+
+#if CLUSTER > 1
+  // To other blocks a lane sends one state, half of the lanes to the block before, half to the one after.
+  // There it counts on the barrier of what stands for this strip.
+  __device__ __forceinline__ void send(float* shown, int turn) const {
+    if (lane == 0) {
+      if (far_before) mbarrier_arrive_expect(state_barrier(slot - 1, turn), 4 * HALO);
+      if (far_after) mbarrier_arrive_expect(state_barrier(slot + 1, turn), 4 * after);
+    }
+    const bool forth = lane >= HALO;
+    const int there = forth ? slot - STRIPS : slot + STRIPS;
+    const u32 rank = cluster_rank() + (forth ? 1 : -1);
+    if (sent < 0) return;
+    store_counted<1>(states_of(there, turn) + sent, state_barrier(there, turn), rank, shown + sent);
+  }
+#endif
 };
 
-__device__ __forceinline__ Strip strip_of(const Params& p, int own, int rank) {
-  const int number = rank * STRIPS + (int)threadIdx.x / 32, left = p.height - number * own;
-  return {number, min(own, left), max(0, min(HALO, left - own)), (int)threadIdx.x % 32, 0};
+// each: rows of a strip, but for the last.
+__device__ __forceinline__ Strip strip_of(const Params& p, int each, int rank) {
+  const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  const int slot = warp + 1, first = (rank * STRIPS + warp) * each;
+  const int left = p.height - first, own = min(each, left), after = max(0, min(HALO, left - own));
+  Strip it = {slot, own, lane};
+  it.has_before = first > 0, it.has_after = after > 0, it.after = after;
+  it.far_before = it.has_before && warp == 0, it.far_after = it.has_after && warp == STRIPS - 1;
+  it.count = 0;
+#pragma unroll
+  for (int k = 0; k < ROWS; ++k) {
+    // The same row of the plane is `each` rows further on in what the strip before holds.
+    const int r = it.row(k);
+    const bool from_after = between(r, HALO + own, HALO + own + after);
+    int source = from_after ? (slot + 1) * 2 * HELD + r - own : -1;
+    if (it.has_before && r < HALO) source = (slot - 1) * 2 * HELD + r + each;
+    it.source[k] = source;
+  }
+  static_assert(HALO == 16, "a warp's lanes send the halos of both sides");
+  const bool sends = lane < HALO ? it.far_before && lane < own : it.far_after;
+  it.sent = sends ? (lane < HALO ? HALO + lane : own + lane - HALO) : -1;
+  return it;
 }

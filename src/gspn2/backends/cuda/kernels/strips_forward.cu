@@ -5,37 +5,21 @@
 template <bool REVERSED>
 __device__ __forceinline__ void scan_strip(const Params& p, const Tiles& tiles, unsigned char* ring,
                                            Strip& strip) {
-  Scanner<REVERSED> scanner{p, tiles, ring, strip, {}, {}};
+  Scanner<REVERSED> scanner{p, tiles, ring, strip};
   scanner.start(p.knobs[1]);
   scanner.run();
-}
-
-__device__ __forceinline__ void wait_for_everybody() {
-  __syncwarp();
-#if CLUSTER > 1
-  cluster_barrier();
-#else
-  __syncthreads();
-#endif
-}
-
-__device__ __forceinline__ void start_barriers() {
-  for (int i = 0; i < HALO_BARRIERS; ++i) mbarrier_init(halo_barriers() + i, 1);
-  for (int i = 0; i < STAGES; ++i)
-    mbarrier_init(full_barrier(i), 32 * COPIERS), mbarrier_init(done_barrier(i), STRIPS);
-  mbarrier_init_fence();
 }
 
 KERNEL(THREADS, BLOCKS) strips_forward(CONSTANT_PARAMS p) {
   const int rank = CLUSTER > 1 ? (int)cluster_rank() : 0, own = p.knobs[1];
   const int clusters = p.knobs[0], planes = p.batch * p.channels, first = (int)blockIdx.x / CLUSTER;
-  unsigned char* ring = held_shared_memory() + RING;
+  unsigned char* ring = held_shared_memory() + Shared::BYTES;
   // The same for all lanes, and the compiler knows.
   const int warp = (int)__shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const Rows rows = rows_of(p, own, rank);
   const Copier copier = copier_of(p, rows, ring, (int)threadIdx.x - 32 * STRIPS);
   Strip strip = strip_of(p, own, rank);
-  if (threadIdx.x == 0) start_barriers();
+  if (threadIdx.x == 0) Shared::start_barriers();
   const bool copies = warp >= STRIPS;
   if (copies) copier.clear();
   // Rows are clear, and barriers of neighbours are there before anybody sends.

@@ -10,43 +10,46 @@ struct Scanner {
   Strip& strip;
   int at[ROWS];       // where this lane's rows are in a tensor's part of a tile, and in results
   bool writes[ROWS];  // its own rows in the plane
+  float h[ROWS];
+  int until_exchange;
+  Restarts restarts;
 
   typedef u32 Words[TENSORS][ROWS][4];
   typedef u32 Results[ROWS][4];  // y as stored
 
   __device__ __forceinline__ void start(int own) {
-    const int first = threadIdx.x / 32 * own;
+    const int first = (int)threadIdx.x / 32 * own;
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) {
-      at[k] = place_of(first + strip.row(k), 0);
-      writes[k] = strip.owns(k);
+      at[k] = opaque(place_of(first + strip.row(k), 0));
+      writes[k] = strip.owns(k), h[k] = 0.f;
     }
+    until_exchange = HALO, restarts = {p.chunk, 0};
   }
 
-  __device__ __forceinline__ void read_vectors(Words& words, int stage, int v) const {
+  __device__ __forceinline__ void read_vectors(Words& words, const unsigned char* tile, int v) const {
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) {
-      const unsigned char* from = ring + (stage + (at[k] ^ v * 16));
+      const unsigned char* from = tile + (at[k] ^ v * 16);
 #pragma unroll
       for (int i = 0; i < TENSORS; ++i) read_words<4>(words[i][k], from + i * TILE);
     }
   }
 
-  __device__ __forceinline__ void write_vectors(const Results& out, int stage, int v) const {
+  __device__ __forceinline__ void write_vectors(const Results& out, unsigned char* tile, int v) const {
 #pragma unroll
     for (int k = 0; k < ROWS; ++k)
-      if (writes[k]) write_words<4>(ring + (stage + TO_RESULT + (at[k] ^ v * 16)), out[k]);
+      if (writes[k]) write_words<4>(tile + TO_RESULT + (at[k] ^ v * 16), out[k]);
   }
 
   // The columns of a vector, one after the other.
   template <bool RESTARTS>
-  __device__ __forceinline__ void scan_columns(Results& out, const Words& words, float (&h)[ROWS],
-                                               Restarts& restarts) const {
+  __device__ __forceinline__ void scan_columns(Results& out, const Words& words) {
     float kept[ROWS] = {};  // the column before, which shares a word with this one
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
       const int e = REVERSED ? VECTOR - 1 - i : i;
-      scan_column(h, words, e, RESTARTS && restarts.next());
+      scan_column(words, e, RESTARTS && restarts.next());
 #pragma unroll
       for (int k = 0; k < ROWS; ++k) {
         if (SIZE == 4)
@@ -59,8 +62,7 @@ struct Scanner {
   }
 
   // One column. What comes from other lanes is added last: it is what the next line waits for.
-  __device__ __forceinline__ void scan_column(float (&h)[ROWS], const Words& words, int e,
-                                              bool restart) const {
+  __device__ __forceinline__ void scan_column(const Words& words, int e, bool restart) {
     const float before = __shfl_up_sync(0xffffffffu, h[ROWS - 1], 1);
     const float after = __shfl_down_sync(0xffffffffu, h[0], 1);
     float last[ROWS];
@@ -86,36 +88,49 @@ struct Scanner {
     }
   }
 
+  __device__ __forceinline__ void scan_vector(const Words& words, unsigned char* tile, int v) {
+    Results out;
+    if (restarts.until >= VECTOR) {
+      restarts.until -= VECTOR;
+      scan_columns<false>(out, words);
+    } else {
+      scan_columns<true>(out, words);
+    }
+    write_vectors(out, tile, v);
+  }
+
+  // A vector's words are asked for before the one before it is scanned, and during an exchange.
+  __device__ __forceinline__ void scan_tile(unsigned char* tile, int vectors) {
+    const int first = REVERSED ? vectors - 1 : 0, step = REVERSED ? -1 : 1;
+    Words even, odd;
+    read_vectors(even, tile, first);
+#pragma unroll 1
+    for (int i = 0; i < vectors; i += 2) {
+      const int v = first + i * step;
+      if (until_exchange == 0) {
+        strip.exchange(h);
+        until_exchange = HALO;
+      }
+      until_exchange -= 2 * VECTOR;
+      const bool more = i + 1 < vectors;
+      if (more) read_vectors(odd, tile, v + step);
+      scan_vector(even, tile, v);
+      if (!more) break;
+      if (i + 2 < vectors) read_vectors(even, tile, v + 2 * step);
+      scan_vector(odd, tile, v + step);
+    }
+  }
+
   __device__ __forceinline__ void run() {
     const int all = tiles.all();
-    float h[ROWS] = {};
-    Restarts restarts{p.chunk, 0};
-    int tile = 0, until_exchange = HALO;
+    int tile = 0;
 #pragma unroll 1
     for (int n = 0; n < all; ++n) {
-      const int stage = tiles.stage(n), vectors = tiles.vectors(tile);
-      mbarrier_wait(full_barrier(stage), tiles.turn(n) & 1);
-#pragma unroll 1
-      for (int i = 0; i < vectors; ++i) {
-        const int v = REVERSED ? vectors - 1 - i : i;
-        if (until_exchange == 0) {
-          strip.exchange(h);
-          until_exchange = HALO;
-        }
-        until_exchange -= VECTOR;
-        Words words;
-        Results out;
-        read_vectors(words, stage * STAGE, v);
-        if (restarts.until >= VECTOR) {
-          restarts.until -= VECTOR;
-          scan_columns<false>(out, words, h, restarts);
-        } else {
-          scan_columns<true>(out, words, h, restarts);
-        }
-        write_vectors(out, stage * STAGE, v);
-      }
+      const int stage = tiles.stage(n);
+      mbarrier_wait(Shared::full(stage), tiles.turn(n) & 1);
+      scan_tile(ring + stage * STAGE, tiles.vectors(tile));
       __syncwarp();
-      if (strip.lane == 0) mbarrier_arrive(done_barrier(stage));
+      if (strip.lane == 0) mbarrier_arrive(Shared::done(stage));
       if (++tile == tiles.each) tile = 0, until_exchange = HALO, restarts.until = 0;
     }
   }

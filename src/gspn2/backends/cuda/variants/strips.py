@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 from ..geometry import Case, Kernel, Launch, Plan, options
 from .planes_layout import LANES, REGISTERS, RESERVED, VECTOR_BYTES, alignment_of
@@ -18,11 +17,17 @@ CAPABILITY = (9, 0)
 HALO = 16
 """Rows of its neighbours that a strip has on either side."""
 
-REGISTERS_NEEDED = {3: 128, 5: 184}
-"""Of a thread, by rows of a lane: odd, see the kernel."""
+ROWS = 3
+"""Of a lane, as in the kernel."""
 
 PIECE = 64
-"""Bytes of a row in a tile, in every layout that is chosen."""
+"""Bytes of a row in a tile, as in the kernel."""
+
+REGISTERS_NEEDED = 192
+"""Of a thread, but for blocks of ten warps, which can have no more than 168."""
+
+MOST = LANES * ROWS - 2 * HALO
+"""Rows of a strip, its own."""
 
 SHORTEST = 256
 """Columns; narrower planes are left to others."""
@@ -30,29 +35,32 @@ SHORTEST = 256
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs planes of so many rows: blocks of a plane, strips of a block, tiles of its ring."""
+    """What runs planes of so many rows: blocks of a plane, and what is in each (see `Layout`)."""
 
     least: int
     most: int
     cluster: int
     strips: int
-    stages: int
+    copiers: int
+    stages: int = 2
 
 
-# Three rows a lane, 64 rows of its own a strip, which have to be nearly all there: 32 more are scanned twice,
-# however few they are. Two tiles want as much shared memory as a block can have, and pay for it; clusters are
-# as small as that allows. Only for taps in 16 bits that channels share, which come from the cache, fewer
-# blocks gain more than a second tile.
-QUARTER = Choice(256, 256, 1, 4, 2)
-HALF = Choice(448, 512, 2, 4, 2)
+# A strip's rows have to be nearly all there: 32 more are scanned twice, however few they are. Two tiles want
+# as much shared memory as a block can have, and pay for it; clusters are as small as that allows. Only a few
+# planes, which leave multiprocessors idle, gain by more blocks, and only taps in 16 bits that channels share,
+# which come from the cache, by fewer blocks, of one tile.
+QUARTER = Choice(256, 256, 1, 4, 4)
+HALF = Choice(448, 512, 2, 4, 4)
 WHOLE = Choice(896, 1024, 4, 4, 2)
-WHOLE_SHARED = Choice(896, 1024, 2, 8, 1)
+WHOLE_OF_FEW = Choice(896, 1024, 8, 2, 2)
+WHOLE_SHARED = Choice(896, 1024, 2, 8, 2, stages=1)
+WHOLE_SHARED_WIDE = Choice(896, 1024, 4, 4, 4)
 
 CHOICES = {
-    (False, False): (QUARTER, HALF, WHOLE),
-    (False, True): (QUARTER, HALF, WHOLE_SHARED),
-    (True, False): (WHOLE,),
-    (True, True): (QUARTER, HALF, WHOLE),
+    (False, False): (QUARTER, HALF, WHOLE_OF_FEW, WHOLE),
+    (False, True): (QUARTER, HALF, WHOLE_OF_FEW, WHOLE_SHARED, WHOLE),
+    (True, False): (HALF, WHOLE),
+    (True, True): (QUARTER, HALF, WHOLE_SHARED_WIDE),
 }
 """What was faster than `lines` on an H200, by whether elements have 32 bits, and whether channels share taps.
 In float32 with taps of their own both come near the speed of memory."""
@@ -69,8 +77,6 @@ class Layout:
         case: what it is for.
         cluster: blocks that share a plane.
         strips, copiers: warps of a block that scan, and that copy.
-        rows: of a lane.
-        piece: bytes of a row in a tile.
         stages: tiles of a block.
     """
 
@@ -78,14 +84,7 @@ class Layout:
     cluster: int
     strips: int
     copiers: int
-    rows: int
-    piece: int
     stages: int
-
-    @property
-    def most(self) -> int:
-        """Rows of a strip, its own, at most."""
-        return LANES * self.rows - 2 * HALO
 
     @property
     def own(self) -> int:
@@ -100,9 +99,10 @@ class Layout:
     def shared(self) -> int:
         """Bytes, as the kernel counts them."""
         tensors = 4 + ("lam" in self.case.views)
-        tile = (self.strips * self.most + 2 * HALO) * self.piece
-        results = self.strips * self.most * self.piece
-        head = 4 * self.strips * 4 * HALO + 8 * (4 * self.strips + 2 * self.stages)
+        tile = (self.strips * MOST + 2 * HALO) * PIECE
+        results = self.strips * MOST * PIECE
+        slots = self.strips + 2
+        head = 4 * slots * 2 * LANES * ROWS + 8 * (slots * 2 + 2 * self.stages)
         return -(-head // 128) * 128 + self.stages * (tensors * tile + results)
 
     @property
@@ -114,7 +114,7 @@ class Layout:
     @property
     def _room(self) -> int:
         """Blocks whose registers a multiprocessor has."""
-        return REGISTERS // (REGISTERS_NEEDED[self.rows] * self.threads)
+        return REGISTERS // (REGISTERS_NEEDED * self.threads)
 
     @property
     def clusters(self) -> int:
@@ -122,7 +122,7 @@ class Layout:
 
         Of clusters of four or eight the device runs fewer at once than its multiprocessors would hold.
         """
-        return _planes(self.case) if self.cluster > 2 else -(-_planes(self.case) // self._rounds)
+        return _planes(self.case) if self.cluster > 2 else -(-_planes(self.case) // self.rounds)
 
     @property
     def _at_once(self) -> int:
@@ -130,19 +130,18 @@ class Layout:
         return max(1, self.case.device.multiprocessors * self.blocks // self.cluster)
 
     @property
-    def _rounds(self) -> int:
+    def rounds(self) -> int:
+        """Planes that a multiprocessor has one after the other."""
         return -(-_planes(self.case) // self._at_once)
 
     @property
     def filled(self) -> float:
         """Part of the multiprocessors' time in which they have a plane."""
-        return _planes(self.case) / (self._rounds * self._at_once)
+        return _planes(self.case) / (self.rounds * self._at_once)
 
     def fits(self) -> bool:
         strips, height = self.cluster * self.strips, self.case.problem.height
-        if self.own > self.most or self.shared > self.case.device.shared_memory or self._room < 1:
-            return False
-        if self.copiers * LANES * VECTOR_BYTES // self.piece % 8:
+        if self.own > MOST or self.shared > self.case.device.shared_memory or self._room < 1:
             return False
         # Nobody without rows; states for a neighbour are all of one strip.
         return self.own >= HALO and self.own * (strips - 1) < height
@@ -184,23 +183,32 @@ def plan(case: Case) -> Plan:
 def best_layout(case: Case) -> Layout | None:
     """The one to run; None where others are faster."""
     problem = case.problem
-    wide, shared = case.itemsize == 4, problem.groups < problem.channels
-    for choice in CHOICES[wide, shared]:
-        if problem.width < SHORTEST or not choice.least <= problem.height <= choice.most:
+    if problem.width < SHORTEST:
+        return None
+    for choice in CHOICES[case.itemsize == 4, problem.groups < problem.channels]:
+        if not choice.least <= problem.height <= choice.most:
             continue
-        layout = Layout(case, choice.cluster, choice.strips, choice.strips, 3, PIECE, choice.stages)
-        # With few planes a line's latency is all there is: only where that was found to be shorter.
-        if layout.fits() and (layout.filled >= FILLED or (choice is WHOLE and not wide)):
+        layout = Layout(case, choice.cluster, choice.strips, choice.copiers, choice.stages)
+        if layout.fits() and _pays(choice, layout):
             return layout
     return None
 
 
+def _pays(choice: Choice, layout: Layout) -> bool:
+    """With few planes a line's latency is all there is: only where that was found to be shorter."""
+    case = layout.case
+    if choice is WHOLE_OF_FEW:
+        # Not all multiprocessors can be had in clusters of eight.
+        return _planes(case) * choice.cluster <= case.device.multiprocessors * 10 // 11
+    few = choice in (QUARTER, HALF) and layout.rounds == 1 and case.itemsize == 2
+    return few or choice in (WHOLE, WHOLE_SHARED_WIDE) or layout.filled >= FILLED
+
+
 def layouts(case: Case) -> Iterator[Layout]:
-    """Every way that fits, for tests and trials."""
-    for cluster, strips, rows in product((1, 2, 4, 8), (2, 4, 8), REGISTERS_NEEDED):
-        for piece, stages in product((128, 64, 32), (2, 1)):
-            copiers = max(min(strips, 4), piece // 64)
-            layout = Layout(case, cluster, strips, copiers, rows, piece, stages)
+    """What is chosen for large planes, and the like of it for small ones: for tests and trials."""
+    for cluster in (1, 2, 4, 8):
+        for strips, copiers, stages in ((2, 2, 2), (4, 4, 2), (4, 2, 2), (8, 2, 1)):
+            layout = Layout(case, cluster, strips, copiers, stages)
             if layout.fits():
                 yield layout
 
@@ -212,8 +220,6 @@ def plan_of(layout: Layout) -> Plan:
         "STRIPS": layout.strips,
         "COPIERS": layout.copiers,
         "BLOCKS": layout.blocks,
-        "ROWS": layout.rows,
-        "PIECE": layout.piece,
         "STAGES": layout.stages,
     }
     kernel = Kernel("strips_forward.cu", "strips_forward", (*options(case), *defines.items()))
@@ -223,17 +229,20 @@ def plan_of(layout: Layout) -> Plan:
     reasons = (
         f"rows are contiguous and aligned; columns over {layout.cluster} blocks: {layout.strips} warps scan "
         f"{layout.own} rows each, {layout.copiers} copy",
-        f"{layout.piece} bytes of a row at once, {layout.stages} tiles a block",
+        f"{PIECE} bytes of a row at once, {layout.stages} tiles a block",
     )
     return Plan("strips", (launch,), reasons=reasons)
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
-    kernels = []
-    for storage, choice in product((1, 0), (QUARTER, HALF, WHOLE, WHOLE_SHARED)):
-        defines = {"STORAGE": storage, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, "CLUSTER": choice.cluster}
-        defines |= {"STRIPS": choice.strips, "COPIERS": choice.strips, "BLOCKS": 1, "ROWS": 3}
-        defines |= {"PIECE": PIECE, "STAGES": choice.stages}
-        kernels.append((Kernel("strips_forward.cu", "strips_forward", tuple(defines.items())), True))
-    return kernels
+    kernels = {}
+    for (wide, _), choices in CHOICES.items():
+        given = {"STORAGE": 0 if wide else 1, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0}
+        for choice in choices:
+            cut = {"CLUSTER": choice.cluster, "STRIPS": choice.strips, "COPIERS": choice.copiers}
+            defines = given | cut | {"BLOCKS": 1, "STAGES": choice.stages}
+            kernel = Kernel("strips_forward.cu", "strips_forward", tuple(defines.items()))
+            # Ten warps leave a thread 168 registers: two counters of tiles spill, outside of the scan.
+            kernels[kernel] = choice is not WHOLE_SHARED
+    return list(kernels.items())
