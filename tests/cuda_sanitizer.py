@@ -210,11 +210,15 @@ def calls(
         yield variant, operator.__name__, partial(operator, uploaded, problem, hidden)
 
 
+ONE_LANE_ARRIVES = ("pixels_forward.cu", "strips_forward.cu", "strips_vertical.cu")
+"""Kernels where a lane arrives at an mbarrier for its warp, unless they are built for racecheck."""
+
+
 def every_lane_arrives(choose: Callable[..., Plan]) -> Callable[..., Plan]:
     """Plans whose kernels meet at an mbarrier lane by lane."""
 
     def built(launch: Launch) -> Launch:
-        if launch.kernel.source != "pixels_forward.cu":
+        if launch.kernel.source not in ONE_LANE_ARRIVES:
             return launch
         defines = (*launch.kernel.defines, ("EVERY_LANE_ARRIVES", 1))
         return replace(launch, kernel=replace(launch.kernel, defines=defines))

@@ -102,7 +102,7 @@ def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> No
     functions = [kernel.function for kernel in found]
     assert {"gspn1_forward", "gspn1_backward"} < set(functions)
     assert any("backward" in it and "gspn1" not in it for it in functions)
-    assert any("forward" in it and "gspn1" not in it for it in functions)
+    assert any("backward" not in it and "gspn1" not in it for it in functions)
     # And side by side, with nothing left to compile.
     monkeypatch.setattr(ahead.driver, "device", any_device)
     monkeypatch.setattr(ahead, "_fails", fails_never)

@@ -38,6 +38,22 @@ __device__ __forceinline__ bool between(int r, int from, int until) {
   return (u32)(r - from) < (u32)(until - from);
 }
 
+// One lane arrives at a barrier for its warp, which has met before. NVIDIA's racecheck does not follow that, and has a
+// build where every lane arrives for itself.
+#ifndef EVERY_LANE_ARRIVES
+#define EVERY_LANE_ARRIVES 0
+#endif
+constexpr int ARRIVALS = EVERY_LANE_ARRIVES ? 32 : 1;
+
+__device__ __forceinline__ bool arrives(int lane) { return EVERY_LANE_ARRIVES || lane == 0; }
+// For who arrives, at a barrier that states of so many bytes come to from another block.
+__device__ __forceinline__ void arrive_expect(u64* bar, u32 bytes, int lane) {
+  if (!EVERY_LANE_ARRIVES || lane == 0)
+    mbarrier_arrive_expect(bar, bytes);
+  else
+    mbarrier_arrive(bar);
+}
+
 // What comes before the ring of tiles in shared memory: states that strips exchange, their barriers, and two
 // barriers of each stage: its tile is there; its tile has been scanned.
 template <int STATES, int STATE_BARRIERS>
@@ -50,8 +66,8 @@ struct Head {
   static __device__ __forceinline__ u64* done(int stage) { return full(stage) + STAGES; }
 
   static __device__ __forceinline__ void start_barriers() {
-    for (int i = 0; i < STATE_BARRIERS; ++i) mbarrier_init(state_barriers() + i, 1);
-    for (int i = 0; i < STAGES; ++i) mbarrier_init(full(i), 32 * COPIERS), mbarrier_init(done(i), STRIPS);
+    for (int i = 0; i < STATE_BARRIERS; ++i) mbarrier_init(state_barriers() + i, ARRIVALS);
+    for (int i = 0; i < STAGES; ++i) mbarrier_init(full(i), 32 * COPIERS), mbarrier_init(done(i), STRIPS * ARRIVALS);
     mbarrier_init_fence();
   }
 };

@@ -28,7 +28,7 @@ struct Strip {
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) shown[row(k)] = h[k];
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(state_barrier(slot, turn));
+    if (arrives(lane)) mbarrier_arrive(state_barrier(slot, turn));
 #if CLUSTER > 1
     if (far_before || far_after) send(shown, turn);
 #endif
@@ -43,9 +43,9 @@ struct Strip {
   // To other blocks a lane sends one state, half of the lanes to the block before, half to the one after.
   // There it counts on the barrier of what stands for this strip.
   __device__ __forceinline__ void send(float* shown, int turn) const {
-    if (lane == 0) {
-      if (far_before) mbarrier_arrive_expect(state_barrier(slot - 1, turn), 4 * HALO);
-      if (far_after) mbarrier_arrive_expect(state_barrier(slot + 1, turn), 4 * after);
+    if (arrives(lane)) {
+      if (far_before) arrive_expect(state_barrier(slot - 1, turn), 4 * HALO, lane);
+      if (far_after) arrive_expect(state_barrier(slot + 1, turn), 4 * after, lane);
     }
     const bool forth = lane >= HALO;
     const int there = forth ? slot - STRIPS : slot + STRIPS;

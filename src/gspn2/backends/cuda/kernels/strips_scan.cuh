@@ -130,7 +130,7 @@ struct Scanner {
       mbarrier_wait(Shared::full(stage), tiles.turn(n) & 1);
       scan_tile(ring + stage * STAGE, tiles.vectors(tile));
       __syncwarp();
-      if (strip.lane == 0) mbarrier_arrive(Shared::done(stage));
+      if (arrives(strip.lane)) mbarrier_arrive(Shared::done(stage));
       if (++tile == tiles.each) tile = 0, until_exchange = HALO, restarts.until = 0;
     }
   }

@@ -139,7 +139,7 @@ struct Scanner {
         scan_some(tile, min(left, LINES), restarts);
       }
       __syncwarp();
-      if (strip.lane == 0) mbarrier_arrive(Shared::done(turn.stage));
+      if (arrives(strip.lane)) mbarrier_arrive(Shared::done(turn.stage));
     }
   }
 };

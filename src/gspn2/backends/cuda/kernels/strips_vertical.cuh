@@ -54,16 +54,16 @@ struct Strip {
     const int set = set_of(number, turn, 0);  // what the strip before sends; then the strip after
     u64* bar = Shared::state_barriers() + set;
     const bool has_before = number > 0, has_after = after > 0;
-    if (lane == 0) {
-      if (has_before && !near(number - 1)) mbarrier_arrive_expect(bar, 4 * HALO);
-      if (has_after && !near(number + 1)) mbarrier_arrive_expect(bar + 1, 4 * after);
+    if (arrives(lane)) {
+      if (has_before && !near(number - 1)) arrive_expect(bar, 4 * HALO, lane);
+      if (has_after && !near(number + 1)) arrive_expect(bar + 1, 4 * after, lane);
     }
     const int o = place() - HALO;
     if (has_before && o >= 0 && o < HALO) send(h, number - 1, set_of(number - 1, turn, 1), o);
     if (has_after && o >= own - HALO && o < own)
       send(h, number + 1, set_of(number + 1, turn, 0), o - (own - HALO));
     __syncwarp();
-    if (lane == 0) {
+    if (arrives(lane)) {
       if (has_before && near(number - 1)) mbarrier_arrive(Shared::state_barriers() + set_of(number - 1, turn, 1));
       if (has_after && near(number + 1)) mbarrier_arrive(Shared::state_barriers() + set_of(number + 1, turn, 0));
     }

@@ -33,7 +33,6 @@ struct Carrier {
   int place, channel;
   int which;    // 0: its first place is beside another tile; 1: its last place is; or -1
   int present;  // of the thread's places
-  int pair_bytes;
   unsigned char *pairs_at, *side_at, *met;  // in shared memory: of the ring's first line; the warp's
   Pair* pairs;  // of the next line to copy
   float *from, *to;  // sides: of the next line to copy, and to write
@@ -52,7 +51,6 @@ struct Carrier {
     const bool last = (place + PLACES) % SIDE == 0 && place + PLACES < places;
     which = first ? 0 : last ? 1 : -1;
     const int begin = adjoint ? store.s.lines - 1 : 0, step = adjoint ? -1 : 1;
-    pair_bytes = present * (int)sizeof(Pair);
     unsigned char* shared = held_shared_memory();
     pairs_at = shared + PAIRS_AT + threadIdx.x * PAIRS, side_at = shared + threadIdx.x * 16;
     met = shared + MET_AT + (threadIdx.x / 32 + 1) * 32;
@@ -75,7 +73,7 @@ struct Carrier {
 #pragma unroll
     for (int part = 0; part < PAIRS / SIZE; part++)
       copy_async<SIZE>(pairs_at + slot + part * SIZE, (unsigned char*)pairs + part * SIZE,
-                       PAIRS == SIZE ? pair_bytes : max(0, min(SIZE, pair_bytes - part * SIZE)));
+                       present > 0 ? SIZE : 0);
     if (which >= 0) copy_async<16>(side_at + slot, from);
     pairs += pairs_line;
     from += sides_line;

@@ -53,7 +53,8 @@ __device__ __forceinline__ void scan(const Params& p, const Tile& tile) {
   const int which = side_of(lines, lane, store.tiles);
   float* side = store.side(lines.first, lines.tile, which < 0 ? 0 : which, channel);
   Pair* keep = store.pair(lines.first, place);
-  const bool keeps = there && sub == 0 && tile.keeps_weights;
+  // Those beyond the line's end are zeros, for who reads several places at once.
+  const bool keeps = lane < padded(lines.places) && sub == 0 && tile.keeps_weights;
   const long long side_line = store.side_line, keep_line = padded(store.s.places);
 #endif
   int restart = RESTARTS ? (p.chunk - lines.first % p.chunk) % p.chunk : -1;
