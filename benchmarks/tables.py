@@ -10,8 +10,8 @@ A document asks for a table with a pair of lines; what is between them is genera
 
 Names: operator, operator-compact, memory, start, models, models-compact, technology; they need
 benchmarks/results/cpu/NAME.json. And h200/NAME for a section of gpu.py, h200/summary, h200/summary-compact,
-h200/scaling, from benchmarks/results/h200/*.json, h200/backbones, h200/steps, h200/floor and h200/pictures,
-from bench.json in benchmarks/results/h200_models and h200_t2i; until there are such files the place says so.
+h200/scaling, from benchmarks/results/h200/*.json, and h200/backbones, h200/steps, h200/floor and
+h200/pictures from bench.json there; until there are such files the place says so.
 A table says under itself on what, when and how it was measured.
 """
 
@@ -38,7 +38,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 GPUS = ("h200",)
 SCALING = "scaling"
 BENCHED: dict[str, Any] = {it.NAME: it for it in (backbone_table, step_table, floor_table, picture_table)}
-"""What is made from a result file of `gspn2 bench`, of the part that it names."""
+"""What is made from the result file of `gspn2 bench`: each takes the cases of its part."""
 Result = dict[str, Any]
 
 OPEN = re.compile(r"<!-- benchmark:(\S+) -->")
@@ -221,7 +221,7 @@ def table(name: str) -> str:
         return _made(name, {gpu: path}, lambda results: scaling_table.make(results[gpu]))
     if gpu in BENCHED and folder in GPUS:
         maker = BENCHED[gpu]
-        path = RESULTS / f"{folder}_{maker.PART}" / "bench.json"
+        path = RESULTS / folder / "bench.json"
         if not path.exists():
             return maker.ABSENT
         return _made(name, {gpu: path}, lambda results: maker.make(results[gpu]))

@@ -413,17 +413,24 @@ def test_the_table_of_backbones_sets_ours_beside_each(project: Path) -> None:
     document = ask_for(project, "h200/backbones")
     assert tables(project).returncode == 0
     assert "*Not measured yet: `gspn2 bench models`" in document.read_text()
-    path = project / "benchmarks" / "results" / "h200_models" / "bench.json"
+    path = project / "benchmarks" / "results" / "h200" / "bench.json"
     path.parent.mkdir()
     times = {"gspn2_tiny": 10.0, "convnext_tiny": 16.0, "swin_tiny": 8.0}
-    contenders = [{"name": name, "pass": "train", "ms": ms, "images": 256} for name, ms in times.items()]
+    facts = {"pixels": 224, "batches": {"train": 256, "train, compiled": 256}}
+    contenders = [
+        {"name": name, "pass": which, "ms": ms, "images": 256}
+        for name, ms in times.items()
+        for which in facts["batches"]
+    ]
     contenders.append({"name": "deit_small", "absent": "not here"})
-    case = {"facts": {"pixels": 224, "batches": {"train": 256}}, "contenders": contenders}
-    path.write_text(json.dumps({"machine": GPU_MACHINE, "cases": [case]}))
+    case = {"bench": "models", "facts": facts, "contenders": contenders}
+    path.write_text(json.dumps({"machine": GPU_MACHINE, "cases": [case, {**case, "bench": "t2i"}]}))
     assert tables(project).returncode == 0
-    rows = document.read_text().splitlines()
-    assert "| 224 x 224, train, batch 256 | 25600 | `convnext_tiny` 16000 | 1.60 |" in rows
-    assert "| 224 x 224, train, batch 256 | 25600 | `swin_tiny` 32000 | 0.80 |" in rows
+    rows = [line for line in document.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        "| 224 x 224, train, compiled, batch 256 | 25600 | `convnext_tiny` 16000 | 1.60 |",
+        "| 224 x 224, train, compiled, batch 256 | 25600 | `swin_tiny` 32000 | 0.80 |",
+    ]
 
 
 def t2i_case(pixels: int, which: str, method: str, **more: object) -> dict[str, object]:
@@ -445,7 +452,7 @@ def t2i_rows(project: Path, name: str, cases: list[dict[str, object]]) -> tuple[
     document = ask_for(project, name)
     assert tables(project).returncode == 0
     assert "*Not measured yet: `gspn2 bench t2i`" in document.read_text()
-    path = project / "benchmarks" / "results" / "h200_t2i" / "bench.json"
+    path = project / "benchmarks" / "results" / "h200" / "bench.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"machine": GPU_MACHINE, "cases": cases}))
     assert tables(project).returncode == 0
