@@ -17,7 +17,7 @@ from cuda_emulator import KernelError, compiler, run_launch
 from cuda_emulator.memory import Memory
 from gspn2.backends.cuda import depthwise, driver
 from gspn2.backends.cuda.geometry import Device, Launch
-from gspn2.models.gspn2 import Stem
+from gspn2.models.blocks import Stem
 from gspn2.ops.depthwise import depthwise as depthwise_op
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="the emulator needs g++ 12 on Linux")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn2.models import gspn2 as models
+from gspn2.models import blocks
 from gspn2.nn.layers import Pointwise
 from gspn2.ops import fused
 from gspn2.ops.normed_sum import normed_sum, worth_it
@@ -125,8 +125,8 @@ def test_a_model_that_takes_it_is_the_same(compiled: bool, monkeypatch: pytest.M
         called.append(x.shape[-1])
         return normed_sum(x, *rest)
 
-    monkeypatch.setattr(models, "worth_it", lambda x: True)
-    monkeypatch.setattr(models, "normed_sum", spy)
+    monkeypatch.setattr(blocks, "worth_it", lambda x: True)
+    monkeypatch.setattr(blocks, "normed_sum", spy)
     torch._dynamo.reset()
     runner = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     for found, exactly in zip(trained(model, x, runner), right, strict=True):
@@ -138,17 +138,17 @@ def test_only_layers_as_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
     class Adapted(Pointwise):
         pass
 
-    monkeypatch.setattr(models, "worth_it", lambda x: True)
+    monkeypatch.setattr(blocks, "worth_it", lambda x: True)
 
     def refuse(*_: Any) -> Tensor:
         raise AssertionError
 
-    monkeypatch.setattr(models, "normed_sum", refuse)
+    monkeypatch.setattr(blocks, "normed_sum", refuse)
     x, seen = torch.randn(1, 16, 8, 8), []
-    many = models.GSPNModule(16, 1.5, 3, proxy_dim=fused.MOST_PROXIES + 1)
-    adapted = models.GSPNModule(16, 1.5, 3, proxy_dim=2)
+    many = blocks.GSPNModule(16, 1.5, 3, proxy_dim=fused.MOST_PROXIES + 1)
+    adapted = blocks.GSPNModule(16, 1.5, 3, proxy_dim=2)
     adapted.mixer.from_proxy = Adapted(2, 24)
-    hooked = models.GSPNModule(16, 1.5, 3, proxy_dim=2)
+    hooked = blocks.GSPNModule(16, 1.5, 3, proxy_dim=2)
     for part in (hooked.mixer, hooked.mixer.from_proxy, hooked.norm2):
         part.register_forward_hook(lambda *_: seen.append(1))
         assert hooked(x).shape == x.shape

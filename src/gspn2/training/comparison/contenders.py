@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.gspn2 import Stem
+from ...models.blocks import Stem
 from ..rng import seeded
 from ..state import count_parameters
 
