@@ -48,8 +48,9 @@ def star(it: Result) -> str:
 def of_other_commits(result: Result, cases: list[Result]) -> str:
     """Which sizes were measured at another commit than the file's, as a sentence, or ""."""
     commit = result["machine"]["commit"]
-    others = {
-        case["facts"]["pixels"]: case["commit"] for case in cases if case.get("commit", commit) != commit
-    }
-    found = [f"{pixels} x {pixels} ({other})" for pixels, other in others.items()]
+    others: dict[int, list[str]] = {}
+    for case in cases:
+        if case.get("commit", commit) != commit:
+            others.setdefault(case["facts"]["pixels"], []).append(case["commit"])
+    found = [f"{pixels} x {pixels} ({', '.join(commits)})" for pixels, commits in others.items()]
     return f" At other commits: {', '.join(found)}." if found else ""

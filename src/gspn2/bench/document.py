@@ -201,7 +201,7 @@ def _models(rows: Sequence[Row]) -> str:
 
 def _t2i(rows: Sequence[Row]) -> str:
     steps = [[row["case"].split(", ")[1], *cells] for row in rows for cells in _steps(row)]
-    images = [[row["case"].split(", ", 1)[1], *cells] for row in rows for cells in _images(row)]
+    images = [_image(pixels, found) for pixels, found in _pictures(rows).items()]
     heads = ["", "pass", ATTENTION, MIXERS, CUT, "over the floor", "of attention", "peak memory"]
     shown = [_table(heads, steps, left=2) + "\nMilliseconds a step.\n"] if steps else []
     heads = ["", DIRECT, PROGRESSIVE, "faster", "peak memory", "stated before"]
@@ -231,16 +231,27 @@ def _steps(row: Row) -> Iterator[list[str]]:
         ]
 
 
-def _images(row: Row) -> Iterator[list[str]]:
-    found = [find(row, name, IMAGE) for name in (DIRECT, PROGRESSIVE)]
-    if any(found):
-        other, ours = found
-        yield [
-            *("-" if it is None else _starred(it, 1.0) for it in found),
-            f"{other['ms'] / ours['ms']:.1f}x" if ours and other else "-",
-            _gigabytes(ours, "peak_bytes"),
-            _gigabytes(ours, "planned_bytes"),
-        ]
+def _pictures(rows: Sequence[Row]) -> dict[int, dict[str, Row]]:
+    """Whole pictures by their side in pixels and who made them: measured end to end rather than composed."""
+    found: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        for it in timed(row):
+            if it["pass"] == IMAGE:
+                made = found.setdefault(row["facts"]["pixels"], {})
+                if it["name"] not in made or made[it["name"]]["method"] == "composed":
+                    made[it["name"]] = it
+    return found
+
+
+def _image(pixels: int, made: dict[str, Row]) -> list[str]:
+    other, ours = (made.get(name) for name in (DIRECT, PROGRESSIVE))
+    return [
+        f"{pixels} pixels",
+        *("-" if it is None else _starred(it, 1.0) for it in (other, ours)),
+        f"{other['ms'] / ours['ms']:.1f}x" if ours and other else "-",
+        _gigabytes(ours, "peak_bytes"),
+        _gigabytes(ours, "planned_bytes"),
+    ]
 
 
 def _starred(it: Row, unit: float) -> str:
