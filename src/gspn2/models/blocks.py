@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..nn import FFN, GRN, LPU, LayerNorm2d, Mixer, Pointwise
 from ..nn.layers import Depthwise, hidden_width, is_bare, is_plain, norm_of, residual_branch
-from ..ops import fused
+from ..ops import fused, lean
 from ..ops.eager import under_transforms
 from ..ops.normed_sum import normed_sum, worth_it
 
@@ -53,8 +53,11 @@ class GSPNModule(nn.Module):
         if worth_it(x) and self._from_few() and is_plain(self.norm2):
             n = normed_sum(x.permute(0, 2, 3, 1), self._proxies(x), norm_of(self.norm2))
             return self.fc2(self.grn(n.permute(0, 3, 1, 2)))
-        x = x + self.mixer(x)
-        return self.fc2(self.grn(self.norm2(x)))
+        x = self.norm2(x + self.mixer(x))
+        if lean.worth_it(x) and is_plain(self.grn, self.fc2):
+            y = lean.grn_linear(x.permute(0, 2, 3, 1), self._response(), (self.fc2.weight, self.fc2.bias))
+            return y.permute(0, 3, 1, 2)
+        return self.fc2(self.grn(x))
 
     def _from_few(self) -> bool:
         """May the mixer's way back be part of the pass that takes its sum with x?"""
@@ -66,6 +69,10 @@ class GSPNModule(nn.Module):
         """What the mixer makes of x (B, H, W, proxy_dim), weight and bias of its way back."""
         back = self.mixer.from_proxy
         return self.mixer.mixed(x).permute(0, 2, 3, 1), back.weight, back.bias
+
+    def _response(self) -> tuple[Tensor, Tensor, float]:
+        """Weight, bias and eps of the response normalization."""
+        return self.grn.weight, self.grn.bias, self.grn.eps
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same by operators that leave out passes over activations; see `gspn2.ops.fused`."""
@@ -83,7 +90,7 @@ class GSPNModule(nn.Module):
             x.permute(0, 2, 3, 1),
             proxies,
             norm_of(self.norm2),
-            (self.grn.weight, self.grn.bias, self.grn.eps),
+            self._response(),
             (self.fc2.weight, self.fc2.bias),
         )
         return y.permute(0, 3, 1, 2)

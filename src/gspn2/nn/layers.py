@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import fused
+from ..ops import fused, lean
 from ..ops.depthwise import depthwise
 from ..ops.eager import under_transforms
 
@@ -49,8 +49,11 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         pixels = input.permute(0, 2, 3, 1)
+        autocast = input.is_cuda and torch.is_autocast_enabled("cuda")
+        if autocast and lean.worth_it(input):
+            return lean.norm(pixels, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
         pixels = F.layer_norm(pixels, self.normalized_shape, self.weight, self.bias, self.eps)
-        if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        if autocast:
             # Autocast normalizes in float32 and leaves it at that: twice the memory for all that follows.
             pixels = pixels.to(torch.get_autocast_dtype("cuda"))
         return pixels.permute(0, 3, 1, 2)
@@ -308,7 +311,11 @@ class FFN(nn.Module):
         x = self.lpu(x, other)
         if fused.at_work(x) and is_plain(self.norm, self.fc1, self.fc2, self.act):
             return self._fused_halves(x)
-        return x, self.tail(self.fc2(_gelu(self.fc1(self.norm(x)), self.act)))
+        hidden = self.fc1(self.norm(x))
+        if lean.worth_it(hidden) and is_plain(self.act, self.fc2):
+            y = lean.gelu_linear(hidden.permute(0, 2, 3, 1), self.fc2.weight, self.fc2.bias)
+            return x, self.tail(y.permute(0, 3, 1, 2))
+        return x, self.tail(self.fc2(_gelu(hidden, self.act)))
 
     def _fused_halves(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """`halves` after the LPU, by operators that keep activations from memory."""
