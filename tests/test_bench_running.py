@@ -265,6 +265,64 @@ def test_a_lost_process_is_started_anew(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert limits[1:] == [None]
 
 
+def dies() -> dict[str, Pass]:
+    """Its result is right; in the second round of its times the process ends."""
+    calls = iter(range(3))
+
+    def call(_: int) -> None:
+        if next(calls, 9) >= 2:
+            raise SystemExit
+
+    return {"backward": Pass(Work(call), dict, 1, 1)}
+
+
+def dies_at_once() -> dict[str, Pass]:
+    raise SystemExit
+
+
+@pytest.mark.parametrize(
+    ("contender", "doing"), [(dies, "timing dies, backward"), (dies_at_once, "making dies_at_once")]
+)
+def test_who_ended_the_process_is_told(tmp_path: Path, contender: Any, doing: str) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(SystemExit):
+        run_cases([fake(Contender("fine", fine), Contender(contender.__name__, contender))], path)
+    told = f"hung, or ended the process, {doing}"
+    assert results.give_up(path) == [f"ladder: fake: {told}"]
+    assert results.give_up(path) == []
+    (row,) = run_cases([fake(Contender("fine", fine))], path, resume=True)["cases"]
+    assert results.broken(row) == [told]
+    assert [it.name for it in tmp_path.iterdir()] == ["results.json"], "nothing is left beside them"
+
+
+def test_who_lost_the_device_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand advice")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def passes() -> dict[str, Pass]:
+        monkeypatch.setattr(torch.cuda, "synchronize", lose)
+        return {"backward": Pass(Work(lose), dict, 1, 1)}
+
+    monkeypatch.setattr(runner.os, "_exit", leave)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = results.Results(tmp_path / "results.json", {"commit": "abc"}, {"command": "", "device": "cuda"})
+    found.begin("ladder", "a", {})
+    on_gpu = runner.Runner(runner.Settings(torch.device("cuda")), found.mark)
+    assert on_gpu._prepared(Contender("fine", fine), {})[0]["error_of"] == {}
+    with pytest.raises(SystemExit, match=str(runner.LOST)):
+        on_gpu._prepared(Contender("fused", passes), {})
+    error = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert capsys.readouterr().err == f"gspn2 bench: the device was lost, making fused: {error}\n"
+    assert results.give_up(found.path) == [f"ladder: a: the device was lost, making fused: {error}"]
+    on_gpu._timing(("fused", "backward"))
+    assert on_gpu.doing == "timing fused, backward"
+
+
 def test_rounds_end_when_time_is_up() -> None:
     works = {"a": Work(lambda _: None), "b": Work(lambda _: None, sets=2)}
     found = in_turn(works, HOST, rounds=50, seconds=0.0, least=4)

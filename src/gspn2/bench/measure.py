@@ -116,6 +116,7 @@ def in_turn(
     rounds: int,
     seconds: float | None = None,
     least: int = 3,
+    doing: Callable[[Any], None] = lambda name: None,
 ) -> dict[str, dict[str, Any]]:
     """Time the works in turn, `rounds` times; for each the spread of milliseconds a launch.
 
@@ -125,15 +126,20 @@ def in_turn(
         rounds: samples of each.
         seconds: stop when so much time is spent, if there are `least` samples of each.
         least: see there.
+        doing: told the name of each work before it is prepared, and before each sample.
     """
     clock = _host_milliseconds if device.type == "cpu" else milliseconds
-    prepared = {name: prepare(work, device) for name, work in works.items()}
+    prepared = {}
+    for name, work in works.items():
+        doing(name)
+        prepared[name] = prepare(work, device)
     samples: dict[str, list[float]] = {name: [] for name in works}
     begin = time.perf_counter()
     for turn in range(rounds):
         if seconds is not None and turn >= least and time.perf_counter() - begin > seconds:
             break
         for name, it in prepared.items():
+            doing(name)
             samples[name].append(clock(it.run) / it.launches)
     return {
         name: {**spread(samples[name]), "launches": it.launches, "method": it.method}

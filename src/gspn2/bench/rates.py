@@ -8,7 +8,7 @@ fastest of several products: on some processors PyTorch's convolutions multiply 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -60,9 +60,9 @@ class Probes:
     def _read_bytes(self) -> int:
         return COPY_BYTES // 2 if self.device.type == "cuda" else COPY_BYTES // 128
 
-    def start(self, rounds: int, seconds: float) -> Rates:
-        """What is found now, as it stands in the results."""
-        times = in_turn(self.beside(True), self.device, rounds, seconds)
+    def start(self, rounds: int, seconds: float, doing: Callable[[Any], None] = lambda name: None) -> Rates:
+        """What is found now, as it stands in the results; doing as for `in_turn`."""
+        times = in_turn(self.beside(True), self.device, rounds, seconds, doing=doing)
         rates: Rates = {
             "copy_gb_per_s": bytes_per_ms(times["copy"], self.device) / 1e6,
             "fastest_gb_per_s": 0.0,

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ PLACES = ("device", "processor", "threads", "torch", "driver")
 
 MOST_TRIES = 2
 """After so many beginnings without an end a case is not begun again."""
+MARK_BYTES = 2048
+"""Of the file that tells what is under way: more than it ever needs, so that each mark covers the last."""
 FLOOR_TOLERANCE = 0.03
 """By how much a time may be below its floor before that is remarked on."""
 
@@ -79,7 +82,7 @@ class Results:
             if 0 < tries < MOST_TRIES:
                 self._tries[row["bench"], row["case"]] = tries
                 continue
-            self.rows.append(_failed(row) if tries else row)
+            self.rows.append(_failed(row, self.path) if tries else row)
         if self.rows:
             self.content["rates"] = old["rates"]
             self._seconds = self._seconds_before(old["run"])
@@ -104,11 +107,30 @@ class Results:
         tries = 1 + self._tries.get((bench, case), 0)
         self.rows.append({"bench": bench, "case": case, "facts": facts, "commit": commit, "began": tries})
         self.save()
+        _mark(self.path).unlink(missing_ok=True)
+
+    def mark(self, doing: str, lost: str | None = None) -> None:
+        """Note what of the case is under way, in a file of its own: writing all results takes too long.
+
+        Args:
+            doing: for whoever finds that the process has ended.
+            lost: the error with which the device was lost in it.
+        """
+        row = self.rows[-1]
+        told = {"bench": row["bench"], "case": row["case"], "doing": doing, "lost": lost}
+        with suppress(OSError):  # a full disk is no fault of the contender: saving the results tells of it
+            # Before every sample, so it is written over what is there: to empty it first takes milliseconds.
+            file = os.open(_mark(self.path), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.write(file, json.dumps(told).ljust(MARK_BYTES).encode())
+            finally:
+                os.close(file)
 
     def forget(self) -> None:
         """The case that began was interrupted."""
         self.rows.pop()
         self.save()
+        _mark(self.path).unlink(missing_ok=True)
 
     def end(self, found: Row) -> Row:
         """Put what was found in the place of what began; the row as it is written."""
@@ -133,6 +155,7 @@ class Results:
         for name in ("began", "before"):
             self.content["run"].pop(name, None)
         self.save()
+        _mark(self.path).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write the file anew, as a whole."""
@@ -208,20 +231,45 @@ _KINDS: dict[Any, str] = {
 """As JSON calls them."""
 
 
-def give_up(path: Path) -> None:
-    """The case that began in this file has ended its process: no other is to try it again."""
+def give_up(path: Path) -> list[str]:
+    """The case that began in this file has ended its process: no other is to try it again.
+
+    Returns the case and what it was doing, in words; nothing if none had begun.
+    """
     content = load(path)
-    content["cases"] = [_failed(row) if "began" in row else row for row in content["cases"]]
+    given_up = [i for i, row in enumerate(content["cases"]) if "began" in row]
+    for i in given_up:
+        content["cases"][i] = _failed(content["cases"][i], path)
     _write(content, path)
+    rows = [content["cases"][i] for i in given_up]
+    return [f"{row['bench']}: {row['case']}: {row['failed']}" for row in rows]
 
 
 def _counted(cases: int) -> str:
     return "1 case" if cases == 1 else f"{cases} cases"
 
 
-def _failed(row: Row) -> Row:
+def _failed(row: Row, path: Path) -> Row:
+    """A case that began and did not end, with what the mark beside the results says that it was doing."""
     found = {key: value for key, value in row.items() if key != "began"}
-    return {**found, "failed": "hung, or ended the process", "contenders": []}
+    try:
+        mark = json.loads(_mark(path).read_text(encoding="utf-8"))
+        known = (mark["bench"], mark["case"]) == (row["bench"], row["case"])
+        doing, why = (mark["doing"], mark["lost"]) if known else ("", None)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or the process died while writing it
+        doing, why = "", None
+    failed = lost(doing, why) if why else f"hung, or ended the process{f', {doing}' if doing else ''}"
+    return {**found, "failed": failed, "contenders": []}
+
+
+def lost(doing: str, why: str) -> str:
+    """That the device does not answer any more, in words: what was under way, and the error."""
+    return f"the device was lost{f', {doing}' if doing else ''}: {why}"
+
+
+def _mark(path: Path) -> Path:
+    """The file beside the results that tells what is under way."""
+    return path.with_suffix(".now")
 
 
 def timed(row: Row) -> list[Row]:

@@ -18,7 +18,7 @@ from .case import Absent, Case, Contender, Part, Pass
 from .check import Wrong
 from .measure import Work, bytes_per_ms, in_turn
 from .rates import INTENSE, Probes, Rates, floor_ms, judge
-from .results import Results, Row
+from .results import Results, Row, lost
 from .schedule import Clock, ordered
 
 HANG_SECONDS = 240
@@ -65,10 +65,19 @@ class Watcher:
 
 
 class Runner:
-    """Runs cases on one device."""
+    """Runs cases on one device.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: how.
+        mark: told what is under way, and what ended it if the device was lost in it (`Results.mark`).
+    """
+
+    def __init__(
+        self, settings: Settings, mark: Callable[[str, str | None], None] = lambda doing, lost: None
+    ) -> None:
         self.settings = settings
+        self.mark = mark
+        self.doing = ""
         self.device = settings.device
         self.seconds = SECONDS[self.device.type] if settings.seconds is None else settings.seconds
         self.probes = Probes(self.device)
@@ -76,7 +85,7 @@ class Runner:
 
     def rates(self) -> Rates:
         """How fast this device copies, reads and multiplies, now."""
-        return self.probes.start(max(5, self.settings.rounds), self.seconds)
+        return self.probes.start(max(5, self.settings.rounds), self.seconds, self._timing)
 
     def run(self, case: Case, rates: Rates) -> Row:
         """Measure a case; the rates are raised where it shows faster ones.
@@ -85,9 +94,11 @@ class Runner:
         """
         found: list[Row] = []
         passes: dict[tuple[str, str], Pass] = {}
+        self._now("listing its contenders")
         for contender in case.contenders(self.device):
             found += self._prepared(contender, passes)
         times = self._timed(passes, case.rounds or self.settings.rounds)
+        self._now("judging its times")
         bandwidth = bytes_per_ms(times["copy"], self.device) if "copy" in times else None
         self.probes.note(times, rates)
         for row in found:
@@ -109,8 +120,10 @@ class Runner:
     def _prepared(self, contender: Contender, passes: dict[tuple[str, str], Pass]) -> list[Row]:
         """Make and check the passes; those that are right go into `passes`."""
         rows: list[Row] = []
+        self._now(f"making {contender.name}")
         try:
             made = contender.make()
+            self._settle()
         except Absent as why:
             return [{"name": contender.name, "absent": str(why)}]
         except Exception as error:
@@ -118,8 +131,10 @@ class Runner:
             return [{"name": contender.name, "wrong": first_line(error)}]
         for which, it in made.items():
             row: Row = {"name": contender.name, "pass": which}
+            self._now(f"checking {contender.name}, {which}")
             try:
                 row["error_of"] = it.check()
+                self._settle()
             except Absent as why:
                 row = {"name": contender.name, "pass": which, "absent": str(why)}
             except Exception as error:
@@ -139,14 +154,14 @@ class Runner:
         computes = any(it.flops > INTENSE * it.bytes for it in passes.values())
         beside = self.probes.beside(computes)
         try:
-            return in_turn({**beside, **works}, self.device, rounds, seconds)
+            return in_turn({**beside, **works}, self.device, rounds, seconds, doing=self._timing)
         except Exception as error:
             self._tell(error)
         # One of them fails; each alone says which, at the price that they are not in turn.
         times: dict[Any, Any] = {}
         for key, work in works.items():
             try:
-                times |= in_turn({**beside, key: work}, self.device, rounds, seconds)
+                times |= in_turn({**beside, key: work}, self.device, rounds, seconds, doing=self._timing)
             except Exception as error:
                 self._tell(error)
                 times[key] = first_line(error)
@@ -178,8 +193,24 @@ class Runner:
             try:
                 torch.cuda.synchronize()
             except RuntimeError:
-                print(f"gspn2 bench: the device is lost: {first_line(error)}", file=sys.stderr, flush=True)
+                why = first_line(error)
+                self.mark(self.doing, why)
+                print(f"gspn2 bench: {lost(self.doing, why)}", file=sys.stderr, flush=True)
                 os._exit(LOST)
+
+    def _settle(self) -> None:
+        """Wait for the device: what a contender has launched must not fail in the next one's name."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _now(self, doing: str) -> None:
+        """What begins: if it ends the process, the next one knows what it was."""
+        self.doing = doing
+        self.mark(doing, None)
+
+    def _timing(self, key: Any) -> None:
+        """A contender's pass, or one of the probes beside it, is prepared or timed."""
+        self._now(f"timing {key if isinstance(key, str) else ', '.join(map(str, key))}")
 
     def clear(self) -> None:
         """Give memory back between cases."""
@@ -215,7 +246,7 @@ def run(cases: Sequence[Case], settings: Settings, results: Results, watcher: Wa
         results.begin(case.bench, case.name, case.facts)
         watcher.began(case)
         device = torch.device("cpu") if case.host else settings.device
-        runner = runners.setdefault(device.type, Runner(replace(settings, device=device)))
+        runner = runners.setdefault(device.type, Runner(replace(settings, device=device), results.mark))
         if device.type not in rates:
             rates[device.type] = runner.rates()
         try:

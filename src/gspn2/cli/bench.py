@@ -241,8 +241,8 @@ def _supervise(cases: list[Case], path: Path, began: float, minutes: float | Non
         if done.returncode == USAGE or held <= before:
             return USAGE if done.returncode == USAGE else WRONG
         before = held
-        if content is not None:
-            give_up(path)
+        for text in give_up(path) if content is not None else []:
+            print(f"FAILED  {text}", flush=True)
     return code
 
 
