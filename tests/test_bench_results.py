@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench_helpers import ROOT, content_with, documents
-from gspn2.bench import beside, compare, document, report, results, tables, terminal
+from gspn2.bench import beside, compare, document, figures, report, results, tables, terminal
 from gspn2.cli.main import main
 
 
@@ -251,3 +251,22 @@ def test_a_baseline_that_is_far_from_the_released_kernel_is_told_at_the_top() ->
     assert told in report.html(content, {})
     content["cases"][0]["contenders"] = [it | {"released_ms": it["ms"]} for it in times]
     assert tables.far(content) == ""
+
+
+def test_a_contender_looks_the_same_in_every_panel() -> None:
+    """Or the one legend above them names the wrong ones; also where others have no time."""
+    pytest.importorskip("matplotlib")
+    case = {"bench": "models", "facts": {"models": [], "pixels": 224}}
+    compiled = {"inference, compiled:gspn2_tiny": 1.0, "inference, compiled:convnext": 2.0}
+    compiled |= {"train, compiled, CUDA graphs:convnext": 2.0}
+    eager = {f"inference:{name}": 3.0 for name in ("gspn2_tiny", "deit", "swin", "convnext")}
+    small = {"inference:swin_small": 4.0, "inference:convnext_small": 5.0}
+    found = {"T, compiled": compiled, "T, 224 pixels": eager, "S, 224 pixels": small}
+    rows = [{**case, "case": name, "contenders": passes(**times)} for name, times in found.items()]
+    picture = figures.models(rows)
+    assert picture is not None
+    assert len(picture.axes) == 4, "also of compiled training as CUDA graphs"
+    lines = [line for axes in picture.axes for line in axes.get_lines()]
+    looks = {line.get_label(): (line.get_color(), line.get_marker()) for line in lines}
+    assert all(looks[line.get_label()] == (line.get_color(), line.get_marker()) for line in lines)
+    assert len(set(looks.values())) == len(looks) == 6

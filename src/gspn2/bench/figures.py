@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import paper
@@ -21,6 +21,13 @@ INK, FAINT = "#6e7681", "#6e768144"
 COLOURS = ("#c4500a", "#0069a8", "#0a7f5c", "#8250df", "#b3123f", "#946200", "#1f9bb5", "#6639ba")
 OURS, THEIRS = COLOURS[0], "#9aa3ad"
 MARKS = "osD^vPX*"
+MODEL_PASSES = (
+    "inference",
+    "train",
+    "inference, compiled",
+    "train, compiled",
+    "train, compiled, CUDA graphs",
+)
 STYLE: Any = {
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -92,13 +99,14 @@ def throughput(rows: Rows) -> Figure | None:
         return None
     dtype = cases[0]["facts"]["dtype"]
     cases = [row for row in cases if row["facts"]["dtype"] == dtype]
+    names = _names(cases)
     figure, panels = _panels(2, width=5.8, height=0.55 * len(cases) + 1.4)
     for axes, which in zip(panels, ("forward", "backward"), strict=True):
         for y, row in enumerate(cases):
             found = [it for it in timed(row) if it["pass"] == which]
             for i, it in enumerate(found):
                 at = y + 0.8 * (i + 0.5) / len(found) - 0.4
-                colour, thick = _colour(i, it["name"]), 0.7 / len(found)
+                colour, thick = _colour(names.index(it["name"]), it["name"]), 0.7 / len(found)
                 axes.barh(at, it["gb_per_s"], height=thick, color=colour, label=it["name"])
                 inside = it["gb_per_s"] > 0.6 * row["copy_gb_per_s"]
                 _beside(axes, it["gb_per_s"], at, digits(it["gb_per_s"]), size=7, inside=inside)
@@ -122,7 +130,7 @@ def sweep(rows: Rows) -> Figure | None:
     for i, name in enumerate(series):
         mine = [row for row in cases if row["facts"]["series"] == name]
         for axes, which in zip(panels[2 * i : 2 * i + 2], ("forward", "backward"), strict=True):
-            _lines(axes, mine, lambda row: row["facts"]["value"], which)
+            _lines(axes, mine, lambda row: row["facts"]["value"], which, _names(cases))
             axes.set_title(f"{name}: {which}")
             axes.set_xlabel("pixels of a side" if name == "resolution" else name)
     _legend(figure, panels)
@@ -139,7 +147,7 @@ def attention(rows: Rows) -> Figure | None:
     cases.sort(key=lambda row: row["facts"]["tokens"])
     figure, panels = _panels(2, width=5.8, height=3.8)
     for axes, which in zip(panels, ("forward", "train"), strict=True):
-        _lines(axes, cases, lambda row: row["facts"]["tokens"], which)
+        _lines(axes, cases, lambda row: row["facts"]["tokens"], which, _names(cases))
         axes.set_title("inference" if which == "forward" else "forward and backward")
         axes.set_xlabel("tokens")
     _legend(figure, panels)
@@ -155,12 +163,12 @@ def models(rows: Rows) -> Figure | None:
     shown = [
         (size, which, mine)
         for size in sizes
-        for which in ("inference", "train", "inference, compiled", "train, compiled")
+        for which in MODEL_PASSES
         if (mine := [row for row in cases if row["case"].startswith(f"{size},") and _has(row, which)])
     ]
     figure, panels = _panels(len(shown), width=5.4, height=3.0)
     for axes, (size, which, mine) in zip(panels, shown, strict=True):
-        _lines(axes, mine, lambda row: row["facts"]["pixels"], which, images_per_second)
+        _lines(axes, mine, lambda row: row["facts"]["pixels"], which, _names(cases), images_per_second)
         axes.set_ylabel("images per second")
         axes.set_title(f"size {size}: {which}")
         axes.set_xlabel("pixels of a side")
@@ -227,7 +235,8 @@ def t2i(rows: Rows) -> Figure | None:
     figure, panels = _panels(len(passes), width=5.8, height=3.8)
     for axes, which in zip(panels, passes, strict=True):
         mine = [{**row, "contenders": [it for it in timed(row) if it["pass"] == which]} for row in cases]
-        _lines(axes, [row for row in mine if timed(row)], lambda row: row["facts"]["pixels"], which)
+        some = [row for row in mine if timed(row)]
+        _lines(axes, some, lambda row: row["facts"]["pixels"], which, _names(cases))
         axes.set_title(f"{cases[0]['facts']['model']}: {which}")
         axes.set_xlabel("pixels of a side")
     _legend(figure, panels)
@@ -284,6 +293,11 @@ def of(rows: Rows, bench: str) -> Rows:
     return [row for row in rows if row["bench"] == bench]
 
 
+def _names(rows: Rows) -> list[str]:
+    """Who has a time in any of the rows."""
+    return list(dict.fromkeys(it["name"] for row in rows for it in timed(row)))
+
+
 def images_per_second(it: Row) -> float:
     return it["images"] / it["ms"] * 1e3
 
@@ -293,12 +307,20 @@ def _lines(
     rows: Rows,
     x: Callable[[Row], float],
     which: str,
+    names: Sequence[str],
     y: Callable[[Row], float] = lambda it: it["ms"],
 ) -> None:
-    """A line a contender through all rows that have it; log-log."""
+    """A line a contender through all rows that have it; log-log.
+
+    Args:
+        axes, rows: of a panel.
+        x: of a row.
+        which: pass.
+        names: of the whole picture: the place there is a contender's colour and mark in every panel.
+        y: of a timed pass.
+    """
     from matplotlib.ticker import NullLocator
 
-    names = list(dict.fromkeys(it["name"] for row in rows for it in timed(row)))
     for i, name in enumerate(names):
         points: dict[float, float] = {}
         for row in rows:
@@ -314,7 +336,7 @@ def _lines(
     if values:
         _logarithmic(axes, "y", min(values) / 1.25, 1.25 * max(values))
     ticks = sorted({x(row) for row in rows})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=0 if len(ticks) < 6 else 30)
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], rotation=0 if len(ticks) < 6 else 30)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("milliseconds")
 
