@@ -91,6 +91,11 @@ def test_results_of_the_run_before_are_kept(tmp_path: Path, capsys: pytest.Captu
     assert f"are kept in {before}" in capsys.readouterr().out
     assert results.load(before)["cases"]
     assert not results.load(path)["cases"]
+    path.write_text('{"models": []}')
+    capsys.readouterr()
+    assert main(command) == 2
+    assert path.read_text() == '{"models": []}', "another command's: gspn2 demo calls its file so, too"
+    assert f"--out: expected a folder for results of gspn2 bench: {path}: " in capsys.readouterr().err
 
 
 def test_processes_side_by_side_are_counted_and_ended_in_time() -> None:

@@ -32,6 +32,10 @@ class ResultsError(Exception):
     """A result file that cannot be used; the message says why."""
 
 
+class Foreign(ResultsError):
+    """It was written by something else than the bench."""
+
+
 class Results:
     """A run's result file.
 
@@ -185,7 +189,7 @@ def load(path: Path) -> dict[str, Any]:
     except ValueError as error:  # no JSON, or no text
         raise ResultsError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or "schema" not in content:
-        raise ResultsError(f"{path}: expected a result file of gspn2 bench, which names its schema")
+        raise Foreign(f"{path}: expected a result file of gspn2 bench, which names its schema")
     if content["schema"] != SCHEMA:
         raise ResultsError(f"{path}: expected schema {SCHEMA}, got {content['schema']!r}; measure again")
     for flaw in _flaws(content):

@@ -188,13 +188,19 @@ def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -
 
 
 def _set_aside(path: Path) -> None:
-    """Make room for new results; those of a run that came to its end stay beside them, to compare with."""
-    from gspn2.bench.results import ResultsError, load
+    """Make room for new results; those of a run that came to its end stay beside them, to compare with.
+
+    What another command has written there is nobody's to delete: a UserError.
+    """
+    from gspn2.bench.results import Foreign, ResultsError, load
+    from gspn2.training.errors import UserError
 
     if not path.exists():
         return
     try:
         content = load(path)
+    except Foreign as error:
+        raise UserError(f"--out: expected a folder for results of gspn2 bench: {error}") from error
     except ResultsError:
         content = {"run": {}, "cases": []}
     if content["run"].get("complete") and content["cases"]:
