@@ -40,12 +40,17 @@ def test_the_command_line_says_what_it_expects(capsys: pytest.CaptureFixture[str
         (["ladder", "compare"], "compare comes first"),
         (["list", "laddder"], "got 'laddder'"),
         (["ladder", "--check"], "--check: of docs only, got it with ladder"),
+        (["ladder", "--tolerance", "0.1"], "--tolerance: of compare only, got it with ladder"),
+        (["compare", "a", "b", "--only", "x"], "--only: of list and parts only, got it with compare"),
+        (["report", "--no-report"], "--no-report: of parts only, got it with report"),
+        (["list", "--out", "x"], "--out: of report and docs and parts only, got it with list"),
         (["report", "here"], "expected nothing after it, got 'here'"),
         (["docs", "a.json", "--out", "folder"], "a name that ends in .md, got folder"),
     ],
 )
 def test_a_wrong_word_is_named(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *words, "--device", "cpu"]) == 2
+    device = ["--device", "cpu"] if words[0] in command_module.PARTS else []
+    assert main(["bench", *words, *device]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1

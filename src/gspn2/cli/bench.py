@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 PARTS = ("ladder", "throughput", "sweep", "cpu", "attention", "models", "t2i")
 VERBS = ("all", "list", "compare", "report", "docs")
+TAKES = {
+    "list": ("only", "device"),
+    "compare": ("tolerance",),
+    "report": ("out",),
+    "docs": ("out", "check"),
+    "parts": ("out", "only", "resume", "device", "rounds", "minutes", "no_report", "in_process"),
+}
+"""The options that have a meaning for each verb, and for parts to measure."""
 MINUTES = {"cuda": 14.5, "cpu": 2.0}
 """For `all`, by device; then what is left is left out, and the report is written."""
 COMPILING = 0.3
@@ -90,11 +98,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from gspn2.bench.results import ResultsError
-    from gspn2.training.errors import UserError
 
     verb, *rest = args.names
-    if args.check and verb != "docs":
-        raise UserError(f"--check: of docs only, got it with {verb}")
+    _refuse_others(verb, args)
     try:
         if verb == "compare":
             return _compare(rest, args.tolerance)
@@ -108,6 +114,19 @@ def _bench(args: argparse.Namespace) -> int:
         return _measure(_names(args.names), device, args)
     except ResultsError as error:
         return complain("bench", error, USAGE)
+
+
+def _refuse_others(verb: str, args: argparse.Namespace) -> None:
+    """No option is dropped in silence: a UserError if one was given that the verb has no use for."""
+    from gspn2.training.errors import UserError
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    takes = TAKES.get(verb, TAKES["parts"])
+    for name in dict.fromkeys(it for names in TAKES.values() for it in names):
+        if name not in takes and getattr(args, name) != parser.get_default(name):
+            whose = " and ".join(it for it, names in TAKES.items() if name in names)
+            raise UserError(f"--{name.replace('_', '-')}: of {whose} only, got it with {verb}")
 
 
 def _names(names: list[str]) -> list[str]:
