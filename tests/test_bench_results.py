@@ -102,6 +102,18 @@ def test_compare_names_what_is_missing() -> None:
     ]
 
 
+def test_compare_tells_why_each_pass_is_missing() -> None:
+    both = [{**it, "name": "gspn2"} for it in passes(**{"forward:gspn2": 1.0, "backward:gspn2": 2.0})]
+    before = content_with(1.0, contenders=[*both, {**both[0], "name": "other"}])
+    gone = [{"name": "gspn2", "pass": "forward", "wrong": "y is off"}]
+    gone += [{"name": "gspn2", "pass": "backward", "absent": "takes too long"}]
+    after = content_with(1.0, contenders=[*gone, {**both[0], "name": "other"}])
+    assert compare.compare(before, after).only_before == [
+        "ladder: x: gspn2, forward: y is off",
+        "ladder: x: gspn2, backward: takes too long",
+    ]
+
+
 def test_the_document_is_in_step_with_its_results() -> None:
     contents = list(documents())
     assert contents, "there is no benchmarks/results/*/bench.json"

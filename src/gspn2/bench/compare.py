@@ -125,16 +125,18 @@ def _missing(
     there = {key[:2] for key in other}
     cases = Counter(f"{key[0]}: {key[1]}" for key in found if key[:2] not in there)
     why = {
-        (row["bench"], row["case"], it["name"]): it.get("absent") or it["wrong"]
+        (row["bench"], row["case"], it["name"], it.get("pass")): it.get("absent") or it["wrong"]
         for row in content["cases"]
         for it in row.get("contenders", [])
         if "ms" not in it
     }
-    passes = [
-        f"{part}: {case}: {name}, {which}: {why.get((part, case, name), 'no such pass')}"
-        for part, case, name, which in found
-        if (part, case, name, which) not in other and (part, case) in there
-    ]
+    passes = []
+    for key in found:
+        if key not in other and key[:2] in there:
+            part, case, name, which = key
+            # One that could not even be made has no pass.
+            reason = why.get(key) or why.get((part, case, name, None), "no such pass")
+            passes.append(f"{part}: {case}: {name}, {which}: {reason}")
     return [f"{case} ({count} times)" for case, count in cases.items()] + passes
 
 
