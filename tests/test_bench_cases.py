@@ -12,12 +12,12 @@ import torch
 from bench_helpers import HOST, absent
 from gspn2.backends import Problem
 from gspn2.backends.cuda.geometry import Device
-from gspn2.bench import ahead, baseline, case
+from gspn2.bench import ahead, baseline, case, ladder, sweep, throughput
 from gspn2.bench.about import machine
 from gspn2.bench.case import Case, Contender
 from gspn2.bench.contenders import gspn1, operator
 from gspn2.bench.models import RESOLUTIONS, SIZES
-from gspn2.bench.operator import Scan
+from gspn2.bench.operator import ROTATION, Scan
 from gspn2.cli import bench as command_module
 from gspn2.cli.main import main
 
@@ -160,6 +160,24 @@ def test_models_that_do_not_compile_are_no_error(monkeypatch: pytest.MonkeyPatch
     assert (count, missing) == (sum(len(it.contenders(device)) for it in wanted), 1)
     assert told == [str(ahead.COMPILER_CORES)], "read at import: it has to be there before"
     assert ahead.COMPILERS not in os.environ
+
+
+def test_inputs_of_every_problem_are_more_than_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rotation, also those of the smallest; the methods say so."""
+    posed: list[Scan] = []
+
+    def note(name: str, scan: Scan, device: torch.device) -> Contender:
+        posed.append(scan)
+        return Contender(name, absent)
+
+    device = torch.device("cuda")
+    for part in (ladder, sweep, throughput):
+        monkeypatch.setattr(part, "operator", note)
+        for it in part.cases(device):
+            it.contenders(device)
+    small = min(posed, key=lambda it: it.bytes("forward"))
+    assert small.bytes("forward") == 72 * 2**10
+    assert all(it.sets * it.bytes("forward") >= ROTATION for it in posed)
 
 
 def any_device(index: int) -> Device:
