@@ -56,6 +56,15 @@ def test_a_wrong_word_is_named(words: list[str], told: str, capsys: pytest.Captu
     assert error.count("\n") == 1
 
 
+def test_a_folder_that_cannot_be_is_told_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU minutes of compiling come first."""
+    (tmp_path / "file").touch()
+    assert main(["bench", "ladder", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    assert f"out: cannot write to {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words", [["ladder", "--out", "a b/c"], ["ladder", "--out=it's", "--resume", "--in-process", "3"]]
 )

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import complain, guarded, not_negative, plural, positive
+from .common import complain, guarded, make_folder, not_negative, plural, positive
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +184,7 @@ def _measure(names: list[str], device: torch.device, args: argparse.Namespace) -
     cases = _cases(names, device, args.only)
     if args.in_process is not None:
         return _run(cases, device, args, args.in_process)
+    make_folder(args.out)
     if not args.no_report and find_spec("matplotlib") is None:
         print(f"there will be no report: {NO_MATPLOTLIB}; gspn2 bench report draws it later", flush=True)
     began = time.monotonic()
