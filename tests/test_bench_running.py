@@ -84,7 +84,8 @@ def test_a_broken_backend_gets_no_speed(
     monkeypatch.setattr(case, "parts", lambda: {"ladder": part})
     monkeypatch.setattr(report, "parts", lambda: {"ladder": part})
     monkeypatch.setattr(document, "parts", lambda: {"ladder": part})
-    assert main(["bench", "ladder", "--device", "cpu", "--out", str(tmp_path), "--rounds", "3"]) == 1
+    command = ["bench", "ladder", "--device", "cpu", "--out", str(tmp_path), "--rounds", "3"]
+    assert main(command) == 1
     out = capsys.readouterr().out
     content = results.load(tmp_path / "results.json")
     (row,) = content["cases"]
@@ -100,6 +101,10 @@ def test_a_broken_backend_gets_no_speed(
     assert "Not right" in page
     assert "| gspn2 | " not in document.text([content])
     assert "### Without a result" in document.text([content])
+    assert main([*command, "--resume", "--no-report"]) == 1, "what is not measured again is still wrong"
+    out = capsys.readouterr().out
+    assert "measured before" in out
+    assert "WRONG  ladder: small: gspn2 forward: " in out
 
 
 def wrong() -> dict[str, Pass]:

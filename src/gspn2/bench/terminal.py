@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .case import Case
-from .results import Row, beats_floor, broken
+from .results import Row, beats_floor
 from .runner import Watcher
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ class Terminal(Watcher):
         self._live: Progress | None = None
         self._task: TaskID | None = None
         self._count = self._done = 0
-        self.bad: list[str] = []
 
     def __enter__(self) -> Terminal:
         return self
@@ -50,7 +49,6 @@ class Terminal(Watcher):
     def ended(self, row: Row) -> None:
         self._done += 1
         head = f"{row['bench']}: {row['case']}"
-        self.bad += [f"{head}: {text}" for text in broken(row)]
         self.say("")
         self.say(f"[{self._done}/{self._count}] {head}  ({row['seconds']:.1f} s)")
         for line in table(row):

@@ -279,7 +279,7 @@ def _typed() -> list[str]:
 
 def _run(cases: list[Case], device: torch.device, args: argparse.Namespace, began: float) -> int:
     from gspn2.bench import runner, schedule, terminal
-    from gspn2.bench.results import beaten_floors
+    from gspn2.bench.results import beaten_floors, broken
 
     settings = runner.Settings(device, args.rounds, minutes=_minutes(device, args))
     results = _results(device, args)
@@ -293,9 +293,11 @@ def _run(cases: list[Case], device: torch.device, args: argparse.Namespace, bega
         print(note)
     for text in beaten_floors(results.rows):
         print(f"faster than its floor  {text}")
-    for text in shown.bad:
+    # Also what was found before --resume, or in a process that has died: it is not measured again.
+    bad = [f"{row['bench']}: {row['case']}: {text}" for row in results.rows for text in broken(row)]
+    for text in bad:
         print(f"WRONG  {text}")
-    return WRONG if shown.bad else DONE
+    return WRONG if bad else DONE
 
 
 def _results(device: torch.device, args: argparse.Namespace) -> Results:
