@@ -175,6 +175,17 @@ def test_what_beats_its_floor_is_told(tmp_path: Path) -> None:
     assert told in report.html(content, {})
 
 
+def test_rates_are_of_the_run_that_measured_them() -> None:
+    """A file may hold cases of other commits."""
+    content = next(documents())
+    row = {**content_with(1.0, bench="sweep")["cases"][0], "contenders": []}
+    row["commit"] = content["machine"]["commit"]
+    assert "Measured in the same run: copy " in document.text([{**content, "cases": [row]}])
+    told = document.text([{**content, "cases": [row, {**row, "case": "y", "commit": "older"}]}])
+    assert f"Measured with commit {row['commit']}: copy " in told
+    assert "With commit older: sweep: y." in told
+
+
 def test_a_busy_cpu_is_told() -> None:
     content: dict[str, Any] = {"machine": {"threads": 2, "load": 6.5}, "rates": {"cpu": {}}}
     assert tables.busy(content).startswith("The CPU was busy")

@@ -116,7 +116,9 @@ def _rates(content: dict[str, Any]) -> str:
     told = [
         f"{text} on the {'GPU' if kind == 'cuda' else 'CPU'}" for kind, text in rate_texts(content).items()
     ]
-    return f"Measured in the same run: {'; '.join(told)}." if told else ""
+    # Cases of other commits are of other runs, whose rates the file does not have.
+    when = f"with commit {content['machine']['commit']}" if _older(content) else "in the same run"
+    return f"Measured {when}: {'; '.join(told)}." if told else ""
 
 
 def _ladder(rows: Sequence[Row]) -> str:
