@@ -67,6 +67,25 @@ def test_split_of_the_folder_itself_is_used(tmp_path):
         load_data(config)
 
 
+@pytest.mark.parametrize(
+    "names", [("train", "validation"), ("training", "testing"), ("Train", "Val"), ("train", "valid")]
+)
+def test_splits_have_several_names(tmp_path, names):
+    for name, images in zip(names, (4, 2), strict=True):
+        make_images(tmp_path / name, per_class=images)
+    data = load_data(TrainConfig(data=str(tmp_path), model="test_efficientnet"))
+    assert data.class_names == ("blue", "green", "red")
+    assert (len(data.train), len(data.test)) == (12, 6)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    make_images(tmp_path, per_class=4, classes=("blue", "test"))
+    assert load_data(TrainConfig(data=str(tmp_path), model="test_efficientnet")).class_names == (
+        "blue",
+        "test",
+    )
+
+
 def test_fewer_classes_are_matched_by_name(folder, tmp_path):
     config = TrainConfig(data=str(folder), model="test_efficientnet")
     data = load_data(config)

@@ -9,30 +9,38 @@ from pathlib import Path
 from .errors import DataError
 from .samples import Parts, Samples, some
 
-TEST_FOLDERS = ("val", "test")
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("val", "valid", "validation", "test", "testing")
 
 
 def find_folder(data: str) -> Parts:
     """What is in a folder: class folders, or `train/` and `val/` (or `test/`) of them."""
     root = Path(data)
-    if not brings_split(data):
-        only_train = root.is_dir() and [p.name for p in root.iterdir() if p.is_dir()] == ["train"]
-        samples, names = scan(root / "train" if only_train else root)
+    train_folder, held_out = split_folders(root)
+    if held_out is None:
+        samples, names = scan(train_folder or root)
         return Parts(names, whole=samples)
-    held_out = next(root / name for name in TEST_FOLDERS if (root / name).is_dir())
-    if (root / "train").is_dir():
-        train, names = scan(root / "train")
+    if train_folder is not None:
+        train, names = scan(train_folder)
         return Parts(names, train=train, test=scan(held_out, names)[0])
     test, names = scan(held_out)
     return Parts(names, test=test, missing=f"{data}: has {held_out.name}/ but no train/")
 
 
-def brings_split(data: str) -> bool:
-    """Is there `val/` or `test/`, alone or beside `train/`? Beside others it is the name of a class."""
-    if not Path(data).is_dir():
-        return False
-    folders = {p.name for p in Path(data).iterdir() if p.is_dir() and not p.name.startswith(".")}
-    return bool(folders & set(TEST_FOLDERS)) and ("train" in folders or folders <= set(TEST_FOLDERS))
+def split_folders(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders for training and testing, by any of their usual names; None for what is not there.
+
+    Where neither has the other beside it, other folders say that it is the name of a class.
+    """
+    if not root.is_dir():
+        return None, None
+    folders = {p.name.lower(): p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
+    test = next((folders[name] for name in TEST_FOLDERS if name in folders), None)
+    split = train is not None and test is not None
+    if not split and not set(folders) <= {*TRAIN_FOLDERS, *TEST_FOLDERS}:
+        return None, None
+    return train, test
 
 
 def find_digits() -> Parts:
