@@ -100,6 +100,15 @@ def test_shards_name_their_classes_and_their_split(folder, tmp_path):
     assert len(load_data(TrainConfig(data=pattern, model="test_efficientnet", split_fraction=0.5)).test) == 18
 
 
+@pytest.mark.parametrize("name", ["VAL", "Test", "validation"])
+def test_shards_for_testing_are_never_trained_on(folder, tmp_path, name):
+    write_shards(tmp_path / "all" / "Train", folder, 2, LABELS["numbers"])
+    write_shards(tmp_path / "all" / name, folder, 1, LABELS["numbers"])
+    data = load_data(TrainConfig(data=str(tmp_path / "all"), model="test_efficientnet"))
+    assert {Path(shard).parent.name for shard in data.test.sources.shards} == {name}
+    assert {Path(shard).parent.name for shard in data.train.sources.shards} == {"Train"}
+
+
 def test_tar_of_class_folders(folder, tmp_path):
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         tar.add(folder, "images")

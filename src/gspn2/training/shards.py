@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CLASS_NAMES = ("classes.txt", "classnames.txt")
-_TRAIN, _TEST = re.compile(r"train"), re.compile(r"val|test")
+_TRAIN, _TEST = re.compile(r"train", re.IGNORECASE), re.compile(r"val|test", re.IGNORECASE)
 _LABEL_KEYS = ("label", "cls", "class")
 _MOST_CLASSES = 10**6
 """Larger numbers are no classes but dates, identities and the like."""
