@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,14 @@ def test_finished_run_resumes_to_itself(folder, finished):
     again = train(settings(folder, finished.out), resume=True)
     assert (finished.out / "last.safetensors").read_bytes() == before
     assert again.history == finished.history
+
+
+@pytest.mark.parametrize("gone", ["log.csv", "best.safetensors"])
+def test_a_part_of_a_run_is_not_resumed(folder, finished, tmp_path, gone):
+    for name in {"last.safetensors", "best.safetensors", "log.csv", "log.jsonl"} - {gone}:
+        shutil.copy(finished.out / name, tmp_path)
+    with pytest.raises(UserError, match=f"whole folder of the run is needed; missing or cut: {gone}$"):
+        train(settings(folder, tmp_path), resume=True)
 
 
 def test_run_reports_itself(finished):

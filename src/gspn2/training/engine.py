@@ -37,7 +37,14 @@ from .model import amp_dtype, build_model, pick_device, start_weights
 from .rng import seed_everything
 from .schedule import learning_rate
 from .sharding import gathered, whole
-from .state import check_same_run, count_parameters, environment, learner_tensors, restore_learner
+from .state import (
+    check_same_run,
+    check_whole,
+    count_parameters,
+    environment,
+    learner_tensors,
+    restore_learner,
+)
 from .stopping import StopRequest
 from .tensorboard import TensorBoard, check_installed
 
@@ -198,6 +205,7 @@ class Run:
             raise UserError(
                 f"data: {self.config.data} is not what it was when the run began (images or classes)"
             )
+        check_whole(self.out, state)
         restore_learner(self.learner, tensors, info.path)
         self.epoch, self.step = info.epoch, info.step
         self.loss_sum = state["loss_sum"]

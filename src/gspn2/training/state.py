@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import part
+from .checkpoint import BEST, part
 from .config import FREE_ON_RESUME, TrainConfig
 from .distributed import World
 from .errors import CheckpointError, UserError
@@ -79,6 +79,19 @@ def check_same_run(config: TrainConfig, stored: TrainConfig) -> None:
     ]
     if changed:
         raise UserError(f"a resumed run keeps its settings, but {'; '.join(changed)}")
+
+
+def check_whole(folder: Path, state: dict[str, Any]) -> None:
+    """Raise a UserError naming the files that a run wrote before its checkpoint and that are gone by now."""
+    gone = [name for name, size in state["log"].items() if _size(folder / name) < size]
+    gone += [BEST] if state["best"] and not (folder / BEST).is_file() else []
+    if gone:
+        needed = f"{folder}: to resume, the whole folder of the run is needed"
+        raise UserError(f"out: {needed}; missing or cut: {', '.join(gone)}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def environment(device: torch.device, world: World, sharded: bool = False) -> dict[str, Any]:
