@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 from .common import guarded
@@ -55,6 +56,10 @@ def _export(args: argparse.Namespace) -> int:
     from ..training.checkpoint import load_checkpoint
     from ..training.export import check_onnx, export
 
+    if "onnx" in args.format:
+        # What is missing is told before anything is written.
+        for package in ("onnx", "onnxscript", *([] if args.no_check else ["onnxruntime"])):
+            importlib.import_module(package)
     model, info = load_checkpoint(args.checkpoint, weights=args.weights)
     written = export(model, info, args.out, args.format)
     for name, path in written.items():
