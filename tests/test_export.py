@@ -225,6 +225,25 @@ def test_timm_folder_has_card_config_and_plain_weights(run, tmp_path):
     assert tuned(images).shape == (2, 7)
 
 
+def test_card_tells_no_test_of_other_weights(run, tmp_path):
+    for weights in ("ema", "model"):
+        model, info = load_checkpoint(run.last, weights=weights)
+        export(model, info, tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        assert f"These are its {weights} weights" in card
+        assert "No test of these weights" in card
+        assert "top1" not in card
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_what_onnx_lacks_is_told_before_anything_is_written(run, tmp_path, capsys, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    out = tmp_path / "exported"
+    assert main(["export", str(run.out), "--out", str(out), "--format", "timm,onnx"]) == 2
+    assert f'needs {missing}: pip install "gspn2[onnx]"' in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_exported_folder_is_a_start_for_fine_tuning(run, tmp_path, capsys):
     model, info = load_checkpoint(run.out)
     export(model, info, tmp_path / "exported")

@@ -46,7 +46,7 @@ class CheckpointInfo:
         class_names: in the order of the logits.
         preprocess: from an image to the input.
         epoch, step: finished epochs and steps of the run.
-        metrics: of the latest test at that point: test_loss, top1, top5; empty before the first.
+        metrics: of the best test up to that point: test_loss, top1, top5; empty before the first.
         state: what else a run stores, as JSON.
     """
 

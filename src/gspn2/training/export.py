@@ -176,13 +176,20 @@ def _difference(model: nn.Module, session: Any, name: str, images: Tensor) -> fl
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
+def _tested(info: CheckpointInfo) -> str:
+    """The test of these very weights; what a run goes on from tells that of its best epoch."""
+    if info.kind != "weights" or not info.metrics:
+        return "No test of these weights was kept; `gspn2 eval` makes one."
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in info.metrics.items())
+    return f"| test of the epoch that was kept | |\n|---|---:|\n{rows}"
+
+
 def model_card(model: nn.Module, info: CheckpointInfo) -> str:
     """A model card in Markdown: what it is, how it was trained and tested, how to load it."""
     config, preprocess = info.config, info.preprocess
     height, width = preprocess.image_size
     parameters = sum(p.numel() for p in model.parameters())
     names = ", ".join(info.class_names[:20]) + (", ..." if len(info.class_names) > 20 else "")
-    tested = "\n".join(f"| {name} | {value:.4f} |" for name, value in info.metrics.items())
     settings = "\n".join(
         f"| {name} | `{value}` |"
         for name, value in config.to_json().items()
@@ -212,9 +219,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 logits = model(transform(image)[None])  # image: of PIL, mode {"L" if preprocess.in_chans == 1 else "RGB"}
 ```
 
-| test of the epoch that was kept | |
-|---|---:|
-{tested}
+{_tested(info)}
 
 | setting | value |
 |---|---|
