@@ -76,6 +76,13 @@ def test_recipe_is_printed_changed_and_read_again(tmp_path, capsys):
     assert again == {**json.loads(printed), "mixup": 0.3}
 
 
+def test_fine_tuning_of_nothing_is_refused(folder, tmp_path, capsys):
+    command = ["train", "--recipe", "finetune", "--data", str(folder), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "finetune begins with trained weights: expected --init-from PATH" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_recipes_are_refused(tmp_path, capsys):
     (tmp_path / "odd.json").write_text('{"learning_rate": 1}')
     (tmp_path / "list.json").write_text("[]")

@@ -175,6 +175,8 @@ def _train(args: argparse.Namespace) -> int:
             config = merge(stored, config, given)
         elif "data" not in given:
             raise UserError(f"out: no run to resume in {config.out_dir}")
+    if config.init_from is None and not config.pretrained and args.recipe in RECIPES:
+        _check_weights(args.recipe)
     is_main = int(os.environ.get("RANK", 0)) == 0
     with TrainProgress() as progress:
         try:
@@ -188,6 +190,14 @@ def _train(args: argparse.Namespace) -> int:
     if is_main:
         progress.finished(result)
     return 0
+
+
+def _check_weights(recipe: str) -> None:
+    if RECIPES[recipe].trained:
+        raise UserError(
+            f"recipe: {recipe} begins with trained weights: expected --init-from PATH, or --pretrained with "
+            "a model that timm has weights for, got neither"
+        )
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,10 +18,12 @@ class Recipe:
     Args:
         about: what they are for, in a line.
         settings: of `TrainConfig`; what is not named keeps its default.
+        trained: they are for weights that have learned something already.
     """
 
     about: str
     settings: dict[str, Any]
+    trained: bool = False
 
 
 # ImageNet-1K at 224, as far as it is published: optimizer, rates per 512 images, warm-up, clipping,
@@ -86,6 +88,7 @@ RECIPES: dict[str, Recipe] = {
             "channels_last": True,
             "workers": 8,
         },
+        trained=True,
     ),
     "test": Recipe(
         "everything that the ImageNet recipes use, on a very small model and images of 32 x 32",
