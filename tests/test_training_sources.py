@@ -382,6 +382,22 @@ def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
     assert resumed.faults == result.faults
 
 
+def test_an_unreadable_image_that_is_a_part_of_its_own_is_replaced(tmp_path):
+    images = make_images(tmp_path / "images", per_class=4)
+    for name in ("blue/1.png", "blue/2.png", "red/3.png"):
+        (images / name).write_text("no image")
+    config = settings(images, tmp_path / "out", mixup=0.0, batch_size=3, accumulate=3, split_fraction=0.01)
+    data = load_data(config)
+    loader, batches = train_loader(data.train, config, torch.device("cpu"))
+    assert batches.part_size == 1
+    parts = list(loader)
+    assert all(inputs.isfinite().all() and len(labels) == 1 for inputs, labels, _ in parts)
+    named = sorted(fault for *_, faults in parts for fault in faults)
+    wanted = [s for s in data.train.sources if Path(s).read_bytes() == b"no image"]
+    assert named == sorted(f"{source}: not an image" for source in wanted)
+    assert wanted
+
+
 def test_nothing_readable_is_an_error(tmp_path):
     images = make_images(tmp_path / "images")
     for file in images.glob("*/*.png"):

@@ -30,6 +30,10 @@ TrainBatch = tuple[Tensor, Tensor, list[str]]
 """Inputs (N, in_chans, H, W), labels (N,), and what is wrong with images that could not be read."""
 
 
+_LOOK_ON = 64
+"""So many damaged images after one another are taken for data that cannot be read at all."""
+
+
 class StepBatches(Sampler[list[Any]]):
     """Keys of this process's parts of every step, from any step of any epoch on.
 
@@ -144,6 +148,23 @@ class _Tolerant(Dataset[Item]):
             return None, -1, str(error)
 
 
+class _Replacing(_Tolerant):
+    """A set for training: a part of a batch without a sound image gets the next one of the data.
+
+    Parts may be single images; elsewhere a neighbour in the part takes the place of a damaged one.
+    """
+
+    def __getitems__(self, keys: list[Any]) -> list[Item]:
+        items = [self[key] for key in keys]
+        if isinstance(self.images, ImageSet) and all(tensor is None for tensor, *_ in items):
+            (epoch, index), fault = keys[-1], items[-1][2]
+            for distance in range(1, min(_LOOK_ON, len(self.images))):
+                tensor, label, _ = self[epoch, (index + distance) % len(self.images)]
+                if tensor is not None:
+                    return [*items[:-1], (tensor, label, fault)]
+        return items
+
+
 def _join_training(items: Sequence[Item]) -> TrainBatch:
     """A batch whose damaged images are replaced by the next sound one: its size stays what it is."""
     sound = [i for i, item in enumerate(items) if item[0] is not None]
@@ -178,7 +199,7 @@ def train_loader(
         batches = EpochBatches(images, config, world)
     options = _loader_options(config.workers, device)
     loader: DataLoader[Any] = DataLoader(
-        _Tolerant(images), batch_sampler=batches, collate_fn=_join_training, **options
+        _Replacing(images), batch_sampler=batches, collate_fn=_join_training, **options
     )
     return loader, batches
 
