@@ -130,6 +130,21 @@ def test_a_number_of_images_that_changes_nothing_is_told() -> None:
     assert unused(TrainConfig()) == []
 
 
+def test_augmentation_and_distillation_that_change_nothing_are_told() -> None:
+    asked = {"auto_augment": "rand-m9", "random_erasing": 0.2}
+    assert unused(TrainConfig(data="maze:64", **asked)) == [
+        "maze:64 is not augmented: auto_augment, random_erasing changes nothing"
+    ]
+    assert unused(TrainConfig(data="digits", **asked)) == [
+        "digits has an augmentation of its own: auto_augment changes nothing"
+    ]
+    assert unused(TrainConfig(data="photos", **asked)) == []
+    assert unused(TrainConfig(data="digits", augment=False, **asked)) == []
+    alone = unused(TrainConfig(teacher_hard=True))
+    assert alone == ["there is no teacher: teacher_hard changes nothing"]
+    assert unused(TrainConfig(teacher_hard=True, teacher="resnet18")) == []
+
+
 def test_fixed_size_models_are_made_for_the_image():
     config = TrainConfig(model="test_vit", image_size=(48, 32))
     model = build_model(config, preprocess_for(config), 10)

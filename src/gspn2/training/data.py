@@ -19,6 +19,8 @@ from .tasks import CLASSES, generate, is_task, parse_task
 from .transforms import Preprocess, Transform, augmentation_for, preprocess_for
 
 TASK_IMAGES, TASK_TESTS = 20_000, 2_000
+_PHOTO_SETTINGS = ("crop_scale", "hflip", "color_jitter", "auto_augment")
+_TEACHER_SETTINGS = ("teacher_weight", "teacher_temperature", "teacher_hard")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,22 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def unused(config: TrainConfig) -> list[str]:
-    """Settings that this kind of data has no use for, in words."""
-    if config.train_images is None or config.data.startswith(STREAM) or is_task(config.data):
-        return []
-    return [f"{config.data} says itself how many images it has: train_images changes nothing"]
+    """Settings that were changed and that this kind of data, or the lack of a teacher, makes no use of."""
+    task = is_task(config.data)
+    texts = []
+    if config.train_images is not None and not (task or config.data.startswith(STREAM)):
+        texts.append(f"{config.data} says itself how many images it has: train_images changes nothing")
+    if config.augment and (task or config.data == "digits"):
+        names = _changed(config, (*_PHOTO_SETTINGS, "random_erasing") if task else _PHOTO_SETTINGS)
+        how = "is not augmented" if task else "has an augmentation of its own"
+        texts += [f"{config.data} {how}: {', '.join(names)} changes nothing"] if names else []
+    if config.teacher is None and (names := _changed(config, _TEACHER_SETTINGS)):
+        texts.append(f"there is no teacher: {', '.join(names)} changes nothing")
+    return texts
+
+
+def _changed(config: TrainConfig, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(config, name) != getattr(TrainConfig, name)]
 
 
 def _load_streams(config: TrainConfig, preprocess: Preprocess, augmentation: Transform) -> Data:
