@@ -57,7 +57,7 @@ _GROUPS: dict[str, list[tuple[str, tuple[str, Callable[[str], Any]], str]]] = {
         ("drop_path", _NUMBER, "stochastic depth"),
         ("channels_last", ("", bool), "channel-innermost memory layout"),
         ("compile", ("", bool), "run through torch.compile"),
-        ("graphs", ("", bool), "replay what was compiled as CUDA graphs: for very small models"),
+        ("graphs", ("", bool), "replay what was compiled as CUDA graphs, where a GPU waits for its host"),
         ("grad_checkpointing", ("", bool), "recompute activations in the backward pass: less memory"),
         ("shard", ("", bool), "spread weights and optimizer state over the processes (FSDP): less memory"),
     ],

@@ -71,7 +71,7 @@ class TrainConfig:
         amp: "auto" (bfloat16 on CUDA, off elsewhere), "bf16" or "off".
         channels_last: keep images and weights channel-innermost.
         compile: run forward and backward through `torch.compile`.
-        graphs: replay what was compiled as CUDA graphs, for models so small that they wait for the CPU.
+        graphs: replay what was compiled as CUDA graphs, where a GPU waits for the host that launches it.
         grad_checkpointing: recompute activations in the backward pass instead of keeping them.
         shard: spread weights, gradients, average and optimizer state over the processes (FSDP) instead of
             keeping all of them in each (DDP); of one process nothing is spread.
