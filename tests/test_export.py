@@ -235,6 +235,25 @@ def test_card_tells_no_test_of_other_weights(run, tmp_path):
         assert "top1" not in card
 
 
+@pytest.mark.parametrize(("kind", "writer"), [("torch", "torch.export.save"), ("onnx", "onnx.save_model")])
+def test_a_full_disk_leaves_the_program_that_was_there(run, tmp_path, monkeypatch, kind, writer):
+    pytest.importorskip("onnxscript")
+    model, info = load_checkpoint(run.out)
+    small = dataclasses.replace(info, preprocess=dataclasses.replace(info.preprocess, image_size=(32, 32)))
+    old = tmp_path / {"torch": "model.pt2", "onnx": "model.onnx"}[kind]
+    old.write_bytes(b"old")
+
+    def full(program, path, *arguments, **named):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(UserError, match="No space left"):
+        export(model, small, tmp_path, [kind])
+    assert [file.name for file in tmp_path.iterdir()] == [old.name]
+    assert old.read_bytes() == b"old"
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_what_onnx_lacks_is_told_before_anything_is_written(run, tmp_path, capsys, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)

@@ -6,6 +6,7 @@ with the previous line as state; everything else is translated by PyTorch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,16 @@ def export_onnx(
     _forget_origins(proto)
     _forget_origins(proto.graph)
     large = proto.ByteSize() >= 2**31
-    onnx.save_model(proto, str(path), save_as_external_data=large, location=f"{Path(path).name}.data")
+    path = Path(path)
+    # Whole or not at all: a full disk leaves the file that was there.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        onnx.save_model(
+            proto, str(draft), "protobuf", save_as_external_data=large, location=f"{path.name}.data"
+        )
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _forget_origins(part: Any) -> None:

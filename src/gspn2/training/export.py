@@ -111,8 +111,11 @@ def _write_programs(
         with replacing(out / PROGRAM) as temporary:
             # The writer wants the ending that the file will have.
             named = temporary.with_suffix(".pt2")
-            torch.export.save(kept, named)
-            named.replace(temporary)
+            try:
+                torch.export.save(kept, named)
+                named.replace(temporary)
+            finally:
+                named.unlink(missing_ok=True)
         written["torch"] = out / PROGRAM
     if "onnx" in formats:
         export_onnx(program, out / ONNX)
