@@ -420,6 +420,7 @@ def test_custom_sizes():
     assert [f.shape[1] for f in both(images(1, 3, 32, 32))] == [16, 32]
     for options, message in [
         ({"depths": (1, 1)}, "depths, dims: expected one entry a stage"),
+        ({"drop_path_rate": 1.5}, r"drop_path_rate: expected a probability in \[0, 1\), got 1.5"),
         ({"stem_stride": 3}, "stem_stride: expected 1, 2 or 4, got 3"),
         ({"chunk": (1, 2)}, "chunk: expected one value, or one for each of 4 stages"),
         ({"chunk": 8.0}, r"chunk: expected one value, .*, got 8\.0"),

@@ -89,6 +89,8 @@ class GSPN2(nn.Module):
         taps = (initial_taps,) if isinstance(initial_taps, str) else tuple(initial_taps)
         if not taps:
             raise ValueError(f"initial_taps: expected one of {', '.join(INITIAL_TAPS)} or several, got none")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate: expected a probability in [0, 1), got {drop_path_rate}")
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.stem = Stem(in_chans, dims[0], stem_stride)
         stages = []
