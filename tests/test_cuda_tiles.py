@@ -22,6 +22,7 @@ from helpers import relative_l2
 NAMES = ("dx", "dtaps", "dlam", "dgate")
 NARROW = Small(37, 35, channels=8, dtype=BF16, layout="channel_innermost")
 WIDE = replace(NARROW, channels=16, batch=2, height=20, width=33)
+PAIR = Small(37, 35, channels=2, batch=2, dtype=BF16, layout="channel_innermost")
 CUTS = (
     # Several tiles along both axes, the last of them short; one of a single place.
     (NARROW, Cut(16, 2, 2)),
@@ -42,6 +43,15 @@ CUTS = (
     (replace(NARROW, gate=False, chunk=9), Cut(16, 2, 2)),
     (replace(NARROW, needs=(False, True, False, True)), Cut(16, 2, 2)),
     (replace(NARROW, height=1, width=40), Cut(16, 2, 2)),
+    # Vectors of two channels; two directions in a warp, or not.
+    (PAIR, Cut(16, 1, 2, 2)),
+    (replace(PAIR, height=70), Cut(32, 1, 4, 2)),
+    (replace(PAIR, height=300, width=19, batch=1), Cut(16, 1, 8, 2)),
+    (replace(PAIR, width=50, dtype=torch.float32, chunk=18), Cut(16, 1, 4, 2)),
+    (replace(PAIR, channels=12, groups=2, dtype=FP16, layout="channels_last"), Cut(16, 1, 4, 2)),
+    (replace(PAIR, directions=("up", "right", "down", "left"), chunk=11), Cut(32, 1, 2, 2)),
+    (replace(PAIR, directions=("left", "right"), lam=False), Cut(16, 1, 2, 2)),
+    (replace(PAIR, channels=10, gate=False, chunk=16), Cut(16, 1, 2, 2)),
 )
 
 
@@ -89,6 +99,24 @@ def test_large_images_go_by_tiles(batch: int, channels: int, backward: bool) -> 
     assert sum(found.scratch) <= 0.3 * numbers * 2 * batch * 1024**2
     for launch in found.launches:
         assert launch.shared <= case.device.shared_memory
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "places"), [((8, 128, 128), 2), ((1, 128, 128), 2), ((2, 512, 512), 4), ((1, 1024, 1024), 8), ((1, 256, 2048), 8)]
+)
+def test_two_channels_of_few_images(sizes: tuple[int, int, int], places: int, backward: bool) -> None:
+    """As a backbone has them at high resolution: what enters is carried by four warps, if they are enough."""
+    batch, height, width = sizes
+    case = large(1, 2, backward=backward)
+    case = replace(case, problem=replace(case.problem, batch=batch, height=height, width=width))
+    assert next(tiles.cuts(case)) == Cut(16, 1, places, 2)
+    assert planner.choose(case).variant == "tiles"
+    many = replace(case, problem=replace(case.problem, batch=64))
+    assert "few large images" in (tiles.why_not(many) or "")
+    # A warp never holds directions of both axes.
+    mixed = replace(case, problem=replace(case.problem, directions=("down", "right", "up", "left")))
+    assert next(tiles.cuts(mixed)) == Cut(32, 1, places, 2)
 
 
 def test_what_is_declined() -> None:

@@ -1,6 +1,6 @@
 // What the kernels of tiles share. The layout: channels adjacent; large images of several directions.
 //
-// A tile is SIDE x SIDE pixels, SUBS vectors of four channels wide. For every direction it has a state at
+// A tile is SIDE x SIDE pixels, SUBS vectors of VECTOR channels wide. For every direction it has a state at
 // each line's places: what the tile's own pixels add up to, and what enters through its first line and its
 // two sides. So an image takes three launches:
 //   1. tiles_forward, tile by tile: the states of the tile alone, as if nothing entered; only those at its
@@ -13,23 +13,26 @@
 // does the same for states and adjoints together.
 //
 // Macros (beside those of common.cuh):
-//   SIDE    pixels along the sides of a tile, 16 or 32; SIDE * SUBS is a multiple of 32
+//   VECTOR  channels of a thread, 2 or 4
+//   SIDE    pixels along the sides of a tile, 16 or 32. SIDE * SUBS is a multiple of 32; or 16, and two
+//           directions in a warp have lines along the same axis
 //   SUBS    vectors of a block
 //   SCANS   number of directions
 // Scratch: 0 weights, 1 states beside the borders between places, 2 states beside those between lines.
 #pragma once
 #include "common.cuh"
 
-constexpr int V = 4;  // channels of a vector
+constexpr int V = VECTOR;  // channels of a vector
 constexpr int CHANNELS = V * SUBS;
 constexpr u32 ALL_LANES = 0xffffffffu;
 
-struct __align__(4 * sizeof(storage_t)) Quad {
+struct __align__(V * sizeof(storage_t)) Stored {
   storage_t e[V];
 };
-struct __align__(16) State {
+struct __align__(4 * V) State {
   float e[V];
 };
+constexpr int STORED = (int)sizeof(Stored), STATE = (int)sizeof(State);
 
 // The weights before and after of a place: the third is what they leave of one, and never negative. Two
 // float16 are more precise than bfloat16 tensors, and less than float16 ones.
@@ -53,22 +56,31 @@ __device__ __forceinline__ Taps taps_of(const Pair& p) {
 }
 #endif
 
-__device__ __forceinline__ void unpack(const Quad& q, float (&e)[V]) {
+__device__ __forceinline__ void unpack(const Stored& q, float (&e)[V]) {
 #pragma unroll
   for (int v = 0; v < V; v++) e[v] = widen(q.e[v]);
 }
-__device__ __forceinline__ Quad pack(const float (&e)[V]) {
-  Quad q;
+__device__ __forceinline__ Stored pack(const float (&e)[V]) {
+  Stored q;
 #pragma unroll
   for (int v = 0; v < V; v++) q.e[v] = narrow(e[v]);
   return q;
 }
 __device__ __forceinline__ void load_state(const void* from, float (&e)[V]) {
+#if VECTOR == 4
   const float4 f = *(const float4*)from;
   e[0] = f.x, e[1] = f.y, e[2] = f.z, e[3] = f.w;
+#else
+  const float2 f = *(const float2*)from;
+  e[0] = f.x, e[1] = f.y;
+#endif
 }
 __device__ __forceinline__ void store_state(void* to, const float (&e)[V]) {
+#if VECTOR == 4
   *(float4*)to = make_float4(e[0], e[1], e[2], e[3]);
+#else
+  *(float2*)to = make_float2(e[0], e[1]);
+#endif
 }
 
 __device__ __forceinline__ int tiles_along(int pixels) { return (pixels + SIDE - 1) / SIDE; }

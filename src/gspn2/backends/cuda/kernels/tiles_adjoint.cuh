@@ -5,14 +5,14 @@
 #include "tiles_block.cuh"
 
 // gate dy of a line.
-__device__ __forceinline__ void take_dy(const unsigned char* scaled, const Quad* dy, float (&out)[V],
+__device__ __forceinline__ void take_dy(const unsigned char* scaled, const Stored* dy, float (&out)[V],
                                         float (&g)[V]) {
   unpack(*dy, out);
 #pragma unroll
   for (int v = 0; v < V; v++) g[v] = out[v];
 #if HAS_GATE
   float gate[V];
-  unpack(*((const Quad*)scaled + 1), gate);
+  unpack(*((const Stored*)scaled + 1), gate);
 #pragma unroll
   for (int v = 0; v < V; v++) g[v] *= gate[v];
 #endif
@@ -44,7 +44,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Tile& tile) {
   const bool there = lane < lines.places, first = lane == 0 || !there, last = lane == SIDE - 1 || !there;
   const int pixel = lines.at + (lines.count - 1) * lines.line + lane * lines.next;
   const unsigned char* scaled = slot(d, sub, pixel);
-  const Quad* dy = x_at(sub, pixel, DY_AT);
+  const Stored* dy = x_at(sub, pixel, DY_AT);
   const Pair* pair = pair_at(d, lines.count - 1, lane);
   const int which = side_of(lines, lane, store.tiles);
   float* side = store.side(line_after - 1, lines.tile, which < 0 ? 0 : which, channel);
@@ -89,7 +89,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Tile& tile, boo
   const int left = lane != 0;
   const int pixel = lines.at + (lines.count - 1) * lines.line + lane * lines.next;
   unsigned char* scaled = slot(d, sub, pixel);
-  const Quad *dy = x_at(sub, pixel, DY_AT), *x = x_at(sub, pixel);
+  const Stored *dy = x_at(sub, pixel, DY_AT), *x = x_at(sub, pixel);
   State* state = state_at(d, sub, pixel);
   const Pair* pair = pair_at(d, lines.count - 1, lane);
   float h[V], entered[V] = {}, carried[V] = {};
@@ -109,7 +109,7 @@ __device__ __forceinline__ void walk_back(const Params& p, const Tile& tile, boo
 #pragma unroll
     for (int v = 0; v < V; v++) lam[v] = 1.f;
 #if HAS_LAM
-    unpack(*(const Quad*)scaled, lam);
+    unpack(*(const Stored*)scaled, lam);
 #endif
 #pragma unroll
     for (int v = 0; v < V; v++) {
@@ -118,8 +118,8 @@ __device__ __forceinline__ void walk_back(const Params& p, const Tile& tile, boo
       xs[v] *= g[v];
       part[v] = lam[v] * g[v];
     }
-    if (HAS_LAM) *(Quad*)scaled = pack(xs);
-    if (HAS_GATE) *((Quad*)scaled + 1) = pack(out);
+    if (HAS_LAM) *(Stored*)scaled = pack(xs);
+    if (HAS_GATE) *((Stored*)scaled + 1) = pack(out);
     store_state(state, part);
     float beside_before[V], beside_after[V];
 #pragma unroll
@@ -149,12 +149,12 @@ __device__ __forceinline__ void walk_back(const Params& p, const Tile& tile, boo
 #pragma unroll
     for (int v = 0; v < V; v++) h[v] = before[v];
     // All vectors of a warp together: they lie 16 lanes apart where tiles are that narrow.
-    if (SIDE == 16) {
+    if (SIDE == 16 && SUBS > 1) {
       sum.before += __shfl_xor_sync(ALL_LANES, sum.before, 16);
       sum.here += __shfl_xor_sync(ALL_LANES, sum.here, 16);
       sum.after += __shfl_xor_sync(ALL_LANES, sum.after, 16);
     }
-    if (SIDE == 32 || sub % 2 == 0) {
+    if (SIDE == 32 || SUBS == 1 || sub % 2 == 0) {
       const int warp = sub * SIDE / 32;
       float *to_before = sum_at(warp, 0, d, line, lane), *to_here = sum_at(warp, 1, d, line, lane);
       float* to_after = sum_at(warp, 2, d, line, lane);

@@ -22,7 +22,7 @@ __device__ __forceinline__ void store_scaled(const Tile& tile, const View& v, in
   const unsigned char* from = slot(d, sub, column) + offset;
 #pragma unroll 4
   for (int row = 0; row < tile.height; row++, to += v.h, from += PITCH * SLOT)
-    *(Quad*)to = *(const Quad*)from;
+    *(Stored*)to = *(const Stored*)from;
 }
 
 // From sums over the channels of a group to the gradient of its logits.
@@ -69,7 +69,7 @@ KERNEL(SCANS * SUBS * SIDE, MIN_BLOCKS) tiles_backward(CONSTANT_PARAMS p) {
     walk_back(p, tile, done > 0);
     __syncthreads();
     if (HAS_LAM) store_scaled(tile, p.dlam, 0);
-    if (HAS_GATE) store_scaled(tile, p.dgate, QUAD);
+    if (HAS_GATE) store_scaled(tile, p.dgate, STORED);
     store_sum(tile, p.dx, [](int d, int sub, int pixel) { return state_at(d, sub, pixel); });
     __syncthreads();
   }

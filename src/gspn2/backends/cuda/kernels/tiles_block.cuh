@@ -1,8 +1,8 @@
 // A block of a tile: which pixels it has, where they lie in shared memory, and how they come there.
 //
-// A thread scans one place of a line, four channels, one direction: a direction's places lie in the lanes
-// of a warp, and neighbours meet by shuffle. Operands are copied into shared memory as they lie in memory,
-// neighbouring bytes by neighbouring threads.
+// A thread scans one place of a line, a vector of channels, one direction: a direction's places lie in the
+// lanes of a warp, and neighbours meet by shuffle. Operands are copied into shared memory as they lie in
+// memory, neighbouring bytes by neighbouring threads.
 //
 // More macros:
 //   BACKWARD  gradients instead of y
@@ -14,25 +14,26 @@
 
 constexpr int THREADS = SCANS * SUBS * SIDE;
 constexpr int PITCH = SIDE + 1;         // of a row of pixels: both axes of a tile use all banks
-constexpr int PLANE = SIDE * PITCH + 1;  // of a vector
-constexpr int QUAD = (int)sizeof(Quad);
+// Of a vector. Where slots have 8 bytes, those of four directions at four pixels fill all banks.
+constexpr int PLANE = SIDE * PITCH + (V == 4 ? 1 : 4);
 // lam and gate of a pixel, and what takes their place: in forward the gated state, in backward their
 // gradients.
-constexpr int SLOT = FINAL || BACKWARD ? 2 * QUAD : QUAD;
+constexpr int SLOT = FINAL || BACKWARD ? 2 * STORED : STORED;
 constexpr bool SLOTS = HAS_LAM || (BACKWARD && HAS_GATE) || (FINAL && !BACKWARD);
 constexpr bool STATES = BACKWARD && FINAL;  // states, and what takes their place: parts of dx
-constexpr int PARTS = SUBS * SIDE / 32;     // warps of a direction, each with its sums of the taps' gradients
+// Warps of a direction, each with its sums of the taps' gradients; two directions may share one.
+constexpr int PARTS = (SUBS * SIDE + 31) / 32;
 
 // Where things are in shared memory, in bytes.
 constexpr int PLANES = SCANS * SUBS * PLANE;
 constexpr int STATES_AT = SLOTS * (PLANES * SLOT + 15) / 16 * 16;  // slots before: [SCANS][SUBS][PLANE]
-constexpr int OUTSIDE_AT = STATES_AT + STATES * PLANES * 16;       // [SCANS][SUBS][PLANE] State
-constexpr int OUTSIDE = SCANS * SUBS * SIDE * 2 * 16;              // [SCANS][SUBS][SIDE lines][2 sides] State
+constexpr int OUTSIDE_AT = STATES_AT + STATES * PLANES * STATE;       // [SCANS][SUBS][PLANE] State
+constexpr int OUTSIDE = SCANS * SUBS * SIDE * 2 * STATE;           // [SCANS][SUBS][SIDE lines][2 sides] State
 constexpr int PAIRS_AT = OUTSIDE_AT + FINAL * (1 + BACKWARD) * OUTSIDE;
 constexpr int SUMS_AT = PAIRS_AT + SCANS * SIDE * SIDE * (int)sizeof(Pair);  // [SCANS][lines][places]
 // [PARTS][3 taps][SCANS][lines][places]
 constexpr int X_AT = SUMS_AT + STATES * PARTS * 3 * SCANS * SIDE * SIDE * 4;
-constexpr int DY_AT = X_AT + SUBS * PLANE * QUAD;  // [SUBS][PLANE], and the same of dy
+constexpr int DY_AT = X_AT + SUBS * PLANE * STORED;  // [SUBS][PLANE], and the same of dy
 
 struct Tile {
   int b, group, channel;    // the first channel
@@ -92,8 +93,8 @@ __device__ __forceinline__ unsigned char* slot(int d, int sub, int pixel) {
   return shared_memory() + ((d * SUBS + sub) * PLANE + pixel) * SLOT;
 }
 // x, or dy at DY_AT.
-__device__ __forceinline__ Quad* x_at(int sub, int pixel, int at = X_AT) {
-  return (Quad*)(shared_memory() + at) + sub * PLANE + pixel;
+__device__ __forceinline__ Stored* x_at(int sub, int pixel, int at = X_AT) {
+  return (Stored*)(shared_memory() + at) + sub * PLANE + pixel;
 }
 __device__ __forceinline__ Pair* pair_at(int d, int line, int place) {
   return (Pair*)(shared_memory() + PAIRS_AT) + (d * SIDE + line) * SIDE + place;
@@ -122,7 +123,7 @@ __device__ __forceinline__ void copy_scaled(const Tile& tile, const View& v, int
 #pragma unroll 8
   for (int row = 0; row < SIDE; row++, from += v.h) {
     const bool there = WHOLE || (row < tile.height && column < tile.width);
-    copy_async<QUAD>(to + row * PITCH * SLOT, from, there ? QUAD : 0);
+    copy_async<STORED>(to + row * PITCH * SLOT, from, there ? STORED : 0);
   }
 }
 
@@ -136,13 +137,14 @@ __device__ __forceinline__ void copy_both(const Tile& tile, const View& lam, con
   const storage_t* from = second ? tile.at(gate, 0, column) : tile.at(lam, 0, column);
   from += d * (second ? gate.d : lam.d) + sub * V;
   const long long row_step = second ? gate.h : lam.h, half_step = HALF * (second ? gate.w : lam.w);
-  unsigned char* to = slot(d, sub, column) + (second ? QUAD : 0);
+  unsigned char* to = slot(d, sub, column) + (second ? STORED : 0);
 #pragma unroll 4
   for (int row = 0; row < SIDE; row++, from += row_step)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const bool there = WHOLE || (row < tile.height && column + half * HALF < tile.width);
-      copy_async<QUAD>(to + (row * PITCH + half * HALF) * SLOT, from + half * half_step, there ? QUAD : 0);
+      unsigned char* at = to + (row * PITCH + half * HALF) * SLOT;
+      copy_async<STORED>(at, from + half * half_step, there ? STORED : 0);
     }
 }
 
@@ -151,11 +153,11 @@ template <bool WHOLE>
 __device__ __forceinline__ void copy_image(const Tile& tile, const View& v, int at) {
   const int sub = threadIdx.x % SUBS, column = threadIdx.x / SUBS % SIDE, first = threadIdx.x / (SUBS * SIDE);
   const storage_t* from = tile.at(v, first, column) + sub * V;
-  Quad* to = x_at(sub, first * PITCH + column, at);
+  Stored* to = x_at(sub, first * PITCH + column, at);
 #pragma unroll
   for (int i = 0; i < SIDE; i += SCANS, from += SCANS * v.h) {
     const bool there = WHOLE || (first + i < tile.height && column < tile.width);
-    if (SIDE % SCANS == 0 || first + i < SIDE) copy_async<QUAD>(to + i * PITCH, from, there ? QUAD : 0);
+    if (SIDE % SCANS == 0 || first + i < SIDE) copy_async<STORED>(to + i * PITCH, from, there ? STORED : 0);
   }
 }
 
@@ -169,7 +171,7 @@ __device__ __forceinline__ void copy_operands(const Params& p, const Tile& tile)
   else if (HAS_LAM)
     copy_scaled<WHOLE>(tile, p.lam, 0);
   else if (GATES)
-    copy_scaled<WHOLE>(tile, p.gate, QUAD);
+    copy_scaled<WHOLE>(tile, p.gate, STORED);
 }
 __device__ __forceinline__ void copy_operands(const Params& p, const Tile& tile) {
   if (tile.height == SIDE && tile.width == SIDE)
@@ -212,10 +214,10 @@ __device__ __forceinline__ void copy_outside(const Params& p, const Tile& tile, 
   const Lines lines(tile, store.s);
   const int line = lines.first + lane - (adjoint ? 0 : 1), channel = tile.channel + sub * V;
   const bool known = lane < lines.count && line >= 0;
-  copy_async<16>(outside_at(adjoint, d, sub, lane, 0), store.side(line, lines.tile - 1, 1, channel),
-                 known && lines.tile > 0 ? 16 : 0);
-  copy_async<16>(outside_at(adjoint, d, sub, lane, 1), store.side(line, lines.tile + 1, 0, channel),
-                 known && lines.tile + 1 < store.tiles ? 16 : 0);
+  copy_async<STATE>(outside_at(adjoint, d, sub, lane, 0), store.side(line, lines.tile - 1, 1, channel),
+                 known && lines.tile > 0 ? STATE : 0);
+  copy_async<STATE>(outside_at(adjoint, d, sub, lane, 1), store.side(line, lines.tile + 1, 0, channel),
+                 known && lines.tile + 1 < store.tiles ? STATE : 0);
 }
 #else
 // Logits to weights, in the order of each direction's lines and places. Where a scan begins again they are

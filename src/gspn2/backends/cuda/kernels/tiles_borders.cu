@@ -5,31 +5,57 @@
 // follows the recurrence without any input: q = weights over the line before, where a neighbour in another
 // tile counts with its h, as does everything on the line before a tile's first.
 //
-// A block takes four channels of one direction of an image, and its whole lines; a thread PLACES places,
+// A block takes a vector of one direction of an image, and its whole lines; a thread PLACES places,
 // states in registers. Neighbours meet by shuffle, warps in shared memory, with one barrier a line. What a
 // thread reads comes through a ring that is its own.
 //
 // With BACKWARD half of the blocks do the same for adjoints, from the last line to the first: there, what
 // a tile hands to the places beside it and to the line before its first is what is stored at its borders.
 //
-// More macros: THREADS of a block, PLACES of a thread (2 or 4), DEPTH lines of the ring; BACKWARD;
+// More macros: THREADS of a block, PLACES of a thread (2, 4 or 8), DEPTH lines of the ring; BACKWARD;
 // RESTARTS.
 #include "tiles.cuh"
 
 constexpr int WARPS = THREADS / 32;
 constexpr int PAIRS = PLACES * (int)sizeof(Pair);
-constexpr int PAIRS_AT = 16 * THREADS;  // of a line of the ring: [THREADS] State, [THREADS] pairs
+constexpr int PAIRS_AT = STATE * THREADS;  // of a line of the ring: [THREADS] State, [THREADS] pairs
 constexpr int LINE = PAIRS_AT + PAIRS * THREADS;
 constexpr int MET_AT = DEPTH * LINE;    // [2][WARPS + 2][2] State: the outer places of warps
-constexpr int MET = (WARPS + 2) * 2 * 16;
+constexpr int MET = (WARPS + 2) * 2 * STATE;
 
 struct __align__(PAIRS < 16 ? PAIRS : 16) Pairs {
   Pair e[PLACES];
 };
 typedef float Places[PLACES][V];
 
+// Is a thread the first or the last of its warp, and where do the outer places of warps lie that it meets?
+#if VECTOR == 2
+// In registers that are kept: the compiler would make them anew in every line, which takes a good part of so
+// short a line. By whole warps.
+struct Lane {
+  u32 met_at;
+  bool is_first, is_last;
+
+  __device__ __forceinline__ Lane() {
+    const int lane = threadIdx.x % 32;
+    met_at = __shfl_sync(ALL_LANES, (threadIdx.x / 32 + 1) * 2 * STATE, lane);
+    is_first = __shfl_sync(ALL_LANES, lane == 0, lane), is_last = __shfl_sync(ALL_LANES, lane == 31, lane);
+  }
+  __device__ __forceinline__ u32 met() const { return met_at; }
+  __device__ __forceinline__ bool first() const { return is_first; }
+  __device__ __forceinline__ bool last() const { return is_last; }
+};
+#else
+struct Lane {
+  __device__ __forceinline__ u32 met() const { return (threadIdx.x / 32 + 1) * 2 * STATE; }
+  __device__ __forceinline__ bool first() const { return threadIdx.x % 32 == 0; }
+  __device__ __forceinline__ bool last() const { return threadIdx.x % 32 == 31; }
+};
+#endif
+
 struct Carrier {
   Store store;
+  Lane lane;
   int place, channel;
   int which;    // 0: its first place is beside another tile; 1: its last place is; or -1
   int present;  // of the thread's places
@@ -52,8 +78,8 @@ struct Carrier {
     which = first ? 0 : last ? 1 : -1;
     const int begin = adjoint ? store.s.lines - 1 : 0, step = adjoint ? -1 : 1;
     unsigned char* shared = held_shared_memory();
-    pairs_at = shared + PAIRS_AT + threadIdx.x * PAIRS, side_at = shared + threadIdx.x * 16;
-    met = shared + MET_AT + (threadIdx.x / 32 + 1) * 32;
+    pairs_at = shared + PAIRS_AT + threadIdx.x * PAIRS, side_at = shared + threadIdx.x * STATE;
+    met = shared + MET_AT + lane.met();
     pairs = store.pair(begin, place);
     from = to = store.side(begin, place / SIDE, which < 0 ? 0 : which, channel);
     pairs_line = step * padded(places), sides_line = step * store.side_line;
@@ -64,17 +90,18 @@ struct Carrier {
       for (int i = 0; i < PLACES; i++) q[i][v] = 0.f;
     }
     // Beyond the first and the last warp there is nothing.
-    for (int i = threadIdx.x; i < 4 * (WARPS + 2); i += THREADS)
-      ((State*)(shared_memory() + MET_AT))[i] = {0.f, 0.f, 0.f, 0.f};
+    for (int i = threadIdx.x; i < 4 * (WARPS + 2); i += THREADS) ((State*)(shared_memory() + MET_AT))[i] = {};
   }
   // Sets out what a line needs, and goes on to the next.
   __device__ __forceinline__ void copy(int slot) {
     constexpr int SIZE = PAIRS < 16 ? PAIRS : 16;
+    // Lines of weights are padded to four places.
+    constexpr int FOUR = 4 * (int)sizeof(Pair);
 #pragma unroll
     for (int part = 0; part < PAIRS / SIZE; part++)
       copy_async<SIZE>(pairs_at + slot + part * SIZE, (unsigned char*)pairs + part * SIZE,
-                       present > 0 ? SIZE : 0);
-    if (which >= 0) copy_async<16>(side_at + slot, from);
+                       present > part * SIZE / FOUR * 4 ? SIZE : 0);
+    if (which >= 0) copy_async<STATE>(side_at + slot, from);
     pairs += pairs_line;
     from += sides_line;
   }
@@ -103,20 +130,18 @@ struct Carrier {
   }
   // The outer places of warps, in two buffers that take turns.
   __device__ __forceinline__ void publish(int parity) const {
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) store_state(met + parity * MET, left);
-    if (lane == 31) store_state(met + parity * MET + 16, right);
+    if (lane.first()) store_state(met + parity * MET, left);
+    if (lane.last()) store_state(met + parity * MET + STATE, right);
   }
   // What a thread sees of its neighbours; a barrier must come before. By whole warps.
   __device__ __forceinline__ void meet(int parity, float (&before)[V], float (&after)[V]) const {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int v = 0; v < V; v++) {
       before[v] = __shfl_up_sync(ALL_LANES, right[v], 1);
       after[v] = __shfl_down_sync(ALL_LANES, left[v], 1);
     }
-    if (lane == 0) load_state(met + parity * MET - 16, before);
-    if (lane == 31) load_state(met + parity * MET + 32, after);
+    if (lane.first()) load_state(met + parity * MET - STATE, before);
+    if (lane.last()) load_state(met + parity * MET + 2 * STATE, after);
   }
 
   __device__ __forceinline__ void load_ends(int tile, Places& e) const {

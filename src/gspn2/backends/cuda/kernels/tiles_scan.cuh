@@ -8,20 +8,20 @@
 struct Line {
   float u[V];  // lam x
 #if GATED
-  Quad gate;
+  Stored gate;
 #endif
   Pair pair;
 
-  __device__ __forceinline__ void take(const unsigned char* scaled, const Quad* x, const Pair* pair_) {
+  __device__ __forceinline__ void take(const unsigned char* scaled, const Stored* x, const Pair* pair_) {
     unpack(*x, u);
 #if HAS_LAM
     float lam[V];
-    unpack(*(const Quad*)scaled, lam);
+    unpack(*(const Stored*)scaled, lam);
 #pragma unroll
     for (int v = 0; v < V; v++) u[v] *= lam[v];
 #endif
 #if GATED
-    gate = *((const Quad*)scaled + 1);
+    gate = *((const Stored*)scaled + 1);
 #endif
     pair = *pair_;
   }
@@ -37,7 +37,7 @@ __device__ __forceinline__ void scan(const Params& p, const Tile& tile) {
   // Lanes without a place stay at zero, whatever their neighbours have.
   const bool first = lane == 0 || !there, last = lane == SIDE - 1 || !there;
   unsigned char* scaled = slot(d, sub, lines.at + lane * lines.next);
-  const Quad* x = x_at(sub, lines.at + lane * lines.next);
+  const Stored* x = x_at(sub, lines.at + lane * lines.next);
   const Pair* pair = pair_at(d, 0, lane);
   float h[V] = {};
 #if FINAL
@@ -130,6 +130,6 @@ __device__ __forceinline__ void store_sum(const Tile& tile, const View& view, At
 #pragma unroll
       for (int v = 0; v < V; v++) sum[v] += one[v];
     }
-    *(Quad*)(tile.at(view, row, column) + sub * V) = pack(sum);
+    *(Stored*)(tile.at(view, row, column) + sub * V) = pack(sum);
   }
 }

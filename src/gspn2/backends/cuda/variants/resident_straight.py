@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...problem import DIRECTIONS
 from ..geometry import Case, Kernel, Launch, Plan, View, options
+from . import tiles
 from .resident_records import BLOCK_OVERHEAD, LANES, MOST_PLACES, lane_places, longest, magic, up
 
 REGISTERS = 65536
@@ -23,6 +24,10 @@ FEW_BLOCKS = 16
 """With more, a block takes several channels if they are adjacent: less than a sector costs as much."""
 
 
+LONG = 128
+"""Lines and places of each from which on `tiles` is faster: a warp here would hold many places of a line."""
+
+
 def takes(case: Case) -> bool:
     """Several directions of so few images that all blocks run at once, or small planes along their rows?"""
     it = layout(case)
@@ -30,6 +35,8 @@ def takes(case: Case) -> bool:
         return False
     if it.scans == 1:
         return _scans_rows(case)
+    if min(case.problem.height, case.problem.width) >= LONG and tiles.why_not(case) is None:
+        return False
     tasks = case.problem.batch * case.problem.channels // it.vector
     return tasks * it.scans <= case.device.multiprocessors
 

@@ -14,8 +14,8 @@ import torch
 from ..geometry import Case, Kernel, Launch, Plan, options
 from .pixels_layout import has_vectors, operands
 
-CHANNELS = 4
-"""Of a vector, whatever their type."""
+VECTORS = (4, 2)
+"""Channels of a vector, whatever their type, the most wanted first."""
 
 LEAST_LINES = 64
 """Of an image: with fewer it is a few tiles, and most of their places are beside another."""
@@ -24,6 +24,9 @@ WANTED = ((16, 4), (16, 2), (32, 1), (32, 2), (16, 8), (16, 10), (32, 4))
 """Sides of tiles and vectors of blocks, the most wanted first: the second-level cache is asked for pieces of
 a pixel, and half a sector costs as much as a whole one."""
 
+WANTED_PAIRS = ((16, 1), (32, 1))
+"""The same where two channels are a vector: such a tile is little to do, and small ones are many."""
+
 WIDEST = 16
 """Channels that one block takes of a pixel: of more it asks for short pieces, and `pixels` was faster."""
 
@@ -31,7 +34,13 @@ FEW, LARGE = 48, 256
 """Channels of all images at most, and lines of an image at least: `pixels` then has few blocks, whose lines
 follow one another, and most of the device waits."""
 
+LARGE_PAIRS = 128
+"""The same lines where two channels are a vector."""
+
 MOST_THREADS = 1024
+
+FOUR_WARPS = 128
+"""Threads of a block that has a warp for each scheduler of a multiprocessor."""
 
 MOST_TOGETHER = 640
 """Threads of a multiprocessor that registers are saved for: more would leave each too few."""
@@ -46,13 +55,20 @@ class Cut:
 
     Args:
         side: pixels along the sides of a tile.
-        vectors: of a block, four channels each.
+        vectors: of a block.
         places: of a thread of `tiles_borders`.
+        vector: channels of a vector.
     """
 
     side: int
     vectors: int
     places: int
+    vector: int = 4
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.vectors * self.vector
 
 
 def why_not(case: Case) -> str | None:
@@ -69,7 +85,10 @@ def slower(case: Case) -> str | None:
     # Those of 32 bytes of channels, in two blocks.
     if pixels * 8 * 4 // 2 <= device.shared_memory:
         return "sums over the directions of an image stay on the chip as they are"
-    if problem.batch * problem.channels <= FEW and min(problem.height, problem.width) >= LARGE:
+    few, least = problem.batch * problem.channels <= FEW, min(problem.height, problem.width)
+    if vector_of(case) < VECTORS[0]:
+        return None if few and least >= LARGE_PAIRS else "vectors of two channels are for few large images"
+    if few and least >= LARGE:
         return None
     scaled = "lam" in case.views or "gate" in case.views
     if problem.channels > WIDEST and (scaled or not case.backward):
@@ -86,14 +105,15 @@ def cannot(case: Case) -> str | None:
         return "a single direction has no sum to keep on the chip"
     if not problem.normalize:
         return "weights as given, which need not add up to one"
-    if problem.channels // problem.groups % CHANNELS:
-        return f"taps are not shared by {CHANNELS} channels or a multiple of that"
+    narrowest = VECTORS[-1]
+    if problem.channels // problem.groups % narrowest:
+        return f"taps are not shared by {narrowest} channels or a multiple of that"
     # States that forward has kept are not looked at.
     for name in operands(case):
         if case.views[name].c != 1:
             return f"{name}: channels are not adjacent in memory (stride {case.views[name].c})"
-        if not has_vectors(case, case.views[name], CHANNELS * case.itemsize):
-            return f"{name}: pixels do not start at multiples of {CHANNELS} channels"
+        if not has_vectors(case, case.views[name], narrowest * case.itemsize):
+            return f"{name}: pixels do not start at multiples of {narrowest} channels"
     if next(cuts(case), None) is None:
         return "a line is too long for a block's threads, or tiles do not fit in its memory"
     return None
@@ -103,14 +123,43 @@ def cuts(case: Case) -> Iterator[Cut]:
     """The ways of cutting that there are, the most wanted first."""
     problem = case.problem
     longest = max(problem.height, problem.width)
-    shared = problem.channels // problem.groups // CHANNELS
-    for side, vectors in WANTED:
-        if shared % vectors == 0:
-            for places in (4, 2):
+    vector = vector_of(case)
+    shared = problem.channels // problem.groups // vector
+    for side, vectors in WANTED if vector == VECTORS[0] else WANTED_PAIRS:
+        if shared % vectors == 0 and (side * vectors % 32 == 0 or _come_in_pairs(case)):
+            for places in _places(longest, vector):
                 if longest <= places * MOST_THREADS:
-                    cut = Cut(side, vectors, places)
+                    cut = Cut(side, vectors, places, vector)
                     if max(_memory(case, cut, False), _memory(case, cut, True)) <= case.device.shared_memory:
                         yield cut
+
+
+def _places(longest: int, vector: int) -> tuple[int, ...]:
+    """Of a thread of `tiles_borders`, the most wanted first.
+
+    Places of two channels are little to do: a block has a warp for each scheduler, if it can, and no more.
+    """
+    if vector == VECTORS[0]:
+        return (4, 2)
+    wanted = next((places for places in (2, 4) if longest <= places * FOUR_WARPS), 8)
+    return (wanted, *(places for places in (8, 4, 2) if places != wanted))
+
+
+def vector_of(case: Case) -> int:
+    """Channels of a vector: as many as share taps and start a multiple of that many everywhere."""
+    shared = case.problem.channels // case.problem.groups
+    return next(
+        vector
+        for vector in VECTORS
+        if shared % vector == 0
+        and all(has_vectors(case, case.views[name], vector * case.itemsize) for name in operands(case))
+    )
+
+
+def _come_in_pairs(case: Case) -> bool:
+    """Do neighbouring directions have lines along the same axis, so that a warp may hold two?"""
+    vertical = [name in ("down", "up") for name in case.problem.directions]
+    return len(vertical) % 2 == 0 and vertical[::2] == vertical[1::2]
 
 
 def plan(case: Case) -> Plan:
@@ -123,8 +172,8 @@ def plan_of(case: Case, cut: Cut) -> Plan:
     side, vectors = cut.side, cut.vectors
     scans = len(problem.directions)
     restarts = problem.chunk is not None and problem.chunk < max(problem.height, problem.width)
-    shape = (("SIDE", side), ("SUBS", vectors), ("SCANS", scans), ("RESTARTS", int(restarts)))
-    common = (*options(case), *shape)
+    shape = (("VECTOR", cut.vector), ("SIDE", side), ("SUBS", vectors), ("SCANS", scans))
+    common = (*options(case), *shape, ("RESTARTS", int(restarts)))
     threads = scans * vectors * side
     tiles = problem.batch * -(-problem.height // side) * -(-problem.width // side)
     name = "tiles_backward" if case.backward else "tiles_forward"
@@ -138,13 +187,13 @@ def plan_of(case: Case, cut: Cut) -> Plan:
         # States from borders are as good in many blocks.
         span = problem.channels // problem.groups
         if final and not case.backward:
-            span = CHANNELS * vectors
+            span = cut.channels
         parts = problem.channels // span
         return Launch(Kernel(f"{name}.cu", name, macros), tiles * parts, threads, memory, knobs=(span,))
 
     launches = (tiled(False), _borders(case, cut, common), tiled(True))
     reasons = (
-        f"channels are adjacent, images large: tiles of {side} x {side}, {vectors * CHANNELS} channels",
+        f"channels are adjacent, images large: tiles of {side} x {side}, {cut.channels} channels",
         "first the states at borders of tiles, then every tile by itself: sums stay on the chip",
     )
     return Plan("tiles", launches, _scratch(case, cut), reasons)
@@ -154,9 +203,10 @@ def _borders(case: Case, cut: Cut, common: tuple[tuple[str, int], ...]) -> Launc
     problem = case.problem
     longest = max(problem.height, problem.width)
     threads = 32 * -(-longest // (32 * cut.places))
-    line = threads * (cut.places * _pair(case) + 16)
-    rest = 16 * 2 * 2 * (threads // 32 + 2)
-    chains = problem.batch * len(problem.directions) * problem.channels // CHANNELS * (1 + case.backward)
+    state = 4 * cut.vector
+    line = threads * (cut.places * _pair(case) + state)
+    rest = state * 2 * 2 * (threads // 32 + 2)
+    chains = problem.batch * len(problem.directions) * problem.channels // cut.vector * (1 + case.backward)
     # Where there are more blocks than multiprocessors, two of them fit.
     memory = case.device.shared_memory
     if chains > case.device.multiprocessors and threads <= MOST_THREADS // 2:
@@ -178,17 +228,17 @@ def _pair(case: Case) -> int:
 def _memory(case: Case, cut: Cut, final: bool) -> int:
     """Bytes of shared memory of a block, in the order of the kernel's constants."""
     side, vectors, scans, back = cut.side, cut.vectors, len(case.problem.directions), case.backward
-    quad = CHANNELS * case.itemsize
-    plane = side * (side + 1) + 1
+    stored, state = cut.vector * case.itemsize, 4 * cut.vector
+    plane = side * (side + 1) + (1 if cut.vector == 4 else 4)
     planes = scans * vectors * plane
     slots = "lam" in case.views or (back and "gate" in case.views) or (final and not back)
-    slot = slots * quad * (1 + (final or back))
-    outside = final * (1 + back) * scans * vectors * side * 2 * 16
+    slot = slots * stored * (1 + (final or back))
+    outside = final * (1 + back) * scans * vectors * side * 2 * state
     pairs = scans * side * side * _pair(case)
     kept = final and back
-    sums = kept * (vectors * side // 32) * 3 * scans * side * side * 4
-    images = vectors * plane * quad * (1 + back)
-    return -(-planes * slot // 16) * 16 + kept * planes * 16 + outside + pairs + sums + images
+    sums = kept * -(-vectors * side // 32) * 3 * scans * side * side * 4
+    images = vectors * plane * stored * (1 + back)
+    return -(-planes * slot // 16) * 16 + kept * planes * state + outside + pairs + sums + images
 
 
 def _scratch(case: Case, cut: Cut) -> tuple[int, int, int]:
@@ -206,13 +256,25 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1))
     kernels = []
-    for side, vectors, blocks in ((16, 2, (5, 4, 4, 2)), (32, 1, (4, 2, 2, 1))):
-        common = (*plain, ("SIDE", side), ("SUBS", vectors), ("SCANS", 4), ("RESTARTS", 0))
+    for vector, side, vectors, blocks in (
+        (4, 16, 2, (5, 4, 4, 2)),
+        (4, 32, 1, (4, 2, 2, 1)),
+        (2, 16, 1, (10, 10, 10, 5)),
+        (2, 32, 1, (5, 3, 3, 1)),
+    ):
+        shape = (("VECTOR", vector), ("SIDE", side), ("SUBS", vectors), ("SCANS", 4), ("RESTARTS", 0))
+        common = (*plain, *shape)
         for number, together in enumerate(blocks):
             name = ("tiles_forward", "tiles_backward")[number // 2]
             macros = (*common, ("FINAL", number % 2), ("MIN_BLOCKS", together))
             kernels.append((Kernel(f"{name}.cu", name, macros), True))
-    for backward, depth in ((0, RING), (1, 9)):
-        carried = (("THREADS", 512), ("PLACES", 2), ("DEPTH", depth), ("BACKWARD", backward))
-        kernels.append((Kernel("tiles_borders.cu", "tiles_borders", (*common, *carried)), True))
+    for vector, threads, places, backward, depth in (
+        (4, 512, 2, 0, RING),
+        (4, 512, 2, 1, 9),
+        (2, 128, 4, 0, RING),
+        (2, 128, 4, 1, RING),
+    ):
+        shape = (("VECTOR", vector), ("SIDE", 32), ("SUBS", 1), ("SCANS", 4), ("RESTARTS", 0))
+        carried = (("THREADS", threads), ("PLACES", places), ("DEPTH", depth), ("BACKWARD", backward))
+        kernels.append((Kernel("tiles_borders.cu", "tiles_borders", (*plain, *shape, *carried)), True))
     return kernels
