@@ -255,6 +255,28 @@ def test_the_generic_variant_comes_last_and_takes_everything() -> None:
         assert plan.choose(case, "generic").variant == "generic"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_records_of_few_small_images_are_read_once(dtype: torch.dtype) -> None:
+    new = Device()
+
+    def launch(size: tuple[int, int, int, int], device: Device = new, **changed: int) -> Launch:
+        case = imagined(posed(size, dtype), "channels", device)
+        views = {name: replace(view, **changed) for name, view in case.views.items()}
+        return plan.choose(replace(case, views=views)).launches[0]
+
+    once = "resident_exchange_forward"
+    for size, blocks in (((1, 8, 64, 64), 16), ((6, 8, 32, 32), 96), ((1, 4, 64, 64), 8)):
+        found = launch(size)
+        assert (found.kernel.function, found.grid) == (once, blocks)
+        assert found.cluster == blocks // size[0]
+    # More images than run at once; rows that blocks cannot share evenly; no large clusters; no vectors.
+    assert launch((8, 8, 32, 32)).kernel.function != once
+    assert launch((1, 8, 40, 64)).kernel.function != once
+    assert launch((1, 8, 64, 64), AMPERE).kernel.function != once
+    assert launch((1, 8, 64, 64), replace(new, multiprocessors=64)).kernel.function != once
+    assert launch((1, 8, 64, 64), alignment=8).kernel.function != once
+
+
 def test_names_in_the_table() -> None:
     case = imagined(posed((1, 8, 64, 64)), "planes", Device())
     with pytest.raises(ValueError, match=r"variant: expected one of strips_vertical.*generic, got 'fast'"):

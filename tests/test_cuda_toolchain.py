@@ -39,8 +39,13 @@ def representative(variant: str) -> list[tuple[Kernel, bool]]:
     return plan.variants()[variant].representative_kernels()
 
 
-def oldest(variant: str) -> tuple[int, int]:
-    return getattr(plan.variants()[variant], "CAPABILITY", plan.OLDEST)
+def oldest(variant: str, source: str) -> tuple[int, int]:
+    """The first compute capability that a variant, or the part of it that has this source, runs on."""
+    module = plan.variants()[variant]
+    for part in getattr(module, "SPECIAL", ()):
+        if any(kernel.source == source for kernel, _ in part.representative_kernels()):
+            module = part
+    return getattr(module, "CAPABILITY", plan.OLDEST)
 
 
 def main_cases() -> Iterator[tuple[str, int]]:
@@ -55,7 +60,7 @@ def other_cases() -> Iterator[tuple[tuple[int, int], str, int]]:
         for turn, source in enumerate(dict.fromkeys(sources)):
             for alike in OTHERS:
                 capability = alike[turn % len(alike)]
-                if capability >= oldest(variant):
+                if capability >= oldest(variant, source):
                     yield capability, variant, sources.index(source)
 
 

@@ -149,6 +149,8 @@ EMULATED void bulk_store_wait() {
 
 EMULATED u32 cluster_rank() { return emulator::current->rank; }
 EMULATED void cluster_barrier() { emulator::cluster_barrier(); }
+EMULATED void cluster_has_begun() {}
+EMULATED void cluster_wait_begun() { emulator::cluster_barrier(); }
 template <typename T>
 EMULATED T* cluster_map(T* p, u32 rank) {
   return (T*)emulator::cluster_map(p, rank);

@@ -34,6 +34,7 @@ from gspn2.backends.cuda.variants import (
     planes_backward_pieces,
     planes_layout,
     planes_tiles,
+    resident_exchange,
     resident_straight_backward,
     strips,
     strips_vertical,
@@ -193,6 +194,8 @@ def plan_of(variant: str, case: Case, choice: int | None) -> Plan:
     if variant == "pixels" and not case.backward and (tiling := pixels_forward.tiling_of(case)):
         ways = list(pixels_forward.ways(case, replace(tiling, prepared=False)))
         return pixels_forward.plan(case, rng.choice(ways))
+    if variant == "resident" and (rows := list(resident_exchange.layouts(case))):
+        return resident_exchange.plan_of(case, rng.choice(rows), 32 * rng.randrange(4, 33))
     if variant == "resident" and (found := list(resident_straight_backward.layouts(case))):
         return resident_straight_backward.plan_of(case, rng.choice(found), 32 * rng.randrange(1, 33))
     return planner.variants()[variant].plan(case)

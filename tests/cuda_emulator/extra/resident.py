@@ -108,4 +108,36 @@ CASES = (
         Small(11, 9, channels=8, layout="channels_last", chunk=3, dtype=BF16, nan=name, forward=False)
         for name in ("x", "logits", "lam", "gate", "dy")
     ),
+    # Records by a cluster: rows are read by their owners, and put in order for the blocks that scan them.
+    *(
+        Small(32, 6, channels=8, layout="records", dtype=dtype, chunk=chunk, backward=False)
+        for dtype, chunk in ((BF16, None), (FP16, 7), (torch.float32, 5))
+    ),
+    Small(64, 64, channels=8, layout="records", dtype=BF16, backward=False),
+    Small(32, 8, channels=4, layout="records_with_x", groups=2, batch=2, chunk=5, backward=False),
+    Small(32, 16, channels=16, layout="records", dtype=BF16, groups=2, backward=False),
+    Small(
+        16,
+        8,
+        channels=8,
+        layout="records_in_other_order",
+        dtype=BF16,
+        directions=("left", "down"),
+        backward=False,
+    ),
+    Small(
+        16,
+        72,
+        channels=4,
+        layout="records",
+        dtype=FP16,
+        directions=("up", "right"),
+        lam=False,
+        backward=False,
+    ),
+    Small(64, 12, channels=8, layout="records", gate=False, backward=False),
+    *(
+        Small(32, 8, channels=8, layout="records", chunk=3, dtype=BF16, nan=name, backward=False)
+        for name in ("x", "logits", "lam", "gate")
+    ),
 )

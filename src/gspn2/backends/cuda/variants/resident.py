@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...problem import DIRECTIONS
 from ..geometry import Case, Kernel, Launch, Plan, View, options
-from . import lines, resident_pair, resident_straight, resident_straight_backward
+from . import lines, resident_exchange, resident_pair, resident_straight, resident_straight_backward
 from .resident_records import (
     BLOCK_OVERHEAD,
     LANES,
@@ -20,7 +20,7 @@ from .resident_records import (
     up,
 )
 
-SPECIAL = (resident_pair, resident_straight, resident_straight_backward)
+SPECIAL = (resident_pair, resident_exchange, resident_straight, resident_straight_backward)
 """With kernels of their own, by preference."""
 
 RING = 3
