@@ -11,6 +11,9 @@ LARGE = Small(81, 83, channels=8, dtype=BF16, layout="channels_last", device=DEV
 
 CASES = (
     LARGE,
+    replace(LARGE, groups=8),
+    replace(LARGE, groups=8, layout="records", chunk=29),
+    *(replace(LARGE, groups=8, height=84, width=80, nan=nan) for nan in ("x", "logits", "dy", "restarts")),
     *(
         replace(LARGE, height=84, width=80, chunk=chunk, nan=nan)
         for chunk, nan in ((20, "x"), (None, "logits"), (33, "dy"))

@@ -18,6 +18,7 @@
 //           directions in a warp have lines along the same axis
 //   SUBS    vectors of a block
 //   SCANS   number of directions
+//   OWN_TAPS  each channel has taps of its own (tiles_own.cuh); a macro of bfloat16 only
 // Scratch: 0 weights, 1 states beside the borders between places, 2 states beside those between lines.
 #pragma once
 #include "common.cuh"
@@ -34,8 +35,9 @@ struct __align__(4 * V) State {
 };
 constexpr int STORED = (int)sizeof(Stored), STATE = (int)sizeof(State);
 
-// The weights before and after of a place: the third is what they leave of one, and never negative. Two
-// float16 are more precise than bfloat16 tensors, and less than float16 ones.
+// The weights before and after of a place, of a group of channels or of each of a vector: the third is what
+// they leave of one, and never negative. Two float16 are more precise than bfloat16 tensors, and less than
+// float16 ones.
 #if STORAGE != 1
 struct __align__(8) Pair {
   float before, after;
@@ -44,17 +46,30 @@ __device__ __forceinline__ Pair pair_of(const Taps& w) { return {w.before, w.aft
 __device__ __forceinline__ Taps taps_of(const Pair& p) {
   return {p.before, 1.f - p.before - p.after, p.after};
 }
+__device__ __forceinline__ Taps taps_of(const Pair& p, int) { return taps_of(p); }
+#else
+__device__ __forceinline__ Taps taps_of(u32 halves) {
+  const __half2 both = *(const __half2*)&halves;
+  const float before = __low2float(both), after = __high2float(both);
+  return {before, 1.f - before - after, after};
+}
+#if OWN_TAPS
+struct __align__(16) Pair {
+  u32 halves[V];
+};
+__device__ __forceinline__ Taps taps_of(const Pair& p, int v) { return taps_of(p.halves[v]); }
 #else
 struct Pair {
   u32 halves;
 };
 __device__ __forceinline__ Pair pair_of(const Taps& w) { return {halves_toward_zero(w.before, w.after)}; }
-__device__ __forceinline__ Taps taps_of(const Pair& p) {
-  const __half2 both = *(const __half2*)&p.halves;
-  const float before = __low2float(both), after = __high2float(both);
-  return {before, 1.f - before - after, after};
-}
+__device__ __forceinline__ Taps taps_of(const Pair& p) { return taps_of(p.halves); }
+__device__ __forceinline__ Taps taps_of(const Pair& p, int) { return taps_of(p); }
 #endif
+#endif
+
+// What has weights: groups, or vectors of channels with taps of their own.
+__device__ __forceinline__ int weight_sets(const Params& p) { return OWN_TAPS ? p.channels / V : p.groups; }
 
 __device__ __forceinline__ void unpack(const Stored& q, float (&e)[V]) {
 #pragma unroll
@@ -95,7 +110,8 @@ struct Store {
   Pair* pairs;             // [line][padded places]
   float *sides, *ends;     // [vector][line][2 tiles][V], [vector][tile of lines][place][V]
 
-  __device__ __forceinline__ Store(const Params& p, int b, int d, int group, bool adjoint) {
+  // `set`: which weights.
+  __device__ __forceinline__ Store(const Params& p, int b, int d, int set, bool adjoint) {
     s = scan_of(p, d);
     tiles = tiles_along(s.places), side_line = 2ll * V * tiles;
     late = s.reversed ? (SIDE - s.lines % SIDE) % SIDE : 0;
@@ -104,10 +120,10 @@ struct Store {
     const long long rows = (long long)p.height * tiles_along(p.width);
     const long long columns = (long long)p.width * tiles_along(p.height);
     const long long of_sides = 2 * max(rows, columns);
-    pairs = (Pair*)p.scratch[0] + (image * p.groups + group) * of_pairs;
-    const long long set = adjoint ? (long long)p.batch * SCANS : 0;
-    sides = (float*)p.scratch[1] + (set + image) * of_sides * p.channels;
-    ends = (float*)p.scratch[2] + (set + image) * of_sides / 2 * p.channels;
+    pairs = (Pair*)p.scratch[0] + (image * weight_sets(p) + set) * of_pairs;
+    const long long part = image + (adjoint ? (long long)p.batch * SCANS : 0);
+    sides = (float*)p.scratch[1] + part * of_sides * p.channels;
+    ends = (float*)p.scratch[2] + part * of_sides / 2 * p.channels;
   }
   __device__ __forceinline__ Pair* pair(int line, int place) const {
     return pairs + line * padded(s.places) + place;

@@ -68,7 +68,7 @@ struct Carrier {
   float left_alone[V], right_alone[V];  // what a tile has alone, of places beside another
 
   __device__ __forceinline__ Carrier(const Params& p, int b, int d, int channel_, bool adjoint)
-      : store(p, b, d, channel_ / (p.channels / p.groups), adjoint) {
+      : store(p, b, d, channel_ / (p.channels / weight_sets(p)), adjoint) {
     channel = channel_;
     place = threadIdx.x * PLACES;
     const int places = store.s.places;
@@ -171,9 +171,9 @@ __device__ __forceinline__ void step(const Pairs& pairs, float (&before)[V], con
                                      Places& q) {
 #pragma unroll
   for (int i = 0; i < PLACES; i++) {
-    const Taps w = taps_of(pairs.e[i]);
 #pragma unroll
     for (int v = 0; v < V; v++) {
+      const Taps w = taps_of(pairs.e[i], v);
       const float here = q[i][v], next = i + 1 < PLACES ? q[i + 1 < PLACES ? i + 1 : i][v] : after[v];
       q[i][v] = fmaf(w.before, before[v], fmaf(w.after, next, w.here * here));
       before[v] = here;
@@ -224,15 +224,15 @@ __device__ __forceinline__ void hand_back(Carrier& me, const Pairs& pairs) {
   Places own;
 #pragma unroll
   for (int i = 0; i < PLACES; i++) {
-    const Taps w = taps_of(pairs.e[i]);
 #pragma unroll
     for (int v = 0; v < V; v++) {
+      const Taps w = taps_of(pairs.e[i], v);
       if (i == 0) me.left[v] = fmaf(w.before, me.q[0][v], me.left_alone[v]);
       if (i == PLACES - 1) me.right[v] = fmaf(w.after, me.q[i][v], me.right_alone[v]);
       float sum = w.here * me.q[i][v];
       const int previous = i > 0 ? i - 1 : 0, next = i + 1 < PLACES ? i + 1 : i;
-      if (i > 0) sum = fmaf(taps_of(pairs.e[previous]).after, me.q[previous][v], sum);
-      if (i + 1 < PLACES) sum = fmaf(taps_of(pairs.e[next]).before, me.q[next][v], sum);
+      if (i > 0) sum = fmaf(taps_of(pairs.e[previous], v).after, me.q[previous][v], sum);
+      if (i + 1 < PLACES) sum = fmaf(taps_of(pairs.e[next], v).before, me.q[next][v], sum);
       own[i][v] = sum;
     }
   }

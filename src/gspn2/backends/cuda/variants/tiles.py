@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..geometry import Case, Kernel, Launch, Plan, options
-from .pixels_layout import has_vectors, operands
+from .pixels_layout import has_vectors, operands, own_taps
 
 VECTORS = (4, 2)
 """Channels of a vector, whatever their type, the most wanted first."""
@@ -26,6 +26,9 @@ a pixel, and half a sector costs as much as a whole one."""
 
 WANTED_PAIRS = ((16, 1), (32, 1))
 """The same where two channels are a vector: such a tile is little to do, and small ones are many."""
+
+WANTED_OWN = ((16, 2), (16, 1))
+"""The same where each channel has its taps."""
 
 WIDEST = 16
 """Channels that one block takes of a pixel: of more it asks for short pieces, and `pixels` was faster."""
@@ -42,8 +45,9 @@ MOST_THREADS = 1024
 FOUR_WARPS = 128
 """Threads of a block that has a warp for each scheduler of a multiprocessor."""
 
-MOST_TOGETHER = 640
-"""Threads of a multiprocessor that registers are saved for: more would leave each too few."""
+MOST_TOGETHER, MOST_TOGETHER_OWN = 640, 1024
+"""Threads of a multiprocessor that registers are saved for, of a vector each and (own taps) of two channels:
+more would leave each too few."""
 
 RING = 12
 """Lines that are on their way in `tiles_borders`, at most."""
@@ -72,7 +76,7 @@ class Cut:
 
 
 def why_not(case: Case) -> str | None:
-    """Several directions of a large image, weights to be made, taps that vectors share."""
+    """Several directions of a large image, weights to be made."""
     return cannot(case) or slower(case)
 
 
@@ -91,7 +95,7 @@ def slower(case: Case) -> str | None:
     if few and least >= LARGE:
         return None
     scaled = "lam" in case.views or "gate" in case.views
-    if problem.channels > WIDEST and (scaled or not case.backward):
+    if problem.channels > WIDEST and (not case.backward or (scaled and not own_taps(case))):
         return f"more than {WIDEST} channels would be asked for in short pieces, twice"
     if (4 + case.itemsize) * problem.batch * problem.channels * pixels <= device.cache:
         return "x and sums over directions stay in the cache: operands would be read twice for nothing"
@@ -106,7 +110,11 @@ def cannot(case: Case) -> str | None:
     if not problem.normalize:
         return "weights as given, which need not add up to one"
     narrowest = VECTORS[-1]
-    if problem.channels // problem.groups % narrowest:
+    if own_taps(case):
+        reason = _cannot_have_own_taps(case)
+        if reason:
+            return reason
+    elif problem.channels // problem.groups % narrowest:
         return f"taps are not shared by {narrowest} channels or a multiple of that"
     # States that forward has kept are not looked at.
     for name in operands(case):
@@ -119,26 +127,47 @@ def cannot(case: Case) -> str | None:
     return None
 
 
+def _cannot_have_own_taps(case: Case) -> str | None:
+    """Why it cannot run a case whose channels have taps of their own."""
+    if case.problem.channels % VECTORS[0]:
+        return f"{case.problem.channels} channels are no multiple of {VECTORS[0]}"
+    if case.problem.dtype != torch.bfloat16:
+        return "taps of each channel are taken in bfloat16 only: weights of 32 bits would fill the memory"
+    for name in ("taps", "dtaps"):
+        view = case.views.get(name)
+        if view is None:
+            continue
+        if (view.c, view.k) != (3, 1):
+            return f"{name}: the three taps of a channel are not adjacent in memory"
+        if not has_vectors(case, view, VECTORS[0] * case.itemsize):
+            return f"{name}: pixels do not start at multiples of {VECTORS[0]} taps"
+    return None
+
+
 def cuts(case: Case) -> Iterator[Cut]:
     """The ways of cutting that there are, the most wanted first."""
     problem = case.problem
     longest = max(problem.height, problem.width)
-    vector = vector_of(case)
-    shared = problem.channels // problem.groups // vector
-    for side, vectors in WANTED if vector == VECTORS[0] else WANTED_PAIRS:
-        if shared % vectors == 0 and (side * vectors % 32 == 0 or _come_in_pairs(case)):
-            for places in _places(longest, vector):
+    own, vector = own_taps(case), vector_of(case)
+    vectors_of = problem.channels // (1 if own else problem.groups) // vector
+    wanted = WANTED_OWN if own else WANTED if vector == VECTORS[0] else WANTED_PAIRS
+    for side, vectors in wanted:
+        # A lane has a vector, or two channels with taps of their own.
+        if vectors_of % vectors == 0 and (side * vectors * (1 + own) % 32 == 0 or _come_in_pairs(case)):
+            for places in _places(case, longest, vector):
                 if longest <= places * MOST_THREADS:
                     cut = Cut(side, vectors, places, vector)
-                    if max(_memory(case, cut, False), _memory(case, cut, True)) <= case.device.shared_memory:
+                    if memory(case, cut) <= case.device.shared_memory:
                         yield cut
 
 
-def _places(longest: int, vector: int) -> tuple[int, ...]:
+def _places(case: Case, longest: int, vector: int) -> tuple[int, ...]:
     """Of a thread of `tiles_borders`, the most wanted first.
 
     Places of two channels are little to do: a block has a warp for each scheduler, if it can, and no more.
     """
+    if own_taps(case):
+        return (2, 4)
     if vector == VECTORS[0]:
         return (4, 2)
     wanted = next((places for places in (2, 4) if longest <= places * FOUR_WARPS), 8)
@@ -146,7 +175,12 @@ def _places(longest: int, vector: int) -> tuple[int, ...]:
 
 
 def vector_of(case: Case) -> int:
-    """Channels of a vector: as many as share taps and start a multiple of that many everywhere."""
+    """Channels of a vector: as many as share taps and start a multiple of that many everywhere.
+
+    Those that have taps of their own: the widest.
+    """
+    if own_taps(case):
+        return VECTORS[0]
     shared = case.problem.channels // case.problem.groups
     return next(
         vector
@@ -172,24 +206,32 @@ def plan_of(case: Case, cut: Cut) -> Plan:
     side, vectors = cut.side, cut.vectors
     scans = len(problem.directions)
     restarts = problem.chunk is not None and problem.chunk < max(problem.height, problem.width)
+    own = own_taps(case)
     shape = (("VECTOR", cut.vector), ("SIDE", side), ("SUBS", vectors), ("SCANS", scans))
-    common = (*options(case), *shape, ("RESTARTS", int(restarts)))
-    threads = scans * vectors * side
+    common = (*options(case), *shape, ("OWN_TAPS", int(own)), ("RESTARTS", int(restarts)))
     tiles = problem.batch * -(-problem.height // side) * -(-problem.width // side)
-    name = "tiles_backward" if case.backward else "tiles_forward"
 
     def tiled(final: bool) -> Launch:
-        memory = _memory(case, cut, final)
+        size = _memory(case, cut, final)
+        threads = scans * vectors * side
+        name = "tiles_backward" if case.backward else "tiles_forward"
+        which: tuple[tuple[str, int], ...] = (("FINAL", int(final)),)
+        if own:
+            # Two channels a lane; and states and adjoints of the tile alone at the same time.
+            threads *= 2 * (1 + (case.backward and not final))
+            name = name.replace("tiles", "tiles_own") if final else "tiles_own_alone"
+            which = () if final else (("BACKWARD", int(case.backward)),)
         # Registers are saved for as many blocks as fit; with more warps than that nothing is gained.
-        together = min(case.device.shared_memory // (memory + 1024), MOST_TOGETHER // threads)
-        macros = (*common, ("FINAL", int(final)), ("MIN_BLOCKS", max(1, together)))
+        most = MOST_TOGETHER_OWN if own else MOST_TOGETHER
+        together = min(case.device.shared_memory // (size + 1024), most // threads)
+        macros = (*common, *which, ("MIN_BLOCKS", max(1, together)))
         # Weights are made once by a block, and the gradient of taps is a sum over the channels of a group.
         # States from borders are as good in many blocks.
         span = problem.channels // problem.groups
-        if final and not case.backward:
+        if own or (final and not case.backward):
             span = cut.channels
         parts = problem.channels // span
-        return Launch(Kernel(f"{name}.cu", name, macros), tiles * parts, threads, memory, knobs=(span,))
+        return Launch(Kernel(f"{name}.cu", name, macros), tiles * parts, threads, size, knobs=(span,))
 
     launches = (tiled(False), _borders(case, cut, common), tiled(True))
     reasons = (
@@ -221,8 +263,13 @@ def _borders(case: Case, cut: Cut, common: tuple[tuple[str, int], ...]) -> Launc
 
 
 def _pair(case: Case) -> int:
-    """Bytes of the two weights of a place that are kept."""
-    return 4 if case.problem.dtype == torch.bfloat16 else 8
+    """Bytes of the two weights of a place that are kept: of a group, or of each channel of a vector."""
+    return (4 if case.problem.dtype == torch.bfloat16 else 8) * (VECTORS[0] if own_taps(case) else 1)
+
+
+def memory(case: Case, cut: Cut) -> int:
+    """Bytes of shared memory of a block, at most."""
+    return max(_memory(case, cut, False), _memory(case, cut, True))
 
 
 def _memory(case: Case, cut: Cut, final: bool) -> int:
@@ -231,6 +278,10 @@ def _memory(case: Case, cut: Cut, final: bool) -> int:
     stored, state = cut.vector * case.itemsize, 4 * cut.vector
     plane = side * (side + 1) + (1 if cut.vector == 4 else 4)
     planes = scans * vectors * plane
+    if own_taps(case):
+        operands = ("lam" in case.views) + ("gate" in case.views and (final or back)) + 3 * (final and back)
+        outside = final * (1 + back) * scans * vectors * side * 2 * 16
+        return planes * (16 + operands * stored) + outside + vectors * plane * stored * (1 + back)
     slots = "lam" in case.views or (back and "gate" in case.views) or (final and not back)
     slot = slots * stored * (1 + (final or back))
     outside = final * (1 + back) * scans * vectors * side * 2 * state
@@ -249,32 +300,46 @@ def _scratch(case: Case, cut: Cut) -> tuple[int, int, int]:
     pairs = max(height * (-(-width // 4) * 4), width * (-(-height // 4) * 4))
     ends = max(height * -(-width // side), width * -(-height // side)) * problem.channels
     sets = images * (1 + case.backward)
-    return (images * problem.groups * pairs * _pair(case), sets * 2 * ends * 4, sets * ends * 4)
+    weights = problem.channels // VECTORS[0] if own_taps(case) else problem.groups
+    return (images * weights * pairs * _pair(case), sets * 2 * ends * 4, sets * ends * 4)
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     plain = (("STORAGE", 1), ("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1))
     kernels = []
+
+    def add(name: str, macros: tuple[tuple[str, int], ...]) -> None:
+        kernels.append((Kernel(f"{name}.cu", name, macros), True))
+
+    def common(vector: int, side: int, vectors: int, own: int) -> tuple[tuple[str, int], ...]:
+        shape = (("VECTOR", vector), ("SIDE", side), ("SUBS", vectors), ("SCANS", 4))
+        return (*plain, *shape, ("OWN_TAPS", own), ("RESTARTS", 0))
+
     for vector, side, vectors, blocks in (
         (4, 16, 2, (5, 4, 4, 2)),
         (4, 32, 1, (4, 2, 2, 1)),
         (2, 16, 1, (10, 10, 10, 5)),
         (2, 32, 1, (5, 3, 3, 1)),
     ):
-        shape = (("VECTOR", vector), ("SIDE", side), ("SUBS", vectors), ("SCANS", 4), ("RESTARTS", 0))
-        common = (*plain, *shape)
         for number, together in enumerate(blocks):
-            name = ("tiles_forward", "tiles_backward")[number // 2]
-            macros = (*common, ("FINAL", number % 2), ("MIN_BLOCKS", together))
-            kernels.append((Kernel(f"{name}.cu", name, macros), True))
-    for vector, threads, places, backward, depth in (
-        (4, 512, 2, 0, RING),
-        (4, 512, 2, 1, 9),
-        (2, 128, 4, 0, RING),
-        (2, 128, 4, 1, RING),
+            macros = (("FINAL", number % 2), ("MIN_BLOCKS", together))
+            add(
+                ("tiles_forward", "tiles_backward")[number // 2], (*common(vector, side, vectors, 0), *macros)
+            )
+    for vectors, blocks in ((1, (6, 5, 4, 3)), (2, (3, 2, 2, 1))):
+        shape = common(4, 16, vectors, 1)
+        for backward in (0, 1):
+            alone, last = blocks[2 * backward : 2 * backward + 2]
+            add("tiles_own_alone", (*shape, ("BACKWARD", backward), ("MIN_BLOCKS", alone)))
+            add(("tiles_own_forward", "tiles_own_backward")[backward], (*shape, ("MIN_BLOCKS", last)))
+    for vector, own, threads, places, backward, depth in (
+        (4, 0, 512, 2, 0, RING),
+        (4, 0, 512, 2, 1, 9),
+        (2, 0, 128, 4, 0, RING),
+        (2, 0, 128, 4, 1, RING),
+        (4, 1, 512, 2, 1, 5),
     ):
-        shape = (("VECTOR", vector), ("SIDE", 32), ("SUBS", 1), ("SCANS", 4), ("RESTARTS", 0))
         carried = (("THREADS", threads), ("PLACES", places), ("DEPTH", depth), ("BACKWARD", backward))
-        kernels.append((Kernel("tiles_borders.cu", "tiles_borders", (*plain, *shape, *carried)), True))
+        add("tiles_borders", (*common(vector, 16 if own else 32, 1, own), *carried))
     return kernels
