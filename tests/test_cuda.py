@@ -78,11 +78,6 @@ def test_every_variant_can_be_forced(variant: str) -> None:
             operator(**case.tensors(), directions=case.directions, chunk=case.chunk, backend=BACKEND)
         assert ran == {"forward": variant}
         return
-    if variant == "planes_tiles":  # backward only
-        with forced(variant) as ran:
-            run(case, backend=BACKEND)
-        assert ran["backward"] == variant
-        return
     with forced(variant, strictly=True) as ran:
         run(case, backend=BACKEND)
     assert ran == dict.fromkeys(("forward", "backward"), variant)

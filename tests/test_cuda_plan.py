@@ -15,6 +15,7 @@ from gspn2.backends import DIRECTIONS, Problem
 from gspn2.backends.cuda import driver, params, plan
 from gspn2.backends.cuda.geometry import Case, Device, Kernel, Launch, Plan, View
 from gspn2.backends.cuda.layouts import LAYOUTS, imagined
+from gspn2.backends.cuda.variants import planes_tiles
 from gspn2.cli.main import main
 
 AMPERE = Device((8, 6), 84, 101376, 6 * 2**20)
@@ -111,8 +112,10 @@ def test_aligned_planes_are_scanned_by_lines(
 ) -> None:
     """Large images; long columns, and rows of few planes, by blocks that share them."""
     problem = posed(size, dtype, directions=directions, normalize=len(directions) > 1)
-    found = plan.choose(imagined(problem, "planes", Device(), gate=problem.normalize))
+    case = imagined(problem, "planes", Device(), gate=problem.normalize)
     by_strips = directions in (("right",), ("left",)) and size[2] <= 1024
+    by_tiles = planes_tiles.why_not(case) is None
+    found = plan.choose(case, "lines" if by_tiles else None)
     assert found.variant == ("strips" if by_strips else "lines")
     functions = {"lines_forward", "strips_forward"}
     scans = [launch for launch in found.launches if launch.kernel.function in functions]

@@ -1,6 +1,8 @@
-"""Backward of planes by tiles, on problems of a size that the emulator can run."""
+"""Planes by tiles, on problems of a size that the emulator can run."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,21 +37,39 @@ RUNS = (
 )
 
 
+FORWARD = (
+    (Small(32, 32, dtype=BF16), Choice()),
+    (Small(37, 72, channels=5, dtype=BF16), Choice(ring=2, stages=3, channels=2)),
+    (Small(75, 40, batch=2, chunk=7, dtype=BF16), Choice(strips=2)),
+    (
+        Small(50, 104, channels=8, groups=2, chunk=20, lam=False, directions=("left", "down"), dtype=BF16),
+        Choice(ring=3),
+    ),
+    (Small(70, 48, gate=False, directions=("up", "left", "right"), dtype=BF16), Choice()),
+    (Small(33, 264, lam=False, gate=False, chunk=16, dtype=BF16), Choice(stages=2)),
+    (Small(161, 56, directions=("right", "left", "down"), chunk=9, dtype=BF16), Choice(strips=3)),
+    (Small(9, 72, lam=False, gate=False, directions=("left", "up"), nan="restarts", dtype=BF16), Choice()),
+)
+
+
 @pytest.mark.skipif(compiler() is None, reason="the emulator of CUDA kernels needs g++")
-@pytest.mark.parametrize("seed", range(len(RUNS)))
+@pytest.mark.parametrize(
+    ("backward", "seed"),
+    [(False, seed) for seed in range(len(FORWARD))] + [(True, seed) for seed in range(len(RUNS))],
+)
 @pytest.mark.usefixtures("threads")
-def test_tiles(seed: int) -> None:
+def test_tiles(backward: bool, seed: int) -> None:
     torch.set_num_threads(1)  # small tensors: waking more takes longer than the work
-    small, choice = RUNS[seed]
+    small, choice = (RUNS if backward else FORWARD)[seed]
     case = small.case()
-    inputs = Inputs(case.x, case.logits, case.lam, case.gate, case.dy, small.needs)
+    inputs = Inputs(case.x, case.logits, case.lam, case.gate, case.dy if backward else None, small.needs)
     planned, tensors = case_of(inputs, small.problem(case), small.device)
     assert planes_tiles.cannot(planned) is None
     plan = planes_tiles.plan(planned, choice)
     run_plan(plan, small.problem(case), tensors, seed=seed, device=small.device)
     l2, largest = TOLERANCE
     for name, right in truth(case, small.problem(case)).items():
-        if name in tensors and name != "y":
+        if name in tensors:
             assert max_error(tensors[name], right) <= largest, name
             assert relative_l2(tensors[name], right) <= l2, name
 
@@ -59,10 +79,11 @@ def reason(
     groups: int = 1,
     dtype: torch.dtype = BF16,
     directions: tuple[str, ...] = DIRECTIONS,
+    backward: bool = True,
 ) -> str | None:
     batch, channels, height, width = shape
     problem = Problem(directions, None, True, batch, channels, groups, height, width, dtype, "cuda")
-    return planes_tiles.why_not(imagined(problem, "planes", Device(), backward=True))
+    return planes_tiles.why_not(imagined(problem, "planes", Device(), backward=backward))
 
 
 def test_it_takes_large_images_whose_channels_share_logits() -> None:
@@ -76,6 +97,29 @@ def test_it_takes_large_images_whose_channels_share_logits() -> None:
     assert "outside of images" in str(reason((16, 8, 40, 1024)))
     assert "multiple of 16" in str(reason((16, 8, 1024, 1020)))
     assert "do not fit" in str(reason((16, 8, 8192, 1024)))
+
+
+def test_forward_takes_few_large_images_in_both_axes() -> None:
+    large = (4, 8, 2048, 2048)
+    for shape in (large, (1, 80, 1024, 1024), (1, 20, 1024, 1024), (1, 32, 512, 512)):
+        assert reason(shape, backward=False) is None
+    assert reason(large, directions=("right", "up"), backward=False) is None
+    assert "single axis" in str(reason(large, directions=("right", "left"), backward=False))
+    assert "share their taps" in str(reason(large, groups=8, backward=False))
+    assert "bfloat16" in str(reason(large, dtype=torch.float16, backward=False))
+    assert "multiple of 16" in str(reason((4, 8, 1024, 1020), backward=False))
+    for shape in ((16, 8, 1024, 1024), (1, 128, 512, 512), (1, 81, 1024, 1024)):
+        assert "are many" in str(reason(shape, backward=False))
+    for shape in ((8, 64, 256, 256), (1, 32, 504, 1024), (1, 32, 1024, 504)):
+        assert "are small" in str(reason(shape, backward=False))
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((16, 8, 1024, 1024), 8), ((1, 80, 1024, 1024), 20)])
+def test_forward_cuts_groups_of_few_images(shape: tuple[int, int, int, int], channels: int) -> None:
+    problem = Problem(DIRECTIONS, None, True, shape[0], shape[1], 1, *shape[2:], BF16, "cuda")
+    tiles = planes_tiles.plan(imagined(problem, "planes", Device())).launches[-1]
+    assert tiles.knobs[-1] == channels
+    assert tiles.grid == shape[0] * shape[1] // channels * 1024
 
 
 def over_columns(height: int, channels: int = 8, scaled: bool = True, shared: int = 232448) -> PlannedCase:
@@ -116,3 +160,8 @@ def test_the_planner_prefers_it_and_scratch_memory_is_little() -> None:
     assert kept == plan, "kept states change nothing"
     planes = 16 * 8 * 1024 * 1024
     assert sum(plan.scratch) == 4 * planes + 4 * 4 * planes // 8
+    assert choose(imagined(problem, "planes", Device())).variant == "lines"
+    few = replace(problem, batch=4)
+    forward = choose(imagined(few, "planes", Device()))
+    assert forward.variant == "planes_tiles"
+    assert sum(forward.scratch) == planes // 4 * 2 + 4 * 4 * (planes // 4) // 8

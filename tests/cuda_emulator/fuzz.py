@@ -100,7 +100,7 @@ def _in_tiles(drawn: Drawn) -> Drawn:
     small = drawn.small
     groups = small.groups if small.channels // small.groups >= 4 else 1
     small = replace(small, width=-(-small.width // 8) * 8, groups=groups, dtype=BF16, normalize=True)
-    return replace(drawn, small=replace(small, hidden=False), backward=True, large=True)
+    return replace(drawn, small=replace(small, hidden=False), large=True)
 
 
 def known(seed: int, variants: tuple[str, ...]) -> Drawn:
@@ -163,7 +163,7 @@ def ways_of_large_images(wanted: bool) -> Iterator[None]:
     changed = {"CHAINED_LINES": 8, "COLUMNS": 1, "PARTS": 0.0, "SUMS": 1e9, "LONGEST_CHAIN": 3}
     with (
         mock.patch.multiple(planes_backward_memory, **changed),
-        mock.patch.multiple(planes_tiles, WAVES=0, FILLED=1e9),
+        mock.patch.multiple(planes_tiles, WAVES=0, FILLED=1e9, SHORTEST=0, MOST_PLANES=10**9),
         mock.patch.object(pixels_forward, "MANY_BLOCKS", 1),
         mock.patch.object(tiles, "slower", return_value=None),
         mock.patch.object(strips, "best_layout", any_strips),
@@ -218,7 +218,10 @@ def _cut(
 
 
 def _tiles(case: Case, rng: random.Random) -> planes_tiles.Choice:
-    return planes_tiles.Choice(rng.choice((2, 3, 4, 6)), rng.choice(planes_tiles.cuts(case) or [None]))
+    strips = rng.choice(planes_tiles.cuts(case) or [None])
+    return planes_tiles.Choice(
+        rng.choice((2, 3, 4, 6)), strips, rng.choice((None, 2, 3)), rng.choice((None, 1, 3))
+    )
 
 
 def _states(small: Small, case: Tensors, problem: Problem) -> Tensor:

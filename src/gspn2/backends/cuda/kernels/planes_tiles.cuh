@@ -1,13 +1,15 @@
-// Backward of planes by tiles: what its kernels leave for each other.
+// Planes by tiles: what the kernels leave for each other.
 //
-// Scans over whole planes, states forward and their gradients back, leave nothing but what enters tiles of
-// SIDE x SIDE places. Then each tile computes its states and gradients again, all directions on the chip. A
-// tile is cut into segments of LINES lines for each direction; what enters one is
+// Scans over whole planes, states forward and in backward their gradients back, leave nothing but what
+// enters tiles of SIDE x SIDE places. Then each tile computes its states, and gradients, again, all
+// directions on the chip. A tile is cut into segments of LINES lines for each direction; what enters one is
 //   - the line before it: the states (forward), or what later lines hand on to its last line (back), and
 //   - at each of its lines, from beside the tile: the states of the line before that are next to the first
 //     and the last place (forward), or what later lines' places there hand on to these two (back).
 // Lines and places are counted as they are in the image, whichever way a scan goes; but the numbers of a
 // tile's sides come in the order of the scan.
+//
+// Macro beside those of common.cuh: BACKWARD, gradients instead of y.
 #pragma once
 #include "common.cuh"
 
@@ -38,12 +40,12 @@ __device__ __forceinline__ long long plane_of_borders(const Params& p) {
   return (long long)whole(p.height) * whole(p.width) / LINES * 2;
 }
 
-// Scratch: 0 the borders, [D][forward, back][B][C].
+// Scratch: 0 the borders, [D][forward, and with BACKWARD back][B][C].
 __device__ __forceinline__ Borders borders_of(const Params& p, int d, bool back, int b, int channel) {
   const int height = whole(p.height), width = whole(p.width);
   const long long half = (long long)height * width / LINES;  // as many numbers in lines as in sides
   static_assert(2 * LINES == SIDE, "two sides of a tile are as long as what enters its segments");
-  const long long walk = ((2 * d + back) * (long long)p.batch + b) * p.channels + channel;
+  const long long walk = ((BACKWARD ? 2 * d + back : d) * (long long)p.batch + b) * p.channels + channel;
   float* all = (float*)p.scratch[0] + 2 * walk * half;
   const bool vertical = p.directions[d] < 2;
   return {all, all + half, vertical ? width : height, vertical ? height : width, (p.directions[d] & 1) != 0};

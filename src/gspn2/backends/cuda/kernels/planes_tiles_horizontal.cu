@@ -331,7 +331,7 @@ KERNEL(THREADS, MIN_BLOCKS) planes_tiles_horizontal(CONSTANT_PARAMS p) {
   Thread t = thread_of(p);
   start(t);
   const Task task = task_of(p, blockIdx.x / p.knobs[1], p.knobs + 3);
-  if (task.back)
+  if (BACKWARD && task.back)
     walk<true, HAS_GATE>(p, t, task);
   else
     walk<false, HAS_LAM>(p, t, task);

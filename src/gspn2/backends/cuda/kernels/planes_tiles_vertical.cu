@@ -217,7 +217,7 @@ KERNEL(THREADS, MIN_BLOCKS) planes_tiles_vertical(CONSTANT_PARAMS p) {
   const int planes = p.batch * p.channels, number = blockIdx.x / planes, plane = blockIdx.x - number * planes;
   const int d = p.knobs[1 + number] / 2, b = plane / p.channels, channel = plane - b * p.channels;
   const int rows = (p.height + TOGETHER - 1) / TOGETHER * TOGETHER;
-  if (p.knobs[1 + number] & 1)
+  if (BACKWARD && p.knobs[1 + number] & 1)
     walk<true, HAS_GATE>(p, walk_of<true>(p, d, b, channel, rows), rows);
   else
     walk<false, HAS_LAM>(p, walk_of<false>(p, d, b, channel, rows), rows);
