@@ -15,7 +15,7 @@ from gspn2.backends import DIRECTIONS, Problem
 from gspn2.backends.cuda import driver, params, plan
 from gspn2.backends.cuda.geometry import Case, Device, Kernel, Launch, Plan, View
 from gspn2.backends.cuda.layouts import LAYOUTS, imagined
-from gspn2.backends.cuda.variants import planes_tiles
+from gspn2.backends.cuda.variants import planes_tiles, strips_vertical
 from gspn2.cli.main import main
 
 AMPERE = Device((8, 6), 84, 101376, 6 * 2**20)
@@ -114,8 +114,8 @@ def test_aligned_planes_are_scanned_by_lines(
     problem = posed(size, dtype, directions=directions, normalize=len(directions) > 1)
     case = imagined(problem, "planes", Device(), gate=problem.normalize)
     by_strips = directions in (("right",), ("left",)) and size[2] <= 1024
-    by_tiles = planes_tiles.why_not(case) is None
-    found = plan.choose(case, "lines" if by_tiles else None)
+    elsewhere = any(module.why_not(case) is None for module in (planes_tiles, strips_vertical))
+    found = plan.choose(case, "lines" if elsewhere else None)
     assert found.variant == ("strips" if by_strips else "lines")
     functions = {"lines_forward", "strips_forward"}
     scans = [launch for launch in found.launches if launch.kernel.function in functions]
@@ -216,6 +216,29 @@ def test_strips_of_rows_take_few_planes(
             tuple(defines[name] for name in ("CLUSTER", "STRIPS", "PLACES", "HALO", "LINES", "STAGES")) == cut
         )
         assert launch.grid <= Device().multiprocessors * (2 if defines["LINES"] == 8 else 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "dtype", "found"),
+    [
+        ((1, 128, 512, 512), 1, torch.bfloat16, True),
+        ((1, 128, 300, 480), 2, torch.float16, True),
+        ((1, 128, 512, 512), 1, torch.float32, False),
+        ((1, 128, 512, 512), 128, torch.bfloat16, False),
+        ((1, 136, 512, 512), 1, torch.bfloat16, False),
+        ((2, 64, 256, 256), 1, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_strips_of_rows_take_a_plane_a_block(
+    size: tuple[int, int, int, int], groups: int, dtype: torch.dtype, found: bool
+) -> None:
+    """Of shared taps in 16 bits, as many planes as there are multiprocessors; `lines` keeps the like."""
+    case = imagined(posed(size, dtype, groups, ("up",), normalize=False), "planes", Device(), gate=False)
+    chosen = plan.choose(case)
+    assert chosen.variant == ("strips_vertical" if found else "lines")
+    if found:
+        assert (chosen.launches[0].grid, chosen.launches[0].cluster) == (128, 1)
 
 
 def declined(

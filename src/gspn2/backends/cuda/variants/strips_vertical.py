@@ -33,6 +33,9 @@ WAYS = {2: ((2, 16), (4, 32)), 4: ((4, 32),)}
 HALVED = ((4, 32),)
 """The same, where two blocks share a multiprocessor."""
 
+ALONE = (8, 4, 32)
+"""Strips of a block that has a whole line, places of a lane, and halo."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -153,9 +156,20 @@ def best_layout(case: Case) -> Layout | None:
         return layout
     # Long lines of more planes gain by two blocks on a multiprocessor, as long as that is about all of them.
     layout = _long(case, HALVED, blocks=2)
-    if layout is None or layout.cluster < 8 or layout.strips * layout.most > COLUMNS:
+    if layout is not None and layout.cluster == 8 and layout.strips * layout.most <= COLUMNS:
+        return layout if layout.grid <= 2 * case.device.multiprocessors else None
+    return _alone(case)
+
+
+def _alone(case: Case) -> Layout | None:
+    """A block for each plane: with taps that channels share, a line's latency is longer than its bytes."""
+    problem, processors = case.problem, case.device.multiprocessors
+    if problem.groups == problem.channels or case.itemsize > 2:
         return None
-    return layout if layout.grid <= 2 * case.device.multiprocessors else None
+    layout = Layout(case, 1, *ALONE)
+    if not layout.fits() or 4 * problem.width < 3 * layout.strips * layout.most:
+        return None
+    return layout if 3 * processors <= 4 * layout.grid <= 4 * processors else None
 
 
 def _long(case: Case, ways: tuple[tuple[int, int], ...], blocks: int = 1) -> Layout | None:
@@ -208,7 +222,13 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     # A line in one warp; long ones of few planes, in clusters of eight; of more planes, two blocks at once.
     cuts = {
-        1: ((1, 1, 2, 0, 16, 8), (1, 1, 4, 0, 16, 8), (8, 4, 2, 16, 16, 8), (8, 2, 4, 32, 8, 7)),
+        1: (
+            (1, 1, 2, 0, 16, 8),
+            (1, 1, 4, 0, 16, 8),
+            (1, 8, 4, 32, 8, 4),
+            (8, 4, 2, 16, 16, 8),
+            (8, 2, 4, 32, 8, 7),
+        ),
         0: ((1, 1, 2, 0, 16, 8), (1, 1, 4, 0, 16, 5), (8, 2, 4, 32, 16, 3), (8, 2, 4, 32, 8, 3)),
     }
     names = ("CLUSTER", "STRIPS", "PLACES", "HALO", "LINES", "STAGES")
