@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+import diffusers
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
@@ -291,6 +292,25 @@ def test_a_pipeline_that_predicts_something_else_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match="expected prediction of epsilon or v_prediction, got 'sample'"):
         distill(settings(tmp_path / "sd15", folders / "data", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_teacher_trained_with_another_noise_is_refused(folders, tmp_path, capsys, name):
+    """EDM's scheduler says that it predicts noise, too, but of sigmas and inputs of its own."""
+    root = tmp_path / "edm"
+    shutil.copytree(folders / "sd15", root)
+    scheduler = getattr(diffusers, name)()
+    scheduler.save_pretrained(root / "scheduler")
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+    words = ["--pipeline", str(root), "--data", str(folders / "data"), "--out", str(tmp_path / "run")]
+    assert main(["distill", *words, "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert "scheduler: expected one " in told
+    assert name in told
+    assert os.listdir(tmp_path) == ["edm"]
+    with pytest.raises(ValueError, match=f"got {name}"):
+        Distiller(tiny.sd15_unet(), scheduler, {})
 
 
 def test_the_command(folders, tmp_path, capsys):

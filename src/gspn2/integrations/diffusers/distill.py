@@ -29,7 +29,7 @@ from gspn2.training.schedule import learning_rate
 from gspn2.training.state import load_optimizer, load_weights, prefixed
 from gspn2.training.stopping import StopRequest
 
-from .distillation import LOSSES, PREDICTIONS, Average, Batch, Distiller
+from .distillation import LOSSES, Average, Batch, Distiller, schedule_of
 from .folder import TEXT, PipelineFolder, check_steps
 from .mounting import mount
 from .output import check_writable
@@ -130,11 +130,10 @@ class DistillConfig:
         folder = PipelineFolder(self.pipeline)
         folder.kind()
         scheduler = folder.scheduler()
-        prediction = scheduler.config.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
-            raise UserError(
-                f"scheduler: expected prediction of {' or '.join(PREDICTIONS)}, got {prediction!r}"
-            )
+        try:
+            schedule_of(scheduler)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         check_steps("sample_steps", scheduler, self.sample_steps)
         folder.check()
         folder.variant()

@@ -46,18 +46,37 @@ class Batch:
         return Batch(latents, noise, timesteps, prompt, self.time_ids.to(device))
 
 
+def schedule_of(scheduler: Any) -> DDPMScheduler:
+    """The noise that a teacher was trained with, from its pipeline's scheduler.
+
+    Raises:
+        ValueError: it has no betas (that of EDM scales inputs and outputs by its own sigmas), or the teacher
+            predicts something else than noise or velocity.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            "scheduler: expected one with a schedule of betas (EulerDiscreteScheduler, DDIMScheduler ...),"
+            f" got {type(scheduler).__name__}: its models were trained with another noise"
+        )
+    schedule = DDPMScheduler.from_config(scheduler.config)
+    kind = schedule.config.prediction_type
+    if kind not in PREDICTIONS:
+        raise ValueError(f"scheduler: expected prediction of {' or '.join(PREDICTIONS)}, got {kind!r}")
+    return schedule
+
+
 class Distiller(WithTeacher):
     """A frozen UNet as the teacher, and its twin with mixers; both hold the same frozen tensors.
 
     Args:
         teacher: on its device; it is frozen and otherwise left as it is.
-        scheduler: the pipeline's, of any kind: its noise schedule and prediction type count.
+        scheduler: the pipeline's: its noise schedule and prediction type count.
         weights: of the losses, by the names in `LOSSES`.
         checkpointing: recompute the student's activations in the backward pass.
         options: of `mount`.
 
     Raises:
-        ValueError: the UNet cannot be mounted, or predicts something else than noise or velocity.
+        ValueError: the UNet cannot be mounted, or `schedule_of` the scheduler cannot be.
     """
 
     # Both are held past nn.Module's registration: the student's tensors are all of them already.
@@ -74,10 +93,7 @@ class Distiller(WithTeacher):
         **options: Any,
     ) -> None:
         super().__init__(teacher)
-        self.schedule = DDPMScheduler.from_config(scheduler.config)
-        kind = self.schedule.config.prediction_type
-        if kind not in PREDICTIONS:
-            raise ValueError(f"scheduler: expected prediction of {' or '.join(PREDICTIONS)}, got {kind!r}")
+        self.schedule = schedule_of(scheduler)
         teacher.requires_grad_(False).eval()
         self.student = twin(teacher)
         mixers = mount(self.student, **options)
