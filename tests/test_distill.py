@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -27,7 +29,9 @@ from gspn2.cli.main import main
 from gspn2.integrations.diffusers import UNetMixers, mount, unmount
 from gspn2.integrations.diffusers.distill import batches_of, distill
 from gspn2.integrations.diffusers.distillation import Batch, Distiller, twin
-from gspn2.integrations.diffusers.pairs import buckets, fitted
+from gspn2.integrations.diffusers.pairs import Cache, Picture, buckets, fitted, pixels_of
+from gspn2.integrations.diffusers.sampling import Sampler
+from gspn2.integrations.diffusers.vae import TiledVae
 from gspn2.training.errors import DataError, Interrupted, UserError
 
 SIZES = {"wide": (48, 96), "square": (64, 64), "high": (100, 60), "other": (70, 66)}
@@ -218,6 +222,31 @@ def test_bf16_with_checkpointing_and_grids(folders, tmp_path):
         assert grid.height > grid.width / 2
         assert np.asarray(grid).std() > 0
     assert {p.dtype for p in UNetMixers.from_pretrained(out / "mixers").parameters()} == {torch.float32}
+
+
+STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.4], "latents_std": [0.5, 0.9, 1.4, 2.0]}
+
+
+@pytest.mark.parametrize("told", [STATISTICS, {"shift_factor": 0.3}, {}])
+def test_latents_are_scaled_as_the_vae_tells(folders, tmp_path, told):
+    """What is learnt from, and the pictures of a grid, are what `gspn2 generate` makes of them."""
+    vae, file = tiny.vae(**told), folders / "data" / "square.png"
+    pair = fitted(Picture("square", file, "", "", "a square", 64, 64), [(64, 64)])
+    cache = Cache(tmp_path, folders / "sdxl", torch.float32)
+    cache.build(SimpleNamespace(vae=vae), [pair], iter([str(file)]), [], torch.device("cpu"), lambda *_: None)
+    with Image.open(file) as image:
+        expected = TiledVae(vae).encode(pixels_of(pair, image))
+    latents = cache.latents(pair)[None]
+    torch.testing.assert_close(latents, expected)
+
+    pipe = MagicMock(vae=vae, unet=torch.nn.Linear(1, 1))
+    pipe.return_value.images = latents
+    cache.prompt = lambda caption: {}
+    Sampler(pipe, pipe.unet, 1.0, 1, 0).grid(tmp_path / "grid.png", [pair], cache)
+    picture = torch.cat(list(TiledVae(vae).decode(latents)), dim=2)[0].permute(1, 2, 0)
+    with Image.open(tmp_path / "grid.png") as grid:
+        difference = np.asarray(grid)[:64] - ((picture + 1) * 127.5).clamp(0, 255).numpy()
+    assert np.abs(difference).max() <= 0.51
 
 
 def test_buckets_and_crops(folders):

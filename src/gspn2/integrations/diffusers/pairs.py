@@ -25,6 +25,8 @@ from gspn2.training.errors import DataError
 from gspn2.training.samples import Source as Stored
 from gspn2.training.samples import read_source
 
+from .vae import scaled
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -228,9 +230,7 @@ class Cache:
                         draft.write_text(str(error), encoding="utf-8")
                     continue
                 latents = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode()
-                shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-                scaled = (latents[0].float() - shift) * pipe.vae.config.scaling_factor
-                self._write(self.latents_file(pair), {"latents": scaled})
+                self._write(self.latents_file(pair), {"latents": scaled(latents[0].float(), pipe.vae)})
                 progress("latents", i + 1, len(pairs))
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..images import ImageFile
 from .pairs import Cache, Pair
+from .vae import unscaled
 
 
 class Sampler:
@@ -64,7 +65,7 @@ class Sampler:
             self.pipe.unet = self.teacher
         vae = self.pipe.vae
         with torch.autocast(device.type, enabled=False):
-            image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+            image = vae.decode(unscaled(latents.to(vae.dtype), vae), return_dict=False)[0]
         pixels = ((image[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(1, 2, 0).cpu().numpy()
 

@@ -124,7 +124,7 @@ class TiledVae:
         """
         vae = self.vae
         with _safe_dtype(vae) as dtype:
-            latents = _unscaled(latents.to(vae.device, dtype), vae)
+            latents = unscaled(latents.to(vae.device, dtype), vae)
 
             def network(part: Tensor) -> Tensor:
                 return vae.decoder(part if vae.post_quant_conv is None else vae.post_quant_conv(part))
@@ -148,7 +148,7 @@ class TiledVae:
                 return moments.chunk(2, dim=1)[0]
 
             strips = list(self._run(network, image, "encoder", self.scale, 1))
-            return _scaled(torch.cat(strips, dim=2), vae)
+            return scaled(torch.cat(strips, dim=2), vae)
 
     def _run(
         self, network: Callable[[Tensor], Tensor], x: Tensor, part: str, in_scale: int, out_scale: int
@@ -362,11 +362,13 @@ def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tenso
     return like.new_tensor(mean)[:, None, None], like.new_tensor(deviation)[:, None, None]
 
 
-def _scaled(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+def scaled(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Latents (..., C, h, w) of the VAE, as the UNet knows them."""
     mean, deviation = _statistics(vae, latents)
     return (latents - mean) * vae.config.scaling_factor / deviation
 
 
-def _unscaled(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+def unscaled(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Latents (..., C, h, w) as the UNet knows them, for the VAE."""
     mean, deviation = _statistics(vae, latents)
     return latents * deviation / vae.config.scaling_factor + mean
