@@ -91,6 +91,23 @@ def test_the_peak_without_data_is_the_peak_with(unet):
     assert foreseen <= real.peak <= 1.1 * foreseen
 
 
+def test_runs_beyond_the_second_take_no_more_memory():
+    """With data all of them are run, without only those that can be the worst."""
+    unet = tiny.sdxl_unet()
+    feed_forward = unet.mid_block.attentions[0].transformer_blocks[0].ff
+    runs = []
+    feed_forward.net[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    x = torch.randn(1, 1000, 64)
+    with frugal(unet, tokens=90):
+        with torch.no_grad(), PeakMemory() as real:
+            feed_forward(x)
+        assert len(runs) == 12
+        feed_forward.to("meta")
+        shadow = x.to("meta")
+        assert peak_of(lambda: feed_forward(shadow)) == real.peak
+        assert len(runs) == 14
+
+
 def test_attention_is_counted_without_its_matrix():
     query = torch.empty(1, 2, 4096, 8, device="meta")
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -87,6 +88,27 @@ def test_memory_without_data_is_that_of_all_tiles(vae):
     assert len(runs) < 12 < 25
     foreseen = peak_of(lambda: [strip.shape for strip in shadow.decode(x.to("meta"))])
     assert real.peak <= foreseen <= 1.01 * real.peak
+
+
+@pytest.mark.usefixtures("small_survey")
+def test_memory_of_huge_pictures_takes_few_operators(vae):
+    """A picture with 10000 times the tiles takes twice as many, not 10000 times."""
+
+    class Counted(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for side in (80, 8000):
+        x = torch.empty(1, 4, side, side, device="meta")
+        with Counted() as counted:
+            rows = sum(strip.shape[2] for strip in TiledVae(copy.deepcopy(vae).to("meta"), 16).decode(x))
+        assert rows == 8 * side
+        counts.append(counted.count)
+    assert counts[1] < 2 * counts[0]
 
 
 @pytest.mark.usefixtures("small_survey")

@@ -177,10 +177,13 @@ def test_prompts_from_a_file(folders, tmp_path, capsys):
 
 BAD = {
     "size": (["--size", "250"], "multiple of 8, got 250"),
+    "far too large": (["--size", "100000000", "--direct"], "needs more than 40000001.1 GB, there are"),
+    "no file": (["--size", "64x9999999992"], "width: expected at most 536870912, got 9999999992"),
     "scheduler": (["--scheduler", "NoScheduler"], "EulerDiscreteScheduler"),
     "flow": (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "expected one of DDIMScheduler"),
     "seed": (["--seed", "99999999999999999999"], "32 bits, got 99999999999999999999"),
-    "memory": (["--memory", "0.5"], "needs about"),
+    "memory": (["--memory", "1.08"], "256 x 256 needs about"),
+    "little memory": (["--memory", "0.5"], "needs more than 1.1 GB, there are 0.5 GB"),
     "steps": (["--steps", "1"], "less than one"),
     "too many steps": (["--steps", "1001"], "steps: expected at most the 1000 that"),
     "strengths": (["--strengths", "0.5,0.5"], "expected 1, one for each pass"),

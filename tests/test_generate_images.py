@@ -77,6 +77,8 @@ def test_bad_arguments_are_refused(tmp_path):
         ImageFile(tmp_path / "image.jpg", 3, 3)
     with pytest.raises(ValueError, match="at least 1"):
         ImageFile(tmp_path / "image.png", 3, 0)
+    with pytest.raises(ValueError, match="at most 536870912, got 1073741824 and 3"):
+        ImageFile(tmp_path / "image.png", 1 << 30, 3)
     with pytest.raises(ValueError, match="expected uint8"), ImageFile(tmp_path / "a.png", 3, 3) as file:
         file.write(np.zeros((3, 3, 3), np.float32))
     assert not list(tmp_path.iterdir())

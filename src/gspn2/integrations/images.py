@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 Rows = NDArray[np.uint8]  # (rows, width, 3)
 
 SUFFIXES = (".png", ".tif", ".tiff")
+LARGEST_SIDE = 1 << 29
+"""Pixels: a row has to fit into a chunk of a PNG, of less than 2^31 bytes."""
 _STRIP_BYTES = 4 << 20
 _LEVEL = 4
 # Above this a classic TIFF's 32-bit offsets might not do, even where nothing can be compressed.
@@ -40,7 +42,7 @@ class ImageFile:
         threads: that compress.
 
     Raises:
-        ValueError: another suffix or an empty size, or rows that do not fit.
+        ValueError: another suffix, no such size, or rows that do not fit.
     """
 
     def __init__(self, path: str | Path, width: int, height: int, *, threads: int | None = None) -> None:
@@ -49,8 +51,10 @@ class ImageFile:
             raise ValueError(
                 f"path: expected a name that ends in {', '.join(SUFFIXES)}, got {self.path.name!r}"
             )
-        if width < 1 or height < 1:
-            raise ValueError(f"width, height: expected at least 1, got {width} and {height}")
+        if not 1 <= min(width, height) <= max(width, height) <= LARGEST_SIDE:
+            raise ValueError(
+                f"width, height: expected at least 1 and at most {LARGEST_SIDE}, got {width} and {height}"
+            )
         self.width, self.height = width, height
         self.rows_per_strip = max(1, min(height, _STRIP_BYTES // (3 * width)))
         self._threads = threads or min(8, os.cpu_count() or 1)

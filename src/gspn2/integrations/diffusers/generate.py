@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gspn2.training.checkpoint import write_safetensors
 from gspn2.training.errors import UserError
 
-from ..images import ImageFile
+from ..images import LARGEST_SIDE, ImageFile
 from .execution import frugal, fused, graphed
 from .folder import TEXT, PipelineFolder, check_steps, check_weights
 from .memory import available, bytes_of, peak_of
@@ -40,6 +40,8 @@ from .vae import TiledVae
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What counting tensors does not see: work space of convolutions, fragmentation, and the CUDA context.
 _ALLOWANCE, _CONTEXT = 1.15, 1 << 30
+# In float32: what schedulers and guidance keep of the latents beside the networks.
+_COPIES = 16
 _FILES = ("*.safetensors", "*.bin", "*.json")
 """Of a pipeline or of mixers: what a picture depends on."""
 
@@ -131,6 +133,8 @@ class Job:
         for name, side in (("height", self.height), ("width", self.width)):
             if side < factor or side % factor:
                 raise UserError(f"{name}: expected a multiple of {factor}, got {side}")
+            if side > LARGEST_SIDE:
+                raise UserError(f"{name}: expected at most {LARGEST_SIDE}, got {side}")
         if self.single:
             if self.strengths:
                 raise UserError("strengths: a single pass takes none")
@@ -177,6 +181,11 @@ def plan(job: Job) -> Plan:
         UserError: it does not fit with the smallest parts.
     """
     limit = job.memory or available(torch.device(job.device))
+    size, there = f"{job.height} x {job.width}", f"there are {limit / 1e9:.1f} GB"
+    least = _latent_bytes(job) + _CONTEXT
+    if least > limit:
+        # Far beyond what fits, walking through the networks takes longer than one would wait.
+        raise UserError(f"memory: {size} needs more than {least / 1e9:.1f} GB, {there}; take a smaller size")
     found = None
     for tile, tokens in ((256, 65536), (128, 65536), (64, 16384), (32, 4096)):
         found = Plan(_foresee(job, tile, tokens), tile, tokens)
@@ -184,9 +193,15 @@ def plan(job: Job) -> Plan:
             return found
     assert found is not None
     raise UserError(
-        f"memory: {job.height} x {job.width} needs about {found.peak / 1e9:.1f} GB, there are"
-        f" {limit / 1e9:.1f} GB; take a smaller size, or mixers where self-attention is the largest part"
+        f"memory: {size} needs about {found.peak / 1e9:.1f} GB, {there};"
+        " take a smaller size, or mixers where self-attention is the largest part"
     )
+
+
+def _latent_bytes(job: Job) -> int:
+    """Of all that is kept of the latents at the full size."""
+    factor, channels = job.folder.factor(), int(job.folder.read("unet/config.json").get("in_channels") or 4)
+    return job.height // factor * (job.width // factor) * channels * _COPIES * 4
 
 
 def _foresee(job: Job, tile: int, tokens: int) -> int:
@@ -222,7 +237,7 @@ def _foresee(job: Job, tile: int, tokens: int) -> int:
     text = job.folder.text_parameters() * dtype.itemsize
     # On a GPU the text encoders have gone before the rest comes; elsewhere everything is loaded at once.
     encoding = text if torch.device(job.device).type == "cuda" else text + weights
-    running = weights + max(peaks) + 16 * latents.numel() * 4
+    running = weights + max(peaks) + _latent_bytes(job)
     return int(max(encoding, running) * _ALLOWANCE) + _CONTEXT
 
 

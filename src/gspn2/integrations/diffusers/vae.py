@@ -159,14 +159,8 @@ class TiledVae:
         last of them, when most is kept beside it; the others are no more than as large as they would be.
         """
         height, width = x.shape[2] // in_scale, x.shape[3] // in_scale
-        strips = [
-            [
-                Box(top, left, min(height, top + self.tile), min(width, left + self.tile))
-                for left in range(0, width, self.tile)
-            ]
-            for top in range(0, height, self.tile)
-        ]
-        total, done = sum(map(len, strips)), 0
+        tops, lefts = range(0, height, self.tile), range(0, width, self.tile)
+        total, done = len(tops) * len(lefts), 0
         if total == 1 and height * width <= SURVEY_KEYS:
             with fused(getattr(self.vae, part)):
                 whole = network(x)
@@ -179,20 +173,34 @@ class TiledVae:
             channels, dtype = looked.shape[1], looked.dtype
             del looked
             survey.filling = False
-            grown = {box: box.grown(self.reach[part], height, width) for boxes in strips for box in boxes}
-            last = {seen.size: box for box, seen in grown.items()}
-            for boxes in strips:
+            margin = self.reach[part]
+            last_tops, last_lefts = _last_cuts(tops, height, margin), _last_cuts(lefts, width, margin)
+
+            def empty(rows: int, columns: int) -> Tensor:
+                return x.new_empty(1, channels, rows * out_scale, columns * out_scale, dtype=dtype)
+
+            for top in tops:
+                bottom = min(height, top + self.tile)
+                if x.is_meta and top not in last_tops:
+                    yield empty(bottom - top, width)
+                    continue
                 parts = []
-                for box in boxes:
-                    seen = grown[box]
-                    if x.is_meta and last[seen.size] != box:
-                        sides = (out_scale * side for side in box.size)
-                        parts.append(x.new_empty(1, channels, *sides, dtype=dtype))
+                for left in lefts:
+                    box = Box(top, left, bottom, min(width, left + self.tile))
+                    if x.is_meta and left not in last_lefts:
+                        parts.append(empty(*box.size))
                     else:
+                        seen = box.grown(margin, height, width)
                         parts.append(box.inside(seen).cut(network(seen.cut(x, in_scale)), out_scale).clone())
                     done += 1
                     self.progress(done, total)
                 yield torch.cat(parts, dim=3)
+
+
+def _last_cuts(starts: range, side: int, margin: int) -> set[int]:
+    """Which of the cuts of a side are the last of their length, a margin and the side's ends considered."""
+    lengths = {min(side, start + starts.step + margin) - max(0, start - margin): start for start in starts}
+    return set(lengths.values())
 
 
 def _survey_crops(height: int, width: int) -> tuple[list[Box], list[Box]]:
