@@ -156,7 +156,8 @@ def test_text_encoders_count_where_they_are_loaded_with_the_rest(folders, monkey
 def test_prompts_from_a_file(folders, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "pictures"
     prompts.write_text("a cat\n\na dog\n", encoding="utf-8-sig")
-    out.mkdir()
+    assert main(command(folders, out, "--prompts", str(prompts), "--memory", "0.5", size="128")) == 2
+    assert not out.exists()
     assert main(command(folders, out, "--prompts", str(prompts), size="128")) == 0
     assert sorted(os.listdir(out)) == ["0.png", "1.png", "pictures.json"]
     assert (pixels(out / "0.png") != pixels(out / "1.png")).any()
@@ -173,6 +174,18 @@ def test_prompts_from_a_file(folders, tmp_path, capsys):
     assert main(command(folders, out, "--prompts", str(prompts), "--resume", size="128")) == 0
     assert "1 of 2 pictures are there already\n1 of other prompts" in capsys.readouterr().out
     assert (pixels(out / "1.png") != before).any()
+
+
+def test_a_folder_for_pictures_that_cannot_be_one(folders, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    for out, message in (
+        (prompts, "expected a folder for several pictures"),
+        (prompts / "a", "cannot write"),
+    ):
+        assert main(command(folders, out, "--prompts", str(prompts), size="128")) == 2
+        assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["prompts.txt"]
 
 
 BAD = {

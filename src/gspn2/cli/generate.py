@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..training.errors import UserError
-from .common import complain, floats, guarded, image_size, positive
+from .common import complain, floats, guarded, image_size, make_folder, positive
 
 if TYPE_CHECKING:
     from ..integrations.diffusers.generate import Job
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gspn2 generate`."""
     parser.epilog = EPILOG
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the picture shows")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; --out is a folder")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line; --out is a folder, made if need be"
+    )
     parser.add_argument("--pipeline", type=Path, required=True, metavar="PATH", help="folder of a pipeline")
     parser.add_argument("--mixers", metavar="PATH", help='folder of trained mixers, or "untrained"')
     parser.add_argument(
@@ -95,7 +97,6 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from ..integrations.diffusers.generate import Generator, Job, plan
-    from ..integrations.diffusers.output import check_picture
 
     device = pick_device(args.device)
     job = Job(
@@ -114,8 +115,7 @@ def _generate(args: argparse.Namespace) -> int:
         dtype=args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
         memory=None if args.memory is None else _bytes(args.memory),
     )
-    for _, out in tasks:
-        check_picture(out)
+    _check_outputs(tasks, several=args.prompts is not None)
     made = _Made(job, tasks, args.resume) if args.prompts is not None else None
     if made is not None and args.resume:
         left = [(prompt, out) for prompt, out in tasks if not made.holds(prompt, out)]
@@ -136,6 +136,8 @@ def _generate(args: argparse.Namespace) -> int:
         total = torch.cuda.get_device_properties(device).total_memory
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.set_per_process_memory_fraction(min(1.0, how.peak / total), index)
+    if args.prompts is not None:
+        make_folder(tasks[0][1].parent)
     generator = Generator(job, how, _Lines())
     try:
         generator.encode([prompt for prompt, _ in tasks])
@@ -174,10 +176,22 @@ def _tasks(args: argparse.Namespace) -> Sequence[tuple[str, Path]]:
     if not prompts:
         raise UserError(f"prompts: no prompt in {args.prompts}")
     folder = args.out or Path(".")
-    if not folder.is_dir():
-        raise UserError(f"out: expected a folder for several pictures, got {folder}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out: expected a folder for several pictures, got {folder}, a file")
     digits = len(str(len(prompts) - 1))
     return [(prompt, folder / f"{i:0{digits}}.png") for i, prompt in enumerate(prompts)]
+
+
+def _check_outputs(tasks: Sequence[tuple[str, Path]], several: bool) -> None:
+    """A UserError where pictures cannot be written. The folder of several may be made later."""
+    from ..integrations.diffusers.output import check_picture, check_writable
+
+    folder = tasks[0][1].parent
+    if several and not folder.exists():
+        check_writable(folder)
+        return
+    for _, out in tasks:
+        check_picture(out)
 
 
 class _Made:
