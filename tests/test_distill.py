@@ -297,6 +297,7 @@ def test_bad_data_is_refused(folders, tmp_path, fault, message):
         (["--resolution", "100"], "resolution: expected a multiple of"),
         (["--drop", "1"], "drop: expected"),
         (["--lr", "inf"], "lr: expected a number of more than 0, got inf"),
+        (["--seed", "99999999999999999999999"], "seed: expected a whole number of 32 bits, got 9999"),
         (["--sample-steps", "1001"], "sample_steps: expected at most the 1000 that"),
         (["--batch-size", "6", "--accumulate", "4"], "multiple of 4 (1 processes x 4 passes), got 6"),
         (["--data", "hf:nowhere/at/all"], "nowhere/at/all: cannot be loaded"),

@@ -30,7 +30,7 @@ from gspn2.training.state import load_optimizer, load_weights, prefixed
 from gspn2.training.stopping import StopRequest
 
 from .distillation import LOSSES, Average, Batch, Distiller, schedule_of
-from .folder import TEXT, PipelineFolder, check_steps
+from .folder import TEXT, PipelineFolder, check_seed, check_steps
 from .mounting import mount
 from .output import check_writable
 from .pairs import Cache, Pair, buckets, fitted
@@ -124,6 +124,7 @@ class DistillConfig:
             raise UserError("noise, teacher, features: expected one loss with a weight of more than 0")
         if not 1 <= self.guidance < math.inf:
             raise UserError(f"guidance: expected a number of at least 1, got {self.guidance}")
+        check_seed(self.seed)
 
     def sizes(self) -> list[tuple[int, int]]:
         """Heights and widths in pixels; also finds out whether the pipeline can be distilled at all."""

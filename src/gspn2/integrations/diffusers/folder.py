@@ -212,6 +212,16 @@ def _bars_on_terminals() -> Iterator[None]:
             kind.enable_progress_bar()
 
 
+def check_seed(seed: int) -> None:
+    """Is a seed one that leaves room in PyTorch's 64 bits for those that are counted up from it?
+
+    Raises:
+        UserError: no.
+    """
+    if not -(1 << 31) <= seed < 1 << 31:
+        raise UserError(f"seed: expected a whole number of 32 bits, got {seed}")
+
+
 def check_steps(name: str, scheduler: Any, steps: int) -> None:
     """Can a scheduler divide its schedule into so many steps?
 

@@ -29,7 +29,7 @@ from gspn2.training.errors import UserError
 
 from ..images import LARGEST_SIDE, ImageFile
 from .execution import frugal, fused, graphed
-from .folder import TEXT, PipelineFolder, check_steps, check_weights
+from .folder import TEXT, PipelineFolder, check_seed, check_steps, check_weights
 from .memory import available, bytes_of, peak_of
 from .mixers import UNetMixers
 from .mounting import mount
@@ -100,8 +100,7 @@ class Job:
             raise UserError(f"guidance: expected a number of at least 1, got {self.guidance}")
         if self.memory is not None and self.memory < 1:
             raise UserError(f"memory: expected more than 0, got {self.memory / 1e9:g} GB")
-        if not -(1 << 31) <= self.seed < 1 << 31:
-            raise UserError(f"seed: expected a whole number of 32 bits, got {self.seed}")
+        check_seed(self.seed)
         check_steps("steps", self.folder.scheduler(self.scheduler), self.steps)
         if self.mixers not in (None, "untrained") and not Path(self.mixers, "config.json").is_file():
             raise UserError(f"mixers: no config.json in {self.mixers}")
