@@ -84,6 +84,7 @@ def test_the_plan_compares_everything_with_one_seed_before_the_next():
         ({"tasks": ["chess"]}, "tasks: expected some of pathfinder, maze, aligned, digits, got 'chess'"),
         ({"contenders": ["vit", "mlp"]}, "contenders: expected some of gspn2, .* got 'mlp'"),
         ({"seeds": []}, "seeds: expected at least one"),
+        ({"seeds": [0, 2**63]}, "seed: expected at least 0 and at most 9223372036854775807, got 9223"),
         ({"sizes": [64, 64]}, "sizes: expected at least one, none twice"),
         ({"sizes": [16]}, "pathfinder:16@16: expected a size of at least 32"),
     ],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import TrainConfig
 from ..errors import UserError
 from ..tasks import ALIGNED, CLASSES, Task, parse_task
 from .contenders import CONTENDERS, MAIN
@@ -149,7 +150,7 @@ def plan(
     size of their own, and no ablations.
 
     Raises:
-        UserError: no such task, size or contender, or one of them named twice.
+        UserError: no such task, size or contender, one of them named twice, or a seed out of range.
     """
     for name, chosen, known in (("tasks", tasks, TASKS), ("contenders", contenders, tuple(CONTENDERS))):
         unknown = [it for it in chosen if it not in known]
@@ -164,6 +165,8 @@ def plan(
     for name, values in lists.items():
         if not values or len(set(values)) != len(values):
             raise UserError(f"{name}: expected at least one, none twice, got {list(values)}")
+    for seed in seeds:
+        TrainConfig(seed=seed)  # of the runs; the last of them may begin in hours
     runs = []
     for number, seed in enumerate(seeds):
         for task in tasks:
