@@ -97,6 +97,21 @@ def test_an_interrupted_run_goes_on_between_stages(folders, tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["image.png", "whole.png"]
 
 
+def test_folders_are_the_same_however_they_are_written(folders, tmp_path, monkeypatch):
+    """A run is resumed, although its command is typed anew."""
+    monkeypatch.chdir(folders)
+
+    def digest(pipeline, mixers):
+        return module.Job(Path(pipeline), 128, 128, mixers=mixers, steps=3).fingerprint("a cat", 0)
+
+    expected = digest("sdxl", "sdxl-mixers")
+    for name in ("sdxl-mixers/", "./sdxl-mixers", str(folders / "sdxl-mixers")):
+        assert digest(folders / "sdxl", name) == expected
+    assert digest("sdxl", None) != digest("sdxl", "untrained") != expected
+    shutil.copytree("sdxl-mixers", tmp_path / "mixers")
+    assert digest("sdxl", str(tmp_path / "mixers")) != expected
+
+
 def test_memory_that_runs_out_keeps_finished_stages(folders, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise torch.OutOfMemoryError

@@ -150,13 +150,16 @@ class Job:
         """What the latents of a stage depend on, as a digest."""
         files = []
         folders = [self.pipeline]
-        if self.mixers not in (None, "untrained"):
-            folders.append(Path(str(self.mixers)))
+        mixers = self.mixers
+        if mixers not in (None, "untrained"):
+            folders.append(Path(str(mixers)).resolve())
+            mixers = str(folders[-1])
         for folder in folders:
             for file in sorted(it for kind in _FILES for it in folder.rglob(kind)):
                 about = file.stat()
                 files.append((str(file.resolve()), about.st_size, about.st_mtime_ns))
-        fields = asdict(self) | {"pipeline": str(self.pipeline.resolve()), "memory": None, "device": None}
+        places = {"pipeline": str(self.pipeline.resolve()), "mixers": mixers}
+        fields = asdict(self) | places | {"memory": None, "device": None}
         # A picture of another size may begin with the same stages.
         for name in ("height", "width", "strengths", "single"):
             del fields[name]
