@@ -223,6 +223,7 @@ BAD = {
     "no memory": (["--memory", "-1"], "more than 0, got -1 GB"),
     "suffix": (["--out", "image.jpg"], "ends in .png"),
     "folder": (["--out", "nowhere/image.png"], "no such folder"),
+    "long name": (["--out", f"{'a' * 250}.png"], "out: cannot write aaa"),
     "prompts": (["--prompts", "nowhere.txt"], "either PROMPT or --prompts"),
 }
 

@@ -31,6 +31,11 @@ _LEVEL = 4
 _BIG = 4_000_000_000
 
 
+def draft_of(path: Path) -> Path:
+    """Where a picture is until it is whole; no other file beside it has as long a name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 class ImageFile:
     """An RGB picture of 8 bits a channel that is written from top to bottom.
 
@@ -58,7 +63,7 @@ class ImageFile:
         self.width, self.height = width, height
         self.rows_per_strip = max(1, min(height, _STRIP_BYTES // (3 * width)))
         self._threads = threads or min(8, os.cpu_count() or 1)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = draft_of(self.path)
 
     def __enter__(self) -> ImageFile:
         self._rest: list[Rows] = []

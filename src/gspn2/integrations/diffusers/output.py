@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from pathlib import Path
 
 from gspn2.training.errors import UserError
 
-from ..images import SUFFIXES
+from ..images import SUFFIXES, draft_of
 
 
 def check_picture(out: Path) -> None:
     """Raise where a picture could not be written.
 
     Raises:
-        UserError: another suffix, a folder of that name, or none for it that can be written to.
+        UserError: another suffix, a name that is too long, a folder of that name, or none for it that can be
+            written to.
     """
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"out: expected a name that ends in {', '.join(SUFFIXES)}, got {out.name!r}")
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(draft_of(out))
+    except OSError as error:
+        raise UserError(f"out: cannot write {out}: {error.strerror or error}") from error
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(
             f"out: cannot write {out}: {'it is a' if out.is_dir() else 'there is no such'} folder"
