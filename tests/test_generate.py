@@ -257,6 +257,7 @@ NOT_WHOLE = {
     "no scheduler": ("sdxl", lambda root: scheduled(root, "NoScheduler"), "of diffusers in"),
     "variants": ("sdxl", lambda root: renamed(root), "same variant"),
     "mixers": ("sdxl-mixers", lambda root: cut(root / WEIGHTS["mixers"]), "damaged"),
+    "no mixers": ("sdxl-mixers", lambda root: (root / "config.json").write_text("{}"), "mixers: cannot use"),
     "fit": ("sdxl-mixers", lambda root: edit(root / "config.json"), "expected 64 channels at"),
 }
 WEIGHTS = {

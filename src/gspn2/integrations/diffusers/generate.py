@@ -252,7 +252,7 @@ def _mounted_without_data(unet: UNet2DConditionModel, job: Job) -> UNetMixers:
             mixers = UNetMixers.from_config(UNetMixers.load_config(job.mixers))
         return mount(unet, mixers)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"{job.mixers}: {error}") from error
+        raise UserError(f"mixers: cannot use {job.mixers}: {error}") from error
 
 
 def _conditions(unet: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Any]:
