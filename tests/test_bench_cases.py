@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from torch import Tensor
 
+import gspn2.models  # noqa: F401  (registers them with timm)
 from bench_helpers import HOST, absent
 from gspn2.backends import Problem
 from gspn2.backends.cuda.geometry import Device
-from gspn2.bench import ahead, baseline, case, ladder, sweep, throughput
+from gspn2.bench import ahead, baseline, case, ladder, models, sweep, throughput
 from gspn2.bench.about import machine
 from gspn2.bench.case import Case, Contender
 from gspn2.bench.contenders import gspn1, operator
@@ -126,7 +130,7 @@ def test_kernels_are_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_backbones_are_run_in_every_way_on_a_gpu() -> None:
     """Every size at every resolution: inference and training, eager and compiled, each model once.
 
-    The training step that is a target with CUDA graphs, too.
+    The training step that is a target with CUDA graphs, too; of large models only the blocks are compiled.
     """
     found = [
         (name, it.facts["pixels"], which)
@@ -134,16 +138,38 @@ def test_backbones_are_run_in_every_way_on_a_gpu() -> None:
         for name in it.facts.get("models", ())
         for which in it.facts["batches"]
     ]
-    ways = {f"{what}{how}" for what in ("inference", "train") for how in ("", ", compiled")}
     wanted = {
-        (name, side, way)
-        for names in SIZES.values()
+        (name, side, what + how)
+        for size, names in SIZES.items()
         for name in names
         for side in RESOLUTIONS
-        for way in ways
+        for what in ("inference", "train")
+        for how in ("", ", compiled" if size == "T" else ", blocks compiled")
     }
     wanted |= {(name, 224, "train, compiled, CUDA graphs") for name in ("gspn2_tiny", "convnext_tiny")}
     assert sorted(found) == sorted(wanted)
+
+
+def test_blocks_of_a_stage_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a network of compiled blocks computes is what it computed before."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(models.torch, "compile", partial(torch.compile, backend=keep))
+    model = timm.create_model("gspn2_tiny", dims=(8, 16), depths=(3, 2), chunk=0, num_classes=3).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images)
+        setting = models.Setting(32, 1, False, compiled=True, blocks=True)
+        compiled = models._compiler(model, setting)
+        after = compiled(images)
+        assert len(graphs) == 2, "one of each stage"
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(compiled(images), before)
+    torch.testing.assert_close(after, before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they compile")

@@ -130,7 +130,7 @@ def compile_models(
 ) -> tuple[int, int]:
     """Fill the cache of torch.compile; returns how many models there are and how many are not ready.
 
-    Cases that may be left out compile their models themselves, when their turn comes.
+    In a run with a limit, cases that may be left out compile their models themselves, when their turn comes.
 
     Args:
         cases: of the run.
@@ -142,7 +142,7 @@ def compile_models(
         (case.key, number)
         # Training takes longest, so it begins first.
         for case in sorted(cases, key=lambda case: "training" not in case.name)
-        if case.compiled and not case.extra
+        if case.compiled and not (case.extra and seconds)
         for number in range(len(case.contenders(device)))
     ]
     jobs = jobs or max(1, (os.cpu_count() or 1) // 2)
