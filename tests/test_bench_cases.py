@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,10 @@ def test_blocks_of_a_stage_are_compiled_once(monkeypatch: pytest.MonkeyPatch) ->
         with torch.compiler.set_stance("force_eager"):
             assert torch.equal(compiled(images), before)
     torch.testing.assert_close(after, before)
+    fresh = timm.create_model("gspn2_tiny", dims=(8, 16), depths=(3, 2), chunk=0)
+    trained = models._train(fresh, replace(setting, train=True), torch.device("cpu"))
+    assert trained.flops > 0
+    assert trained.check() == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they compile")

@@ -236,6 +236,7 @@ def _train(model: nn.Module, setting: Setting, device: torch.device) -> Pass:
         model = model.to(torch.bfloat16)  # as mixed precision has it
     if setting.graphs:
         model = copy.deepcopy(model)  # the graphs' own: they hold on to its gradients' memory
+    moved, flops = _cost(model, setting, device)  # of a copy, which must not be compiled
     runner = _compiler(model, setting)
     images = _images(setting, device, torch.bfloat16 if device.type == "meta" else torch.float32)
     labels = torch.randint(0, 1000, (setting.batch,), device=device)
@@ -263,7 +264,6 @@ def _train(model: nn.Module, setting: Setting, device: torch.device) -> Pass:
             raise Wrong("the loss is not finite")
         return {}
 
-    moved, flops = _cost(model, setting, device)
     facts = _facts(
         setting,
         call,
