@@ -82,6 +82,7 @@ SIZES = (
     Size(1, 8, 1, 140, 64, directions=("left",), given=True),
     Size(2, 3, 3, 100, 72, chunk=50, directions=("down",), given=True),
     Size(1, 4, 1, 70, 248, chunk=16, directions=("up",), given=True),
+    Size(1, 2, 1, 50, 248, chunk=16, directions=("down",), given=True),
 )
 
 

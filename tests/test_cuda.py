@@ -221,12 +221,14 @@ def test_planes_of_strips(
         ((1, 5, 77, 120), 5, "down", 7),
         ((3, 2, 50, 56), 1, "up", 30),
         ((1, 128, 70, 504), 1, "down", 9),
+        ((8, 64, 131, 248), 4, "up", 50),
+        ((2, 256, 130, 256), 1, "down", None),
     ],
 )
 def test_few_planes_of_strips(
     size: tuple[int, int, int, int], groups: int, direction: str, chunk: int | None, precision: str
 ) -> None:
-    """All ways of `strips_vertical`: a warp, clusters, two blocks at once, a plane a block; ragged tiles."""
+    """All ways of `strips_vertical`: a warp, clusters, two blocks at once, a plane a block, or four."""
     case = draw(*size, groups, (direction,), chunk, precision=precision)
     assert_accurate(as_weights(case), precision, ("planes",), line_scan, eager_line_scan)
 

@@ -241,6 +241,35 @@ def test_strips_of_rows_take_a_plane_a_block(
         assert (chosen.launches[0].grid, chosen.launches[0].cluster) == (128, 1)
 
 
+@pytest.mark.parametrize(
+    ("size", "groups", "dtype", "planes"),
+    [
+        ((8, 64, 256, 256), 1, torch.bfloat16, 4),
+        ((8, 64, 256, 256), 1, torch.float32, 4),
+        ((4, 128, 300, 200), 8, torch.float16, 4),
+        ((8, 64, 256, 256), 64, torch.bfloat16, None),
+        ((8, 64, 256, 256), 32, torch.bfloat16, None),
+        ((8, 64, 64, 256), 1, torch.bfloat16, None),
+        ((8, 64, 256, 160), 1, torch.bfloat16, None),
+        ((16, 64, 256, 256), 1, torch.bfloat16, 4),
+        ((9, 64, 256, 256), 1, torch.bfloat16, None),
+        ((4, 64, 256, 256), 1, torch.bfloat16, None),
+    ],
+    ids=str,
+)
+def test_strips_of_rows_take_planes_that_share_taps(
+    size: tuple[int, int, int, int], groups: int, dtype: torch.dtype, planes: int | None
+) -> None:
+    """A block for four, where that is about a block for each multiprocessor, or two, or more."""
+    case = imagined(posed(size, dtype, groups, ("down",), normalize=False), "planes", Device(), gate=False)
+    found = plan.choose(case)
+    assert (found.variant == "strips_vertical") == (planes is not None)
+    if planes is not None:
+        (launch,) = found.launches
+        assert dict(launch.kernel.defines)["PLANES"] == planes
+        assert launch.grid == size[0] * size[1] // planes
+
+
 def declined(
     shape: tuple[int, int, int, int],
     steps: tuple[int, int, int, int],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from gspn2.backends.cuda.geometry import Device
 
-from ..problems import BF16, FP16, Small
+from ..problems import BF16, FP16, SMALL, Small
 
 GIVEN = {"normalize": False, "gate": False, "backward": False}
+FULL = GIVEN | {"device": SMALL}
 
 CASES = (
     # A warp holds a line: the ring goes round, a tile ends behind the plane, restarts within tiles.
@@ -21,6 +22,11 @@ CASES = (
     # A lane has two places of a line that is a single strip.
     Small(75, 56, channels=2, directions=("down",), dtype=BF16, chunk=20, nan="restarts", **GIVEN),
     Small(40, 64, channels=2, directions=("up",), nan="x", **GIVEN),
+    # Planes that share taps have a block together, and a warp for each, or three; two groups, restarts.
+    Small(138, 248, channels=8, groups=2, directions=("up",), dtype=BF16, chunk=20, nan="restarts", **FULL),
+    Small(130, 256, channels=8, groups=2, directions=("down",), dtype=FP16, lam=False, **FULL),
+    Small(133, 252, channels=8, groups=2, directions=("down",), chunk=18, nan="restarts", **FULL),
+    Small(150, 224, channels=4, batch=2, directions=("up",), nan="x", **FULL),
     # Fewer lines than a tile has.
     Small(9, 256, channels=2, directions=("up",), nan="x", **GIVEN),
 )

@@ -17,11 +17,18 @@ struct Copier {
     return vector < VECTORS && between(first + vector * VECTOR, 0, end);
   }
 
-  __device__ __forceinline__ void run(const Plane& plane) const {
-    const storage_t* next[TENSORS];
+  // The tensor that operand i of a line is a row of.
+  static __device__ __forceinline__ int tensor(int i) { return i < TAPS ? i : TAPS + (i - TAPS) % OWN; }
+
+  __device__ __forceinline__ void run(int first_plane) const {
+    const storage_t* next[OPERANDS];
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i)
-      next[i] = plane.from[i] + lines.row(warp) * row_step(p, i) + first + lane * VECTOR;
+    for (int k = 0; k < PLANES; ++k) {
+      const Plane plane = plane_of(p, first_plane + k);
+#pragma unroll
+      for (int i = k == 0 ? 0 : TAPS; i < TENSORS; ++i)
+        next[k * OWN + i] = plane.from[i] + lines.row(warp) * row_step(p, i) + first + lane * VECTOR;
+    }
     bool copies[ROUNDS];
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) copies[r] = there(lane + r * 32);
@@ -29,17 +36,17 @@ struct Copier {
 #pragma unroll 1
     for (int n = 0; n < lines.tiles(); ++n, turn.next()) {
       if (n >= STAGES) mbarrier_wait(Shared::done(turn.stage), turn.parity ^ 1);
-      unsigned char* to = ring + turn.stage * STAGE + warp * TENSORS * ROW + lane * 16;
+      unsigned char* to = ring + turn.stage * STAGE + warp * OPERANDS * ROW + lane * 16;
 #pragma unroll
       for (int i = 0; i < LINES; i += COPIERS) {
         const bool in_plane = n * LINES + i + warp < lines.count;
 #pragma unroll
-        for (int k = 0; k < TENSORS; ++k) {
+        for (int k = 0; k < OPERANDS; ++k) {
 #pragma unroll
           for (int r = 0; r < ROUNDS; ++r)
             if (copies[r] && in_plane)
-              copy_async_wide(to + (i * TENSORS + k) * ROW + r * 512, next[k] + r * 32 * VECTOR);
-          next[k] += COPIERS * lines.step(row_step(p, k));
+              copy_async_wide(to + (i * OPERANDS + k) * ROW + r * 512, next[k] + r * 32 * VECTOR);
+          next[k] += COPIERS * lines.step(row_step(p, tensor(k)));
         }
       }
       mbarrier_arrive_copied(Shared::full(turn.stage));
@@ -62,10 +69,12 @@ struct Scanner {
   long long y_step;
   float h[PLACES];
 
-  static __device__ __forceinline__ Words read(const unsigned char* tile, int line) {
+  __device__ __forceinline__ Words read(const unsigned char* tile, int line) const {
+    const unsigned char* own = tile + strip.plane * OWN * ROW;
     Words words;
 #pragma unroll
-    for (int i = 0; i < TENSORS; ++i) read_words<WORDS>(words.of[i], tile + (line * TENSORS + i) * ROW);
+    for (int i = 0; i < TENSORS; ++i)
+      read_words<WORDS>(words.of[i], (i < TAPS ? tile : own) + (line * OPERANDS + i) * ROW);
     return words;
   }
 
@@ -150,23 +159,23 @@ KERNEL(THREADS, 1) strips_vertical(CONSTANT_PARAMS p) {
   unsigned char* ring = held_shared_memory() + Shared::BYTES;
   // The same for all lanes, and the compiler knows.
   const int warp = (int)__shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = (int)threadIdx.x % 32;
-  const Plane plane = plane_of(p, (int)blockIdx.x / CLUSTER);
+  const int first_plane = (int)blockIdx.x / CLUSTER * PLANES;
   const Lines lines{p.height, scan_of(p, 0).reversed};
-  const int first = rank * STRIPS * own - HALO;
-  const int end = min(p.width, first + STRIPS * own + 2 * HALO);
+  const int first = rank * ALONG * own - HALO;
+  const int end = min(p.width, first + ALONG * own + 2 * HALO);
   const Copier copier{p, lines, ring, warp - STRIPS, lane, first, end};
   if (threadIdx.x == 0) Shared::start_barriers();
   // Barriers of neighbours are there before anybody sends.
   wait_for_everybody();
   if (warp >= STRIPS) {
-    copier.run(plane);
+    copier.run(first_plane);
   } else {
     const Strip strip = strip_of(p.width, own, rank);
-    const int column = first + warp * own + lane * PLACES;
-    storage_t* y = plane.y + lines.row(0) * p.y.h + column;
+    const int place = strip_of_warp(warp) * own + lane * PLACES, column = first + place;
+    storage_t* y = plane_of(p, first_plane + strip.plane).y + lines.row(0) * p.y.h + column;
     const bool starts = column == 0, ends = column + PLACES == p.width;
     Scanner scanner{p, lines, strip, strip.owns(), starts, ends, y, lines.step(p.y.h), {}};
-    scanner.run(ring + (warp * own + lane * PLACES) * SIZE);
+    scanner.run(ring + place * SIZE);
   }
   // A neighbour may still send states.
   wait_for_everybody();

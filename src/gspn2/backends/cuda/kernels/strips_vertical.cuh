@@ -10,7 +10,8 @@
 //
 // Macros beside those of common.cuh:
 //   CLUSTER    blocks that share the lines of a plane (1: none)
-//   STRIPS     scanning warps of a block
+//   PLANES     of a block, channels of one group: they share its tiles of taps, which are copied once for all
+//   STRIPS     scanning warps of a block: those of its first plane, then those of the next
 //   COPIERS    copying warps of a block
 //   PLACES     of a lane
 //   HALO       places of neighbours on either side, and lines between exchanges; 0 for a single strip
@@ -21,15 +22,25 @@
 #include "strips_common.cuh"
 #include "strips_ptx.cuh"
 
-static_assert(PLACES == 2 || PLACES == 4, "a lane reads and sends its places together");
-static_assert(HALO > 0 || CLUSTER * STRIPS == 1, "strips exchange states");
+constexpr int ALONG = STRIPS / PLANES;        // strips of a line in a block
+constexpr int OWN = TENSORS - TAPS;           // tensors of a plane beside taps
+constexpr int OPERANDS = TAPS + PLANES * OWN;
+
+static_assert(STRIPS == ALONG * PLANES, "as many strips for every plane");
+static_assert(PLACES * SIZE <= 16 && (PLACES & PLACES - 1) == 0, "a lane reads its places together");
+static_assert(HALO > 0 ? PLACES <= 4 : CLUSTER * ALONG == 1, "strips exchange states, a lane's together");
 
 constexpr int WORDS = PLACES * SIZE / 4;      // of a lane's places of a line
 constexpr int MOST = 32 * PLACES - 2 * HALO;  // places of a strip, its own, at most
 
-// A tile: LINES rows of each tensor, places of the block with HALO more on either side.
-constexpr int ROW = (STRIPS * MOST + 2 * HALO) * SIZE;  // bytes
-constexpr int STAGE = LINES * TENSORS * ROW;
+// Of a scanning warp: which of the block's planes it has, and which of the block's strips of a line.
+__device__ __forceinline__ int plane_of_warp(int warp) { return PLANES == 1 ? 0 : warp / ALONG; }
+__device__ __forceinline__ int strip_of_warp(int warp) { return PLANES == 1 ? warp : warp % ALONG; }
+
+// A tile: LINES rows of each operand, places of the block with HALO more on either side. Taps come first,
+// then what each plane has of its own.
+constexpr int ROW = (ALONG * MOST + 2 * HALO) * SIZE;  // bytes
+constexpr int STAGE = LINES * OPERANDS * ROW;
 static_assert(ROW % 16 == 0 && HALO % LINES == 0, "rows are copied in vectors; exchanges come between tiles");
 
 // States from neighbours: [strip][turn][side][place]. A barrier for each strip, turn and side.
@@ -38,6 +49,7 @@ typedef Head<STRIPS * 2 * 2 * HALO, STRIPS * 2 * 2> Shared;
 // The part of a line that a warp holds. Places are counted from the first of these: HALO are the strip's
 // before it, then come its own. All are multiples of PLACES: those of a lane are on one side of every border.
 struct Strip {
+  int plane;                // of the block's
   int number, own, after;   // among all of a line; places of its own; places of the strip after it
   int lane;
   int count;                // of exchanges so far
@@ -81,20 +93,20 @@ struct Strip {
   }
 
   // side: 0 if the sender comes before the receiver.
-  static __device__ __forceinline__ int set_of(int to, int turn, int side) {
-    return (to % STRIPS * 2 + turn) * 2 + side;
+  __device__ __forceinline__ int set_of(int to, int turn, int side) const {
+    return ((plane * ALONG + to % ALONG) * 2 + turn) * 2 + side;
   }
   // In the same block states are stored, and the sender arrives for all of them; to another block each one
   // counts.
   __device__ __forceinline__ bool near(int to) const {
-    return CLUSTER == 1 || to / STRIPS == number / STRIPS;
+    return CLUSTER == 1 || to / ALONG == number / ALONG;
   }
 
   __device__ __forceinline__ void send(const float (&states)[PLACES], int to, int set, int at) const {
     float* there = Shared::states() + set * HALO + at;
 #if CLUSTER > 1
     if (!near(to)) {
-      store_counted<PLACES>(there, Shared::state_barriers() + set, to / STRIPS, states);
+      store_counted<PLACES>(there, Shared::state_barriers() + set, to / ALONG, states);
       return;
     }
 #endif
@@ -113,8 +125,8 @@ struct Strip {
 };
 
 __device__ __forceinline__ Strip strip_of(int places, int own, int rank) {
-  const int number = rank * STRIPS + (int)threadIdx.x / 32, left = places - number * own;
-  return {number, min(own, left), max(0, min(HALO, left - own)), (int)threadIdx.x % 32, 0};
+  const int warp = (int)threadIdx.x / 32, number = rank * ALONG + strip_of_warp(warp), left = places - number * own;
+  return {plane_of_warp(warp), number, min(own, left), max(0, min(HALO, left - own)), (int)threadIdx.x % 32, 0};
 }
 
 // The lines of a plane, in the order of the scan, and the tiles that they are in.

@@ -1,6 +1,7 @@
 """Down and up over few planes: warps that scan strips of a row, and warps that copy for them.
 
 Forward only, one direction, weights as given, sm_90: see `kernels/strips_vertical.cuh`.
+Also over as many planes as fill the device four to a block, if these share taps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ HALVED = ((4, 32),)
 ALONE = (8, 4, 32)
 """Strips of a block that has a whole line, places of a lane, and halo."""
 
+SHARING = {2: (4, (1, 8, 0)), 4: (4, (3, 4, 16))}
+"""Planes of a block that share their taps, by bytes of an element; for each of them as in `ALONE`."""
+
+LOWEST = 128
+"""Lines of such planes; lower ones may fit on chip, which `resident` knows better."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -44,10 +51,11 @@ class Layout:
     Args:
         case: what it is for.
         cluster: blocks that share a plane.
-        strips: warps of a block that scan.
+        strips: warps of a block that scan a plane.
         places: of a lane.
         halo: places of its neighbours that a strip has on either side; 0 for a single strip.
         blocks: of a multiprocessor.
+        planes: of a block, which share their taps.
     """
 
     case: Case
@@ -56,6 +64,7 @@ class Layout:
     places: int
     halo: int
     blocks: int = 1
+    planes: int = 1
 
     @property
     def most(self) -> int:
@@ -70,11 +79,18 @@ class Layout:
 
     @property
     def threads(self) -> int:
-        return LANES * (self.strips + COPIERS)
+        return LANES * (self.scanning + COPIERS)
+
+    @property
+    def scanning(self) -> int:
+        """Warps of a block that scan."""
+        return self.strips * self.planes
 
     @property
     def lines(self) -> int:
-        """Of a tile: half of 16 where there are two blocks, or too little memory for a third tile."""
+        """Of a tile: half of 16 where there are two blocks, or no room for a third tile; or a quarter."""
+        if self.planes > 1 and 3 * self._tile(8) > self._ring:
+            return 4
         return 16 if self.blocks == 1 and 3 * self._tile(16) <= self._ring else 8
 
     @property
@@ -90,7 +106,7 @@ class Layout:
 
     def _head(self, stages: int) -> int:
         """Bytes before the ring."""
-        return 4 * self.strips * 4 * self.halo + 8 * (4 * self.strips + 2 * stages)
+        return 4 * self.scanning * 4 * self.halo + 8 * (4 * self.scanning + 2 * stages)
 
     @property
     def _ring(self) -> int:
@@ -100,12 +116,12 @@ class Layout:
 
     def _tile(self, lines: int) -> int:
         """Bytes."""
-        tensors = 4 + ("lam" in self.case.views)
-        return lines * tensors * (self.strips * self.most + 2 * self.halo) * self.case.itemsize
+        operands = 3 + self.planes * (1 + ("lam" in self.case.views))
+        return lines * operands * (self.strips * self.most + 2 * self.halo) * self.case.itemsize
 
     @property
     def grid(self) -> int:
-        return self.case.problem.batch * self.case.problem.channels * self.cluster
+        return self.case.problem.batch * self.case.problem.channels // self.planes * self.cluster
 
     def fits(self) -> bool:
         number, width = self.cluster * self.strips, self.case.problem.width
@@ -158,7 +174,7 @@ def best_layout(case: Case) -> Layout | None:
     layout = _long(case, HALVED, blocks=2)
     if layout is not None and layout.cluster == 8 and layout.strips * layout.most <= COLUMNS:
         return layout if layout.grid <= 2 * case.device.multiprocessors else None
-    return _alone(case)
+    return _alone(case) or _together(case)
 
 
 def _alone(case: Case) -> Layout | None:
@@ -170,6 +186,25 @@ def _alone(case: Case) -> Layout | None:
     if not layout.fits() or 4 * problem.width < 3 * layout.strips * layout.most:
         return None
     return layout if 3 * processors <= 4 * layout.grid <= 4 * processors else None
+
+
+def _together(case: Case) -> Layout | None:
+    """A block for several planes: the second-level cache, which is the limit, hands out taps once for all."""
+    layout, processors = next(_sharing(case), None), case.device.multiprocessors
+    if layout is None or case.problem.height < LOWEST:
+        return None
+    if 4 * case.problem.width < 3 * layout.strips * layout.most:
+        return None
+    rounds = -(-layout.grid // processors)
+    return layout if 3 * processors * rounds <= 4 * layout.grid else None
+
+
+def _sharing(case: Case) -> Iterator[Layout]:
+    """A block for several planes, where these have the same taps, if it fits."""
+    planes, alone = SHARING[case.itemsize]
+    layout = Layout(case, 1, *alone, planes=planes)
+    if case.problem.channels // case.problem.groups % planes == 0 and layout.fits():
+        yield layout
 
 
 def _long(case: Case, ways: tuple[tuple[int, int], ...], blocks: int = 1) -> Layout | None:
@@ -191,6 +226,7 @@ def _cuts(case: Case, ways: tuple[tuple[int, int], ...], blocks: int = 1) -> Ite
 
 def layouts(case: Case) -> Iterator[Layout]:
     """Every way that fits, for tests and trials."""
+    yield from _sharing(case)
     yield from _cuts(case, (*ONE_STRIP, *WAYS[2]))
     yield from _cuts(case, HALVED, blocks=2)
 
@@ -199,7 +235,8 @@ def plan_of(layout: Layout) -> Plan:
     case = layout.case
     defines = {
         "CLUSTER": layout.cluster,
-        "STRIPS": layout.strips,
+        "PLANES": layout.planes,
+        "STRIPS": layout.scanning,
         "COPIERS": COPIERS,
         "PLACES": layout.places,
         "HALO": layout.halo,
@@ -211,8 +248,8 @@ def plan_of(layout: Layout) -> Plan:
         kernel, layout.grid, layout.threads, layout.shared, cluster=layout.cluster, knobs=(layout.own,)
     )
     reasons = (
-        f"rows are contiguous and aligned; rows over {layout.cluster} blocks: {layout.strips} warps scan "
-        f"{layout.own} columns each, {COPIERS} copy",
+        f"rows are contiguous and aligned; rows over {layout.cluster} blocks: {layout.scanning} warps scan "
+        f"{layout.own} columns each of {layout.planes} planes, {COPIERS} copy",
         f"{layout.places} places a thread, {layout.lines} lines at once, {layout.stages} tiles a block",
     )
     return Plan("strips_vertical", (launch,), reasons=reasons)
@@ -220,18 +257,26 @@ def plan_of(layout: Layout) -> Plan:
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
-    # A line in one warp; long ones of few planes, in clusters of eight; of more planes, two blocks at once.
+    # A line in one warp, or in a block; planes that share taps; long lines of few planes, in clusters of
+    # eight; of more planes, two blocks at once.
     cuts = {
         1: (
-            (1, 1, 2, 0, 16, 8),
-            (1, 1, 4, 0, 16, 8),
-            (1, 8, 4, 32, 8, 4),
-            (8, 4, 2, 16, 16, 8),
-            (8, 2, 4, 32, 8, 7),
+            (1, 1, 1, 2, 0, 16, 8),
+            (1, 1, 1, 4, 0, 16, 8),
+            (1, 1, 8, 4, 32, 8, 4),
+            (1, 4, 4, 8, 0, 8, 5),
+            (8, 1, 4, 2, 16, 16, 8),
+            (8, 1, 2, 4, 32, 8, 7),
         ),
-        0: ((1, 1, 2, 0, 16, 8), (1, 1, 4, 0, 16, 5), (8, 2, 4, 32, 16, 3), (8, 2, 4, 32, 8, 3)),
+        0: (
+            (1, 1, 1, 2, 0, 16, 8),
+            (1, 1, 1, 4, 0, 16, 5),
+            (1, 4, 12, 4, 16, 4, 4),
+            (8, 1, 2, 4, 32, 16, 3),
+            (8, 1, 2, 4, 32, 8, 3),
+        ),
     }
-    names = ("CLUSTER", "STRIPS", "PLACES", "HALO", "LINES", "STAGES")
+    names = ("CLUSTER", "PLANES", "STRIPS", "PLACES", "HALO", "LINES", "STAGES")
     kernels = []
     for storage, cut in ((storage, cut) for storage, found in cuts.items() for cut in found):
         defines = {"STORAGE": storage, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0, "COPIERS": COPIERS}
