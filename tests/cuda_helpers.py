@@ -109,9 +109,9 @@ def eager_line_scan(
 
 def suited(variant: str | None, case: Case) -> tuple[Case, Propagate]:
     """The problem and its operator; for a variant that scans one direction, weights as given, one like it."""
-    if variant not in ("strips", "strips_vertical"):
+    if variant not in ("strips", "strips_vertical", "strips_column"):
         return case, gspn2.propagate
-    direction = "right" if variant == "strips" else "down"
+    direction = "down" if variant == "strips_vertical" else "right"
     lam = None if case.lam is None else case.lam[:, :1]
     return as_weights(replace(case, logits=case.logits[:, :1], lam=lam, directions=(direction,))), line_scan
 
@@ -217,7 +217,7 @@ def device_given_back() -> Iterator[None]:
 @contextmanager
 def able(variant: str | None) -> Iterator[None]:
     """A variant for large images takes whatever it can run, whether others are faster or not."""
-    from gspn2.backends.cuda.variants import planes_tiles, strips, strips_vertical, tiles
+    from gspn2.backends.cuda.variants import planes_tiles, strips, strips_column, strips_vertical, tiles
 
     with pytest.MonkeyPatch.context() as patch:
         if variant == "tiles":
@@ -229,6 +229,8 @@ def able(variant: str | None) -> Iterator[None]:
         if variant == "strips_vertical":
             layouts = strips_vertical.layouts
             patch.setattr(strips_vertical, "best_layout", lambda case: next(layouts(case), None))
+        if variant == "strips_column":
+            patch.setattr(strips_column, "slower", lambda case: False)
         yield
 
 

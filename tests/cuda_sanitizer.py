@@ -83,6 +83,8 @@ SIZES = (
     Size(2, 3, 3, 100, 72, chunk=50, directions=("down",), given=True),
     Size(1, 4, 1, 70, 248, chunk=16, directions=("up",), given=True),
     Size(1, 2, 1, 50, 248, chunk=16, directions=("down",), given=True),
+    Size(2, 6, 2, 62, 72, chunk=24, directions=("right",), given=True),
+    Size(1, 3, 3, 100, 328, directions=("left",), given=True),
 )
 
 
@@ -212,7 +214,7 @@ def calls(
         yield variant, operator.__name__, partial(operator, uploaded, problem, hidden)
 
 
-ONE_LANE_ARRIVES = ("pixels_forward.cu", "strips_forward.cu", "strips_vertical.cu")
+ONE_LANE_ARRIVES = ("pixels_forward.cu", "strips_forward.cu", "strips_vertical.cu", "strips_column.cu")
 """Kernels where a lane arrives at an mbarrier for its warp, unless they are built for racecheck."""
 
 

@@ -65,6 +65,8 @@ def home(variant: str) -> Case:
         return as_weights(planes(draw(1, 1, 1024, 256, directions=("right",), precision="16 bits")))
     if variant == "strips_vertical":
         return as_weights(planes(draw(1, 1, 256, 1024, directions=("down",), precision="16 bits")))
+    if variant == "strips_column":
+        return as_weights(planes(draw(1, 4, 64, 64, directions=("right",), precision="16 bits")))
     return planes(draw(1, 8, 256, 256, precision="16 bits"))
 
 
@@ -72,7 +74,7 @@ def home(variant: str) -> Case:
 def test_every_variant_can_be_forced(variant: str) -> None:
     """Without this, a variant that declined everything would leave the other tests green and empty."""
     case = home(variant)
-    if variant in ("strips", "strips_vertical", "lines"):  # forward only
+    if variant in ("strips", "strips_vertical", "strips_column", "lines"):  # forward only
         operator = gspn2.propagate if variant == "lines" else line_scan
         with forced(variant, strictly=True) as ran:
             operator(**case.tensors(), directions=case.directions, chunk=case.chunk, backend=BACKEND)
@@ -229,6 +231,26 @@ def test_few_planes_of_strips(
     size: tuple[int, int, int, int], groups: int, direction: str, chunk: int | None, precision: str
 ) -> None:
     """All ways of `strips_vertical`: a warp, clusters, two blocks at once, a plane a block, or four."""
+    case = draw(*size, groups, (direction,), chunk, precision=precision)
+    assert_accurate(as_weights(case), precision, ("planes",), line_scan, eager_line_scan)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("size", "groups", "direction", "chunk"),
+    [
+        ((1, 32, 64, 64), 32, "right", None),
+        ((1, 32, 128, 128), 32, "left", None),
+        ((2, 6, 38, 104), 2, "left", 24),
+        ((3, 5, 64, 72), 1, "right", 16),
+        ((1, 7, 100, 520), 7, "left", 8),
+        ((1, 132, 68, 40), 1, "right", None),
+    ],
+)
+def test_few_small_planes(
+    size: tuple[int, int, int, int], groups: int, direction: str, chunk: int | None, precision: str
+) -> None:
+    """Columns that a warp holds, two and four rows a lane; ragged tiles, rings that go round."""
     case = draw(*size, groups, (direction,), chunk, precision=precision)
     assert_accurate(as_weights(case), precision, ("planes",), line_scan, eager_line_scan)
 

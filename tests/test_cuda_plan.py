@@ -154,7 +154,8 @@ def test_aligned_planes_are_scanned_by_lines(
         ((1, 8, 1024, 1024), torch.bfloat16, 8, (8, 2, 2, 2)),
         ((1, 8, 1024, 1024), torch.bfloat16, 1, (8, 2, 2, 2)),
         ((1, 20, 1024, 1024), torch.bfloat16, 1, (4, 4, 2, 2)),
-        ((1, 8, 1024, 1024), torch.float32, 8, (4, 4, 2, 2)),
+        ((1, 8, 1024, 1024), torch.float32, 8, (8, 2, 2, 3)),
+        ((1, 8, 1024, 1024), torch.float32, 1, (8, 2, 2, 3)),
         ((1, 8, 1024, 128), torch.bfloat16, 8, None),
     ],
     ids=str,
@@ -216,6 +217,35 @@ def test_strips_of_rows_take_few_planes(
             tuple(defines[name] for name in ("CLUSTER", "STRIPS", "PLACES", "HALO", "LINES", "STAGES")) == cut
         )
         assert launch.grid <= Device().multiprocessors * (2 if defines["LINES"] == 8 else 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "chunk", "cut"),
+    [
+        ((1, 32, 64, 64), torch.bfloat16, None, (2, 2)),
+        ((1, 32, 64, 64), torch.float32, None, (2, 4)),
+        ((1, 32, 128, 128), torch.bfloat16, None, (4, 4)),
+        ((1, 32, 128, 128), torch.float32, None, (4, 5)),
+        ((2, 66, 100, 1000), torch.float16, 64, (4, 5)),
+        ((1, 133, 64, 64), torch.float32, None, None),
+        ((1, 32, 32, 32), torch.bfloat16, None, None),
+        ((1, 32, 63, 64), torch.bfloat16, None, None),
+        ((1, 32, 64, 64), torch.bfloat16, 12, None),
+        ((1, 32, 132, 64), torch.bfloat16, None, None),
+    ],
+    ids=str,
+)
+def test_whole_columns_of_few_planes(
+    size: tuple[int, int, int, int], dtype: torch.dtype, chunk: int | None, cut: tuple[int, ...] | None
+) -> None:
+    """Rows of a lane and stages; others keep more planes, other columns, restarts within vectors."""
+    problem = replace(posed(size, dtype, size[1], ("left",), normalize=False), chunk=chunk)
+    found = plan.choose(imagined(problem, "planes", Device(), gate=False))
+    assert (found.variant == "strips_column") == (cut is not None)
+    if cut is not None:
+        (launch,) = found.launches
+        assert tuple(dict(launch.kernel.defines)[name] for name in ("ROWS", "STAGES")) == cut
+        assert launch.shared <= Device().shared_memory
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ ANY = (*PLANES, *PIXELS, "strided", "transposed", "spread", "misaligned")
 LIKELY = {
     "strips": PLANES,
     "strips_vertical": PLANES,
+    "strips_column": PLANES,
     "lines": PLANES,
     "planes_tiles": PLANES,
     "planes": (*PLANES, "misaligned"),

@@ -37,6 +37,7 @@ from gspn2.backends.cuda.variants import (
     resident_exchange,
     resident_straight_backward,
     strips,
+    strips_column,
     strips_vertical,
     tiles,
 )
@@ -168,6 +169,7 @@ def ways_of_large_images(wanted: bool) -> Iterator[None]:
         mock.patch.object(tiles, "slower", return_value=None),
         mock.patch.object(strips, "best_layout", any_strips),
         mock.patch.object(strips_vertical, "best_layout", any_rows),
+        mock.patch.object(strips_column, "slower", return_value=False),
     ):
         yield
 

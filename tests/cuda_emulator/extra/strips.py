@@ -18,4 +18,6 @@ CASES = (
     Small(920, 260, channels=2, directions=("right",), chunk=50, nan="restarts", **GIVEN),
     # Few planes: clusters of eight; the first tile of a scan is the narrow one.
     Small(1000, 264, channels=2, directions=("left",), dtype=BF16, chunk=16, nan="restarts", **FEW),
+    # The same in float32, whose tiles are narrower: the ring of three goes round.
+    Small(1000, 260, channels=1, directions=("right",), chunk=36, **FEW),
 )

@@ -24,6 +24,7 @@ from .geometry import Case, Plan
 
 VARIANTS = (
     "strips_vertical",
+    "strips_column",
     "resident",
     "strips",
     "planes_tiles",

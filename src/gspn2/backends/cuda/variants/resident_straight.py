@@ -62,6 +62,7 @@ def plan(case: Case) -> Plan:
         "SCANS": it.scans,
         "DIRECTIONS": sum(DIRECTIONS.index(name) << 4 * d for d, name in enumerate(names)),
         "PLACES": it.places,
+        "WHOLE": int(problem.height % it.places == 0 and problem.width % it.places == 0),
         "VECTOR": it.vector,
         "ADJACENT": int(it.vector > 1),
         "ROUNDS": it.rounds,
@@ -75,7 +76,7 @@ def plan(case: Case) -> Plan:
     knobs = (
         *(it.vector, tasks, problem.channels // it.vector, 1),
         *(*it.pitches, *it.planes, *it.taps),
-        *(0, 0, 0, 0, it.operands),
+        *(magic(-(-problem.height * problem.width // it.scans)), 0, 0, 0, it.operands),
         *(magic(problem.width), magic(min(problem.chunk or lines, lines))),
     )
     launch = Launch(kernel, grid, it.threads, it.shared, it.scans, knobs)
@@ -90,8 +91,8 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
     four = (("NORMALIZE", 1), ("HAS_LAM", 1), ("HAS_GATE", 1), ("SCANS", 4), ("DIRECTIONS", 0x3210))
     one = (("NORMALIZE", 0), ("HAS_LAM", 1), ("HAS_GATE", 0), ("SCANS", 1), ("DIRECTIONS", 2))
-    few = (("THREADS", 1024), ("BLOCKS", 1), ("PLACES", 2), ("ROUNDS", 4), ("BATCH", 4))
-    many = (("THREADS", 416), ("BLOCKS", 3), ("PLACES", 2), ("ROUNDS", 10), ("BATCH", 4))
+    few = (("THREADS", 1024), ("BLOCKS", 1), ("PLACES", 2), ("WHOLE", 1), ("ROUNDS", 4), ("BATCH", 4))
+    many = (("THREADS", 416), ("BLOCKS", 3), ("PLACES", 2), ("WHOLE", 0), ("ROUNDS", 10), ("BATCH", 4))
     single, pair = (("VECTOR", 1), ("ADJACENT", 0)), (("VECTOR", 2), ("ADJACENT", 1))
     name = "resident_straight_forward"
     # The first one has no cluster: it is compiled for older GPUs, too.

@@ -47,20 +47,22 @@ class Choice:
 
 # A strip's rows have to be nearly all there: 32 more are scanned twice, however few they are. Two tiles want
 # as much shared memory as a block can have, and pay for it; clusters are as small as that allows. Only a few
-# planes, which leave multiprocessors idle, gain by more blocks, and only taps in 16 bits that channels share,
-# which come from the cache, by fewer blocks, of one tile.
+# planes, which leave multiprocessors idle, gain by more blocks, with room for a third tile where tiles have
+# half as many columns, and only taps in 16 bits that channels share, which come from the cache, by fewer
+# blocks, of one tile.
 QUARTER = Choice(256, 256, 1, 4, 4)
 HALF = Choice(448, 512, 2, 4, 4)
 WHOLE = Choice(896, 1024, 4, 4, 2)
 WHOLE_OF_FEW = Choice(896, 1024, 8, 2, 2)
+WHOLE_OF_FEW_WIDE = Choice(896, 1024, 8, 2, 2, stages=3)
 WHOLE_SHARED = Choice(896, 1024, 2, 8, 2, stages=1)
 WHOLE_SHARED_WIDE = Choice(896, 1024, 4, 4, 4)
 
 CHOICES = {
     (False, False): (QUARTER, HALF, WHOLE_OF_FEW, WHOLE),
     (False, True): (QUARTER, HALF, WHOLE_OF_FEW, WHOLE_SHARED, WHOLE),
-    (True, False): (HALF, WHOLE),
-    (True, True): (QUARTER, HALF, WHOLE_SHARED_WIDE),
+    (True, False): (HALF, WHOLE_OF_FEW_WIDE, WHOLE),
+    (True, True): (QUARTER, HALF, WHOLE_OF_FEW_WIDE, WHOLE_SHARED_WIDE),
 }
 """What was faster than `lines` on an H200, by whether elements have 32 bits, and whether channels share taps.
 In float32 with taps of their own both come near the speed of memory."""
@@ -197,7 +199,7 @@ def best_layout(case: Case) -> Layout | None:
 def _pays(choice: Choice, layout: Layout) -> bool:
     """With few planes a line's latency is all there is: only where that was found to be shorter."""
     case = layout.case
-    if choice is WHOLE_OF_FEW:
+    if choice in (WHOLE_OF_FEW, WHOLE_OF_FEW_WIDE):
         # Not all multiprocessors can be had in clusters of eight.
         return _planes(case) * choice.cluster <= case.device.multiprocessors * 10 // 11
     few = choice in (QUARTER, HALF) and layout.rounds == 1 and case.itemsize == 2
@@ -207,7 +209,7 @@ def _pays(choice: Choice, layout: Layout) -> bool:
 def layouts(case: Case) -> Iterator[Layout]:
     """What is chosen for large planes, and the like of it for small ones: for tests and trials."""
     for cluster in (1, 2, 4, 8):
-        for strips, copiers, stages in ((2, 2, 2), (4, 4, 2), (4, 2, 2), (8, 2, 1)):
+        for strips, copiers, stages in ((2, 2, 2), (4, 4, 2), (4, 2, 2), (8, 2, 1), (2, 2, 3)):
             layout = Layout(case, cluster, strips, copiers, stages)
             if layout.fits():
                 yield layout
