@@ -13,7 +13,8 @@
 //   COPIERS    copying warps of a block
 //   BLOCKS     of a multiprocessor, at least
 //   STAGES     tiles in the ring of a block
-// Knobs: 0 clusters, which have planes in turn; 1 rows of a strip, its own.
+// Knobs: 0 clusters, which have planes in turn; 1 rows of a strip, its own; 2 planes, the last, that are cut
+// (see strips_runs.cuh). Scratch, if there are any: 0 states at cuts; 1 flags, all 0 before the launch.
 #pragma once
 #include "strips_common.cuh"
 
@@ -71,21 +72,6 @@ __device__ __forceinline__ Rows rows_of(const Params& p, int own, int rank) {
   return {first_row, max(0, -first_row), end, own_end};
 }
 
-// All planes of a cluster: their tiles, one after the other.
-struct Tiles {
-  int width, each;         // columns; tiles of a plane
-  int first, step, count;  // planes: neighbours, which may share taps, are scanned at the same time
-  bool reversed;
-
-  __device__ __forceinline__ int all() const { return each * count; }
-  __device__ __forceinline__ int plane(int number) const { return first + number * step; }
-  __device__ __forceinline__ int column(int tile) const {
-    return (reversed ? each - 1 - tile : tile) * COLUMNS;
-  }
-  __device__ __forceinline__ int vectors(int tile) const {
-    return min(VECTORS, (width - column(tile)) / VECTOR);
-  }
-  // Of tile n: its place in the ring, and which time this is used.
-  __device__ __forceinline__ int stage(int n) const { return n % STAGES; }
-  __device__ __forceinline__ int turn(int n) const { return n / STAGES; }
-};
+// Of tile n of a cluster: its place in the ring, and which time this is used.
+__device__ __forceinline__ int stage_of(int n) { return n % STAGES; }
+__device__ __forceinline__ int turn_of(int n) { return n / STAGES; }

@@ -1,6 +1,6 @@
 // The warps that copy: operands into the ring, results out of it. They wait only for warps that scan.
 #pragma once
-#include "strips.cuh"
+#include "strips_runs.cuh"
 
 struct Copier {
   // Lanes go over the vectors of rows, so that a row's piece is one request.
@@ -68,30 +68,23 @@ struct Copier {
 
   // The next tile is asked for before the results of the last one in its place are written: they have a place
   // of their own. It counts as there only after that.
-  __device__ __forceinline__ void run(const Tiles& tiles) const {
-    const int all = tiles.all();
-    int plane = 0, tile = 0;          // that come next
-    int old_plane = 0, old_tile = 0;  // that leave next
-    Plane now = plane_of(p, tiles.plane(0)), old = now;
+  __device__ __forceinline__ void run(const Runs& runs) const {
+    const int all = runs.tiles();
+    Place coming = start_of(runs), leaving = coming;
+    Plane now = plane_of(p, coming.run.plane), old = now;
 #pragma unroll 1
     for (int n = 0; n < all + STAGES; ++n) {
-      const int stage = tiles.stage(n);
+      const int stage = stage_of(n);
       unsigned char* at = ring + stage * STAGE;
-      if (n >= STAGES) mbarrier_wait(Shared::done(stage), (tiles.turn(n) - 1) & 1);
-      if (n < all) copy_tile(now, tiles.column(tile), at);
+      if (n >= STAGES) mbarrier_wait(Shared::done(stage), (turn_of(n) - 1) & 1);
+      if (n < all) copy_tile(now, runs.column(coming.tile), at);
       if (n >= STAGES) {
-        write_tile(old, tiles.column(old_tile), at);
-        if (++old_tile == tiles.each) {
-          old_tile = 0;
-          if (++old_plane < tiles.count) old = plane_of(p, tiles.plane(old_plane));
-        }
+        write_tile(old, runs.column(leaving.tile), at);
+        if (leaving.next(runs)) old = plane_of(p, leaving.run.plane);
       }
       if (n >= all) continue;
       mbarrier_arrive_copied(Shared::full(stage));
-      if (++tile == tiles.each) {
-        tile = 0;
-        if (++plane < tiles.count) now = plane_of(p, tiles.plane(plane));
-      }
+      if (coming.next(runs)) now = plane_of(p, coming.run.plane);
     }
   }
 };

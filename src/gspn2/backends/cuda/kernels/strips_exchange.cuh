@@ -54,6 +54,29 @@ struct Strip {
     store_counted<1>(states_of(there, turn) + sent, state_barrier(there, turn), rank, shown + sent);
   }
 #endif
+
+  // Where a plane is cut: the states of all rows that the warp holds, also of those that have gone wrong since the last
+  // exchange. Whoever takes over has the bits that this warp would have had. cut: the cluster that takes over.
+  __device__ __forceinline__ void hand_over(const float (&h)[ROWS], const Params& p, int cut) const {
+    const int set = set_of(cut);
+    float* to = (float*)p.scratch[0] + (long long)set * HELD + lane;
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) to[k * 32] = h[k];
+    __syncwarp();
+    if (lane == 0) raise_flag((u32*)p.scratch[1] + set, 1);
+  }
+  __device__ __forceinline__ void take_over(float (&h)[ROWS], const Params& p, int cut) const {
+    const int set = set_of(cut);
+    wait_flag((const u32*)p.scratch[1] + set, 1);
+    __syncwarp();
+    const float* from = (const float*)p.scratch[0] + (long long)set * HELD + lane;
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) h[k] = from[k * 32];
+  }
+  __device__ __forceinline__ int set_of(int cut) const {
+    const int rank = CLUSTER > 1 ? (int)cluster_rank() : 0;
+    return (cut * CLUSTER + rank) * STRIPS + slot - 1;
+  }
 };
 
 // each: rows of a strip, but for the last.

@@ -3,16 +3,16 @@
 #include "strips_scan.cuh"
 
 template <bool REVERSED>
-__device__ __forceinline__ void scan_strip(const Params& p, const Tiles& tiles, unsigned char* ring,
-                                           Strip& strip) {
-  Scanner<REVERSED> scanner{p, tiles, ring, strip};
+__device__ __forceinline__ void scan_strip(const Params& p, const Runs& runs, unsigned char* ring, Strip& strip,
+                                           int cluster) {
+  Scanner<REVERSED> scanner{p, runs, ring, strip};
   scanner.start(p.knobs[1]);
-  scanner.run();
+  scanner.scan(cluster);
 }
 
 KERNEL(THREADS, BLOCKS) strips_forward(CONSTANT_PARAMS p) {
   const int rank = CLUSTER > 1 ? (int)cluster_rank() : 0, own = p.knobs[1];
-  const int clusters = p.knobs[0], planes = p.batch * p.channels, first = (int)blockIdx.x / CLUSTER;
+  const int cluster = (int)blockIdx.x / CLUSTER;
   unsigned char* ring = held_shared_memory() + Shared::BYTES;
   // The same for all lanes, and the compiler knows.
   const int warp = (int)__shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -24,14 +24,13 @@ KERNEL(THREADS, BLOCKS) strips_forward(CONSTANT_PARAMS p) {
   if (copies) copier.clear();
   // Rows are clear, and barriers of neighbours are there before anybody sends.
   wait_for_everybody();
-  const int each = (p.width + COLUMNS - 1) / COLUMNS, count = (planes - first + clusters - 1) / clusters;
-  const Tiles tiles{p.width, each, first, clusters, count, scan_of(p, 0).reversed};
+  const Runs runs = runs_of(p, cluster);
   if (copies)
-    copier.run(tiles);
-  else if (tiles.reversed)
-    scan_strip<true>(p, tiles, ring, strip);
+    copier.run(runs);
+  else if (runs.reversed)
+    scan_strip<true>(p, runs, ring, strip, cluster);
   else
-    scan_strip<false>(p, tiles, ring, strip);
+    scan_strip<false>(p, runs, ring, strip, cluster);
   // A neighbour may still send states.
   wait_for_everybody();
 }

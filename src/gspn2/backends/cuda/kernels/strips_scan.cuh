@@ -1,11 +1,12 @@
 // The warps that scan: a strip of every line, from tiles in shared memory that others bring and take away.
 #pragma once
 #include "strips_exchange.cuh"
+#include "strips_runs.cuh"
 
 template <bool REVERSED>
 struct Scanner {
   const Params& p;
-  const Tiles& tiles;
+  const Runs& runs;
   unsigned char* ring;
   Strip& strip;
   int at[ROWS];       // where this lane's rows are in a tensor's part of a tile, and in results
@@ -24,7 +25,17 @@ struct Scanner {
       at[k] = opaque(place_of(first + strip.row(k), 0));
       writes[k] = strip.owns(k), h[k] = 0.f;
     }
-    until_exchange = HALO, restarts = {p.chunk, 0};
+    restarts = {p.chunk, 0};
+  }
+
+  // From where others have left off, as if this warp had come so far itself.
+  __device__ __forceinline__ void begin(const Run& run, int cluster) {
+    until_exchange = HALO, restarts.until = 0;
+    if (run.first == 0) return;
+    const int columns = runs.columns_before(run.first), since_restart = columns % p.chunk;
+    until_exchange = -((columns + VECTOR) / (2 * VECTOR) * 2 * VECTOR) & (HALO - 1);
+    restarts.until = since_restart ? p.chunk - since_restart : 0;
+    strip.take_over(h, p, cluster);
   }
 
   __device__ __forceinline__ void read_vectors(Words& words, const unsigned char* tile, int v) const {
@@ -121,17 +132,20 @@ struct Scanner {
     }
   }
 
-  __device__ __forceinline__ void run() {
-    const int all = tiles.all();
-    int tile = 0;
+  __device__ __forceinline__ void scan(int cluster) {
+    const int all = runs.tiles();
+    Place at_tile = start_of(runs);
+    bool begins = true;
 #pragma unroll 1
     for (int n = 0; n < all; ++n) {
-      const int stage = tiles.stage(n);
-      mbarrier_wait(Shared::full(stage), tiles.turn(n) & 1);
-      scan_tile(ring + stage * STAGE, tiles.vectors(tile));
+      if (begins) begin(at_tile.run, cluster);
+      const int stage = stage_of(n);
+      mbarrier_wait(Shared::full(stage), turn_of(n) & 1);
+      scan_tile(ring + stage * STAGE, runs.vectors(at_tile.tile));
       __syncwarp();
       if (arrives(strip.lane)) mbarrier_arrive(Shared::done(stage));
-      if (++tile == tiles.each) tile = 0, until_exchange = HALO, restarts.until = 0;
+      if (at_tile.tile + 1 == at_tile.run.end && at_tile.run.end < runs.each) strip.hand_over(h, p, cluster + 1);
+      begins = at_tile.next(runs);
     }
   }
 };

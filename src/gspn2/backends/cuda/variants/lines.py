@@ -276,8 +276,8 @@ def _rank(layout: Layout) -> tuple[float, ...]:
         lanes = LANES if pairs else LANES * (8 if sums else 1 if planes >= 3 * processors else 4)
         places = min(VECTOR_BYTES // case.itemsize, max(4 // case.itemsize, own // lanes))
         few = layout.rows.lines * 24 > problem.height or (sums and layout.rows.lines > 2)
-        # Shared taps come from the cache, and less is on its way to memory. More there than memory needs serves
-        # multiprocessors unevenly, and the last one ends later.
+        # Shared taps come from the cache, and less is on its way to memory. More there than memory needs
+        # serves multiprocessors unevenly, and the last one ends later.
         shared = problem.channels > problem.groups
         ring = 3 if few else 6 if busy and shared and not sums else 4
         if layout.rows.warps == 2 and layout.grid > processors:

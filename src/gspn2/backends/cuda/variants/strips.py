@@ -32,6 +32,9 @@ MOST = LANES * ROWS - 2 * HALO
 SHORTEST = 256
 """Columns; narrower planes are left to others."""
 
+LATE = 0.75
+"""Of a plane's time, at most: what the last planes take beyond whole ones where they are cut."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -48,21 +51,18 @@ class Choice:
 # A strip's rows have to be nearly all there: 32 more are scanned twice, however few they are. Two tiles want
 # as much shared memory as a block can have, and pay for it; clusters are as small as that allows. Only a few
 # planes, which leave multiprocessors idle, gain by more blocks, with room for a third tile where tiles have
-# half as many columns, and only taps in 16 bits that channels share, which come from the cache, by fewer
-# blocks, of one tile.
+# half as many columns.
 QUARTER = Choice(256, 256, 1, 4, 4)
 HALF = Choice(448, 512, 2, 4, 4)
 WHOLE = Choice(896, 1024, 4, 4, 2)
 WHOLE_OF_FEW = Choice(896, 1024, 8, 2, 2)
 WHOLE_OF_FEW_WIDE = Choice(896, 1024, 8, 2, 2, stages=3)
-WHOLE_SHARED = Choice(896, 1024, 2, 8, 2, stages=1)
-WHOLE_SHARED_WIDE = Choice(896, 1024, 4, 4, 4)
 
 CHOICES = {
     (False, False): (QUARTER, HALF, WHOLE_OF_FEW, WHOLE),
-    (False, True): (QUARTER, HALF, WHOLE_OF_FEW, WHOLE_SHARED, WHOLE),
+    (False, True): (QUARTER, HALF, WHOLE_OF_FEW, WHOLE),
     (True, False): (HALF, WHOLE_OF_FEW_WIDE, WHOLE),
-    (True, True): (QUARTER, HALF, WHOLE_OF_FEW_WIDE, WHOLE_SHARED_WIDE),
+    (True, True): (QUARTER, HALF, WHOLE_OF_FEW_WIDE, WHOLE),
 }
 """What was faster than `lines` on an H200, by whether elements have 32 bits, and whether channels share taps.
 In float32 with taps of their own both come near the speed of memory."""
@@ -120,16 +120,35 @@ class Layout:
 
     @property
     def clusters(self) -> int:
-        """Of the grid. Small ones have planes in turn, as many each.
+        """Of the grid. Small ones have planes in turn, as many each; large ones if the last are cut."""
+        if self.cluster > 2:
+            return self._at_once if self.cut else _planes(self.case)
+        return -(-_planes(self.case) // self.rounds)
 
-        Of clusters of four or eight the device runs fewer at once than its multiprocessors would hold.
-        """
-        return _planes(self.case) if self.cluster > 2 else -(-_planes(self.case) // self.rounds)
+    @property
+    def cut(self) -> int:
+        """Planes, the last, whose tiles are dealt out to all clusters (see `kernels/strips_runs.cuh`)."""
+        clusters = self._at_once
+        whole, left = divmod(_planes(self.case), clusters)
+        if self.cluster <= 2 or not whole or left * self._tiles < clusters:
+            return 0
+        # Parts of a plane wait for each other where they are more than have whole planes between them.
+        parts = max(-(-(k + 1) * clusters // left) - k * clusters // left for k in range(left))
+        waits = max(0, parts - whole - 1)
+        return left if left * (1 + waits) <= LATE * clusters else 0
+
+    @property
+    def _tiles(self) -> int:
+        """Of a plane."""
+        return -(-self.case.problem.width * self.case.itemsize // PIECE)
 
     @property
     def _at_once(self) -> int:
-        """Planes."""
-        return max(1, self.case.device.multiprocessors * self.blocks // self.cluster)
+        """Planes. Of clusters of four or eight the device runs fewer than its multiprocessors would hold."""
+        multiprocessors = self.case.device.multiprocessors
+        if self.cluster > 2:
+            multiprocessors = multiprocessors * 10 // 11
+        return max(1, multiprocessors * self.blocks // self.cluster)
 
     @property
     def rounds(self) -> int:
@@ -203,13 +222,13 @@ def _pays(choice: Choice, layout: Layout) -> bool:
         # Not all multiprocessors can be had in clusters of eight.
         return _planes(case) * choice.cluster <= case.device.multiprocessors * 10 // 11
     few = choice in (QUARTER, HALF) and layout.rounds == 1 and case.itemsize == 2
-    return few or choice in (WHOLE, WHOLE_SHARED_WIDE) or layout.filled >= FILLED
+    return few or choice is WHOLE or layout.filled >= FILLED
 
 
 def layouts(case: Case) -> Iterator[Layout]:
     """What is chosen for large planes, and the like of it for small ones: for tests and trials."""
     for cluster in (1, 2, 4, 8):
-        for strips, copiers, stages in ((2, 2, 2), (4, 4, 2), (4, 2, 2), (8, 2, 1), (2, 2, 3)):
+        for strips, copiers, stages in ((2, 2, 2), (4, 4, 2), (4, 2, 2), (2, 2, 3)):
             layout = Layout(case, cluster, strips, copiers, stages)
             if layout.fits():
                 yield layout
@@ -225,26 +244,35 @@ def plan_of(layout: Layout) -> Plan:
         "STAGES": layout.stages,
     }
     kernel = Kernel("strips_forward.cu", "strips_forward", (*options(case), *defines.items()))
-    knobs = (layout.clusters, layout.own)
+    knobs = (layout.clusters, layout.own, layout.cut)
     grid = layout.clusters * layout.cluster
-    launch = Launch(kernel, grid, layout.threads, layout.shared, cluster=layout.cluster, knobs=knobs)
-    reasons = (
+    launches = [Launch(kernel, grid, layout.threads, layout.shared, cluster=layout.cluster, knobs=knobs)]
+    scratch: tuple[int, ...] = ()
+    reasons = [
         f"rows are contiguous and aligned; columns over {layout.cluster} blocks: {layout.strips} warps scan "
         f"{layout.own} rows each, {layout.copiers} copy",
         f"{PIECE} bytes of a row at once, {layout.stages} tiles a block",
-    )
-    return Plan("strips", (launch,), reasons=reasons)
+    ]
+    if layout.cut:
+        # The first cluster takes nothing over.
+        cuts = layout.clusters * layout.cluster * layout.strips
+        scratch = (4 * LANES * ROWS * cuts, 4 * cuts)
+        start = Kernel("strips_start.cu", "strips_start", options(case))
+        launches.insert(0, Launch(start, 1, 256, 0, knobs=(cuts,)))
+        reasons.append(
+            f"the last {layout.cut} planes are cut: all {layout.clusters} clusters have as much to do"
+        )
+    return Plan("strips", tuple(launches), scratch, tuple(reasons))
 
 
 def representative_kernels() -> list[tuple[Kernel, bool]]:
     """Kernels that the tests compile, and whether each is hot (must not spill)."""
-    kernels = {}
+    kernels: dict[Kernel, bool] = {}
     for (wide, _), choices in CHOICES.items():
         given = {"STORAGE": 0 if wide else 1, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0}
         for choice in choices:
             cut = {"CLUSTER": choice.cluster, "STRIPS": choice.strips, "COPIERS": choice.copiers}
             defines = given | cut | {"BLOCKS": 1, "STAGES": choice.stages}
-            kernel = Kernel("strips_forward.cu", "strips_forward", tuple(defines.items()))
-            # Ten warps leave a thread 168 registers: two counters of tiles spill, outside of the scan.
-            kernels[kernel] = choice is not WHOLE_SHARED
+            kernels[Kernel("strips_forward.cu", "strips_forward", tuple(defines.items()))] = True
+        kernels[Kernel("strips_start.cu", "strips_start", tuple(given.items()))] = True
     return list(kernels.items())
