@@ -13,8 +13,9 @@
 //   COPIERS    copying warps of a block
 //   BLOCKS     of a multiprocessor, at least
 //   STAGES     tiles in the ring of a block
-// Knobs: 0 clusters, which have planes in turn; 1 rows of a strip, its own; 2 planes, the last, that are cut
-// (see strips_runs.cuh). Scratch, if there are any: 0 states at cuts; 1 flags, all 0 before the launch.
+//   CUT        1 if the last planes are cut (see strips_runs.cuh)
+// Knobs: 0 clusters, which have planes in turn; 1 rows of a strip, its own; 2 planes that are cut. Scratch, if
+// there are any: 0 states at cuts; 1 flags, all 0 before the launch.
 #pragma once
 #include "strips_common.cuh"
 

@@ -22,14 +22,14 @@ struct Runs {
   int share, turn;         // how many tiles; whole planes before them
 
   // Tiles of the share that are the beginning of another plane.
-  __device__ __forceinline__ int begun() const { return max(0, cut_tile + share - each); }
+  __device__ __forceinline__ int begun() const { return CUT ? max(0, cut_tile + share - each) : 0; }
   __device__ __forceinline__ int count() const { return whole + (share > 0) + (begun() > 0); }
   __device__ __forceinline__ int tiles() const { return whole * each + share; }
 
   __device__ __forceinline__ Run run(int number) const {
     int before = number;
     if (begun() > 0 && before-- == 0) return {cut_plane + 1, 0, begun()};
-    if (share > 0) {
+    if (CUT && share > 0) {
       if (before == turn) return {cut_plane, cut_tile, min(each, cut_tile + share)};
       before -= before > turn;
     }
@@ -52,7 +52,7 @@ __device__ __forceinline__ Runs runs_of(const Params& p, int cluster) {
   const int clusters = p.knobs[0], cut = p.knobs[2], planes = p.batch * p.channels - cut;
   const int each = (p.width + COLUMNS - 1) / COLUMNS, whole = (planes - cluster + clusters - 1) / clusters;
   Runs it = {p.width, each, scan_of(p, 0).reversed, cluster, clusters, whole, planes, 0, 0, 0};
-  if (cut == 0) return it;
+  if (!CUT) return it;
   const long long tiles = (long long)cut * each, from = cluster * tiles / clusters;
   const int plane = (int)(from / each);
   // The cluster that has the first tile of this plane: its part is the first, the next one's the second.

@@ -31,7 +31,7 @@ struct Scanner {
   // From where others have left off, as if this warp had come so far itself.
   __device__ __forceinline__ void begin(const Run& run, int cluster) {
     until_exchange = HALO, restarts.until = 0;
-    if (run.first == 0) return;
+    if (!CUT || run.first == 0) return;
     const int columns = runs.columns_before(run.first), since_restart = columns % p.chunk;
     until_exchange = -((columns + VECTOR) / (2 * VECTOR) * 2 * VECTOR) & (HALO - 1);
     restarts.until = since_restart ? p.chunk - since_restart : 0;
@@ -144,7 +144,8 @@ struct Scanner {
       scan_tile(ring + stage * STAGE, runs.vectors(at_tile.tile));
       __syncwarp();
       if (arrives(strip.lane)) mbarrier_arrive(Shared::done(stage));
-      if (at_tile.tile + 1 == at_tile.run.end && at_tile.run.end < runs.each) strip.hand_over(h, p, cluster + 1);
+      const bool ends = at_tile.tile + 1 == at_tile.run.end;
+      if (CUT && ends && at_tile.run.end < runs.each) strip.hand_over(h, p, cluster + 1);
       begins = at_tile.next(runs);
     }
   }

@@ -32,8 +32,8 @@ MOST = LANES * ROWS - 2 * HALO
 SHORTEST = 256
 """Columns; narrower planes are left to others."""
 
-LATE = 0.75
-"""Of a plane's time, at most: what the last planes take beyond whole ones where they are cut."""
+SAVED = 0.1
+"""Of the time, at least, that cutting the last planes has to save: a warp has some registers less for it."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Layout:
         # Parts of a plane wait for each other where they are more than have whole planes between them.
         parts = max(-(-(k + 1) * clusters // left) - k * clusters // left for k in range(left))
         waits = max(0, parts - whole - 1)
-        return left if left * (1 + waits) <= LATE * clusters else 0
+        return left if clusters - left * (1 + waits) >= SAVED * (whole + 1) * clusters else 0
 
     @property
     def _tiles(self) -> int:
@@ -242,6 +242,7 @@ def plan_of(layout: Layout) -> Plan:
         "COPIERS": layout.copiers,
         "BLOCKS": layout.blocks,
         "STAGES": layout.stages,
+        "CUT": int(layout.cut > 0),
     }
     kernel = Kernel("strips_forward.cu", "strips_forward", (*options(case), *defines.items()))
     knobs = (layout.clusters, layout.own, layout.cut)
@@ -270,9 +271,9 @@ def representative_kernels() -> list[tuple[Kernel, bool]]:
     kernels: dict[Kernel, bool] = {}
     for (wide, _), choices in CHOICES.items():
         given = {"STORAGE": 0 if wide else 1, "NORMALIZE": 0, "HAS_LAM": 1, "HAS_GATE": 0}
-        for choice in choices:
-            cut = {"CLUSTER": choice.cluster, "STRIPS": choice.strips, "COPIERS": choice.copiers}
-            defines = given | cut | {"BLOCKS": 1, "STAGES": choice.stages}
+        for choice, cut in ((it, cut) for it in choices for cut in (0, 1) if not cut or it is WHOLE):
+            shape = {"CLUSTER": choice.cluster, "STRIPS": choice.strips, "COPIERS": choice.copiers}
+            defines = given | shape | {"BLOCKS": 1, "STAGES": choice.stages, "CUT": cut}
             kernels[Kernel("strips_forward.cu", "strips_forward", tuple(defines.items()))] = True
         kernels[Kernel("strips_start.cu", "strips_start", tuple(given.items()))] = True
     return list(kernels.items())
