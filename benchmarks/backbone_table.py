@@ -11,7 +11,8 @@ Result = dict[str, Any]
 NAME = "backbones"
 PART = "models"
 OURS = "gspn2_tiny"
-COMPILED = "compiled"
+COMPILED = ", compiled"
+"""In the name of a pass: whole models, not their blocks alone."""
 ABSENT = "*Not measured yet: `gspn2 bench models` on a GPU fills this table.*\n"
 
 

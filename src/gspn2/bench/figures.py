@@ -25,8 +25,12 @@ MODEL_PASSES = (
     "inference",
     "train",
     "inference, compiled",
+    "inference, blocks compiled",
     "train, compiled",
     "train, compiled, CUDA graphs",
+    "train, compiled, one CUDA graph",
+    "train, blocks compiled",
+    "train, blocks compiled, one CUDA graph",
 )
 STYLE: Any = {
     "text.color": INK,
