@@ -30,7 +30,6 @@ CUTS = (
     (NARROW, Cut(16, 2, 2)),
     (replace(NARROW, height=33, width=49, dtype=torch.float32), Cut(16, 2, 4)),
     (replace(NARROW, channels=4, height=65), Cut(32, 1, 2)),
-    (replace(NARROW, width=70, height=17), Cut(32, 2, 4)),
     # Groups of several blocks, blocks of several warps.
     (replace(WIDE, channels=32, batch=1, groups=2), Cut(16, 2, 2)),
     (WIDE, Cut(16, 4, 2)),
@@ -41,7 +40,6 @@ CUTS = (
     (replace(WIDE, directions=("right", "up"), chunk=21, layout="channels_last"), Cut(16, 2, 2)),
     # What is not there.
     (replace(NARROW, lam=False, gate=False), Cut(16, 2, 2)),
-    (replace(NARROW, lam=False), Cut(16, 2, 2)),
     (replace(NARROW, gate=False, chunk=9), Cut(16, 2, 2)),
     (replace(NARROW, needs=(False, True, False, True)), Cut(16, 2, 2)),
     (replace(NARROW, height=1, width=40), Cut(16, 2, 2)),
@@ -62,12 +60,9 @@ CUTS = (
     (replace(OWN, directions=("left", "down", "up"), layout="channels_last"), Cut(16, 2, 2)),
     (replace(OWN, directions=("right", "up"), chunk=21, layout="channels_last"), Cut(16, 1, 2)),
     (replace(OWN, lam=False, gate=False), Cut(16, 2, 2)),
-    (replace(OWN, lam=False), Cut(16, 1, 4)),
     (replace(OWN, gate=False, chunk=9), Cut(16, 2, 4)),
     (replace(OWN, needs=(False, True, False, True)), Cut(16, 1, 2)),
-    (replace(OWN, needs=(True, False, True, False)), Cut(16, 2, 2)),
     (replace(OWN, height=1, width=40), Cut(16, 1, 2)),
-    (replace(OWN, height=16, width=16), Cut(16, 2, 2)),
 )
 
 

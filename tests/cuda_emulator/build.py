@@ -100,13 +100,20 @@ def _runtime(stamp: tuple[int, ...]) -> tuple[str, ...]:
 
 
 @functools.cache
+def _linker() -> tuple[str, ...]:
+    """A third of the time, for some hundred libraries, where it is installed."""
+    return ("-fuse-ld=gold",) if shutil.which("ld.gold") else ()
+
+
+@functools.cache
 def _library(kernel: Kernel, capability: tuple[int, int], explain: bool, stamp: tuple[int, ...]) -> Path:
     major, minor = capability
     defines = (*kernel.defines, ("__CUDA_ARCH__", 100 * major + 10 * minor), ("GSPN2_EMULATE", 1))
     macros = (f"-D{name}={value}" for name, value in defines)
     options = (*macros, f"-I{_relative(KERNELS)}", "-include", "./emulate.h")
     checks = _CHECKS if explain else (*_CHECKS, _TRAP)
-    return _cached("so", ["-shared", _object(KERNELS / kernel.source, options, checks), *_runtime(stamp)])
+    objects = [_object(KERNELS / kernel.source, options, checks), *_runtime(stamp)]
+    return _cached("so", ["-shared", *_linker(), *objects])
 
 
 def build(kernel: Kernel, capability: tuple[int, int], explain: bool = False) -> Path:
