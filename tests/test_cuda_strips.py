@@ -1,4 +1,4 @@
-"""Strips whose last planes are cut, by the emulator: the same bits as of planes that are not."""
+"""Strips whose last planes are cut, by the emulator: the bits of planes that are not, and nobody waits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from cuda_emulator import compiler
+from cuda_emulator.build import HERE
 from cuda_emulator.emulator import Inputs, case_of, run_plan
 from cuda_emulator.problems import BF16, FP16, Small
-from gspn2.backends.cuda.geometry import Device
+from gspn2.backends.cuda.geometry import Device, Kernel, Launch, Plan
+from gspn2.backends.cuda.layouts import imagined
 from gspn2.backends.cuda.variants import strips
+from gspn2.backends.problem import Problem
 
 pytestmark = pytest.mark.skipif(
     compiler() is None, reason="the emulator of CUDA kernels needs g++ 12, on Linux"
@@ -49,3 +52,38 @@ def test_cuts_change_no_bit(small: Small, cut: int, seed: int) -> None:
         found.append(tensors["y"])
     assert not torch.isnan(found[0]).any()
     assert torch.equal(*found)
+
+
+def runs_of(planes: int) -> list[list[tuple[int, int, int]]]:
+    """Of 1024 x 1024, for each cluster: planes, with the first tile and the end, one after the other."""
+    problem = Problem(("right",), None, False, 1, planes, 1, 1024, 1024, torch.float32, "cuda")
+    launch = strips.plan(imagined(problem, "planes", Device(), gate=False)).launches[-1]
+    clusters, row = launch.knobs[0], 3 * (planes // launch.knobs[0] + 2)
+    y = torch.full((1, 1, clusters, row), torch.nan)
+    kernel = Kernel(str(HERE / "runs.cu"), "runs", launch.kernel.defines)
+    told = Launch(kernel, clusters, 32, 0, knobs=(*launch.knobs, row))
+    run_plan(Plan("runs", (told,)), problem, {"x": y, "y": y})
+    lists = [[int(it) for it in found[~found.isnan()]] for found in y.view(clusters, -1)]
+    return [list(zip(it[::3], it[1::3], it[2::3], strict=True)) for it in lists]
+
+
+@pytest.mark.parametrize("planes", [45, 70, 77, 100, 103, 128, 160])
+def test_nobody_waits_long_for_cut_planes(planes: int) -> None:
+    """Every tile is scanned once, and the time that the planner expects to save is saved."""
+    tiles, runs = 1024 * 4 // 64, runs_of(planes)
+    scanned = sorted(run for found in runs for run in found)
+    assert [run[:2] for run in scanned] == [(0, 0)] + [
+        (plane, end) if end < tiles else (plane + 1, 0) for plane, _, end in scanned[:-1]
+    ]
+    assert scanned[-1] == (planes - 1, scanned[-1][1], tiles)
+    left_off, longest = {}, 0  # when states are there, by plane and tile
+    for found in runs:
+        now = 0
+        for plane, first, end in found:
+            now = max(now, left_off.pop((plane, first)) if first else 0) + end - first
+            if end < tiles:
+                left_off[plane, end] = now
+        longest = max(longest, now)
+    assert not left_off
+    rounds = -(-planes // len(runs))
+    assert longest <= (1 - strips.SAVED) * rounds * tiles
