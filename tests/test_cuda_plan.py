@@ -15,7 +15,7 @@ from gspn2.backends import DIRECTIONS, Problem
 from gspn2.backends.cuda import driver, params, plan
 from gspn2.backends.cuda.geometry import Case, Device, Kernel, Launch, Plan, View
 from gspn2.backends.cuda.layouts import LAYOUTS, imagined
-from gspn2.backends.cuda.variants import planes_tiles, strips, strips_vertical
+from gspn2.backends.cuda.variants import planes_tiles, strips, strips_column, strips_vertical
 from gspn2.cli.main import main
 
 AMPERE = Device((8, 6), 84, 101376, 6 * 2**20)
@@ -275,6 +275,17 @@ def test_whole_columns_of_few_planes(
         (launch,) = found.launches
         assert tuple(dict(launch.kernel.defines)[name] for name in ("ROWS", "STAGES")) == cut
         assert launch.shared <= Device().shared_memory
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 2])
+@pytest.mark.parametrize("height", [64, 128])
+def test_whole_columns_have_room_for_two_tiles(height: int, tiles: int) -> None:
+    """With one the scan would wait for the next tile, and that for the scan."""
+    problem = posed((1, 4, height, 64), torch.float32, 4, ("right",), normalize=False)
+    device = Device(shared_memory=128 + tiles * 5 * height * 64)
+    case = imagined(problem, "planes", device, gate=False)
+    reason = strips_column.why_not(case)
+    assert reason is None if tiles == 2 else "do not fit in the shared memory" in str(reason)
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,15 @@ class Layout:
         return LANES * (1 + COPIERS)
 
     @property
+    def tiles(self) -> int:
+        """Of a plane."""
+        return -(-self.case.problem.width * self.case.itemsize // PIECE)
+
+    @property
     def stages(self) -> int:
         """Tiles of a block: a whole plane if there is memory for it, else as many as fit, perhaps none."""
-        tiles = -(-self.case.problem.width * self.case.itemsize // PIECE)
         # Few numbers of stages, so that few kernels are compiled.
-        wanted = 1 << (tiles - 1).bit_length()
+        wanted = 1 << (self.tiles - 1).bit_length()
         room = self.case.device.shared_memory - self._head(MOST_STAGES)
         return min(MOST_STAGES, wanted, max(0, room // self._tile))
 
@@ -71,6 +75,10 @@ class Layout:
     @property
     def grid(self) -> int:
         return self.case.problem.batch * self.case.problem.channels
+
+    def fits(self) -> bool:
+        """The next tile, if there is one, is read from before a tile is given back: it needs a place, too."""
+        return self.stages >= min(2, self.tiles)
 
 
 def why_not(case: Case) -> str | None:
@@ -95,8 +103,8 @@ def why_not(case: Case) -> str | None:
     rows = rows_of_a_lane(problem.height)
     if rows is None:
         return f"a warp holds up to {LONGEST} rows, the same number in each lane, not {problem.height}"
-    if Layout(case, rows).stages == 0:
-        return f"{LANES * rows} rows of all tensors do not fit in the shared memory of a block"
+    if not Layout(case, rows).fits():
+        return f"tiles of {LANES * rows} rows of all tensors do not fit in the shared memory of a block"
     planes = problem.batch * problem.channels
     if slower(case):
         return f"others are faster for {planes} planes of {problem.height} x {problem.width}"
