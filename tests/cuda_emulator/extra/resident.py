@@ -82,7 +82,6 @@ CASES = (
     Small(13, 11, channels=3, groups=3, dtype=BF16),
     Small(16, 16, channels=4, groups=4, directions=("up", "down"), dtype=FP16),
     Small(32, 24, channels=4, groups=4, directions=("up",), normalize=False, gate=False, dtype=BF16, chunk=9),
-    Small(24, 32, channels=4, groups=4, directions=("right",), normalize=False, gate=False, dtype=BF16),
     # A block for each direction: vectors of channels, of two groups; blocks that take several planes.
     Small(10, 12, channels=8, groups=2, batch=2, layout="channels_last", dtype=BF16, chunk=5, backward=False),
     Small(11, 9, channels=4, batch=2, layout="channels_last", directions=("left", "up"), backward=False),

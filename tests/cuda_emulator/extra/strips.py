@@ -23,6 +23,8 @@ CASES = (
     # beginning of the next. Restarts at cuts and elsewhere.
     Small(897, 256, channels=4, directions=("right",), dtype=BF16, chunk=64, nan="restarts", **CUT),
     Small(900, 260, channels=8, directions=("left",), chunk=50, **CUT),
+    # The same of images more than 2^31 elements apart.
+    Small(900, 256, channels=2, batch=2, directions=("left",), dtype=BF16, layout="far", **CUT),
     # Few planes: clusters of eight; the first tile of a scan is the narrow one.
     Small(1000, 264, channels=2, directions=("left",), dtype=BF16, chunk=16, nan="restarts", **FEW),
     # The same in float32, whose tiles are narrower: the ring of three goes round.

@@ -15,4 +15,6 @@ CASES = (
     Small(128, 172, channels=1, directions=("right",), nan="x", **GIVEN),
     Small(100, 100, channels=2, groups=1, directions=("left",), chunk=16, **GIVEN),
     Small(68, 328, channels=1, directions=("left",), dtype=BF16, lam=False, **GIVEN),
+    # Images more than 2^31 elements apart.
+    Small(64, 72, channels=2, batch=2, directions=("left",), dtype=BF16, layout="far", **GIVEN),
 )

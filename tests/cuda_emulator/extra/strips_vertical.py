@@ -27,6 +27,8 @@ CASES = (
     Small(130, 256, channels=8, groups=2, directions=("down",), dtype=FP16, lam=False, **FULL),
     Small(133, 252, channels=8, groups=2, directions=("down",), chunk=18, nan="restarts", **FULL),
     Small(150, 224, channels=4, batch=2, directions=("up",), nan="x", **FULL),
+    # And of images more than 2^31 elements apart.
+    Small(131, 248, channels=4, batch=2, directions=("down",), dtype=BF16, layout="far", **FULL),
     # Fewer lines than a tile has.
     Small(9, 256, channels=2, directions=("up",), nan="x", **GIVEN),
 )
