@@ -40,16 +40,6 @@ struct Tiles {
   }
 };
 
-// Stages of the ring, one after the other, and the parity of their barriers.
-struct Turn {
-  int stage = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
 // The warps that copy. A lane has the same vectors of every tile, so that it may ask for the next tile as
 // soon as it has taken its results from the last one.
 struct Copier {

@@ -1,5 +1,5 @@
-// What strips of columns (strips.cuh) and of rows (strips_vertical.cuh) have in common: the tensors of a plane,
-// and the head of shared memory.
+// What strips of columns (strips.cuh, strips_column.cu) and of rows (strips_vertical.cuh) have in common: the tensors
+// of a plane, the head of shared memory, and turns of the ring.
 #pragma once
 #include "lines_taps.cuh"
 #include "words.cuh"
@@ -69,6 +69,16 @@ struct Head {
     for (int i = 0; i < STATE_BARRIERS; ++i) mbarrier_init(state_barriers() + i, ARRIVALS);
     for (int i = 0; i < STAGES; ++i) mbarrier_init(full(i), 32 * COPIERS), mbarrier_init(done(i), STRIPS * ARRIVALS);
     mbarrier_init_fence();
+  }
+};
+
+// Stages of the ring, one after the other, and the parity of their barriers.
+struct Turn {
+  int stage = 0;
+  u32 parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
 

@@ -140,13 +140,3 @@ struct Lines {
     return reversed ? -row_step : row_step;
   }
 };
-
-// Stages of the ring, one after the other, and the parity of their barriers.
-struct Turn {
-  int stage = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};

@@ -24,7 +24,7 @@ PIECE = 64
 """Bytes of a row in a tile, as in the kernel."""
 
 REGISTERS_NEEDED = 192
-"""Of a thread, but for blocks of ten warps, which can have no more than 168."""
+"""Of a thread."""
 
 MOST = LANES * ROWS - 2 * HALO
 """Rows of a strip, its own."""
