@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, options
-from .planes_layout import LANES, REGISTERS, RESERVED, VECTOR_BYTES, alignment_of
+from .planes_layout import LANES, REGISTERS, RESERVED
+from .strips_common import cannot
 
 CAPABILITY = (9, 0)
 """States go from block to block by counted stores."""
@@ -174,24 +175,14 @@ def _planes(case: Case) -> int:
 
 def why_not(case: Case) -> str | None:
     """It needs one direction, right or left, given weights, aligned rows, and planes that are not small."""
-    if case.device.capability < CAPABILITY:
-        return "it needs compute capability 9.0"
-    if case.backward:
-        return "it has no backward"
-    problem = case.problem
-    if problem.normalize or len(problem.directions) > 1 or problem.directions[0] not in ("right", "left"):
-        return "it scans one direction, right or left, with weights as given"
-    if "gate" in case.views:
-        return "it has no gate"
-    for name, view in case.views.items():
-        if view.w != 1:
-            return f"columns of {name} are {view.w} elements apart, not adjacent"
+    reason = cannot(case, CAPABILITY, ("right", "left"))
+    if reason is not None:
+        return reason
     if any(abs(view.h) >= 2**31 for view in case.views.values()):
         return "rows are further apart than 32 bits can tell"
-    if alignment_of(case) < VECTOR_BYTES or problem.width * case.itemsize % VECTOR_BYTES:
-        return f"rows do not start and end at multiples of {VECTOR_BYTES} bytes"
     if best_layout(case) is None:
-        return f"others are faster for {_planes(case)} planes of {problem.height} x {problem.width}"
+        height, width = case.problem.height, case.problem.width
+        return f"others are faster for {_planes(case)} planes of {height} x {width}"
     return None
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..geometry import Case, Kernel, Launch, Plan, options
-from .planes_layout import LANES, VECTOR_BYTES, alignment_of
+from .planes_layout import LANES, VECTOR_BYTES
+from .strips_common import cannot
 
 CAPABILITY = (9, 0)
 """Waits at barriers in shared memory are those of this and newer devices."""
@@ -83,20 +84,10 @@ class Layout:
 
 def why_not(case: Case) -> str | None:
     """It needs one direction, right or left, given weights, aligned rows, and few planes of few rows."""
-    if case.device.capability < CAPABILITY:
-        return "it needs compute capability 9.0"
-    if case.backward:
-        return "it has no backward"
+    reason = cannot(case, CAPABILITY, ("right", "left"))
+    if reason is not None:
+        return reason
     problem = case.problem
-    if problem.normalize or len(problem.directions) > 1 or problem.directions[0] not in ("right", "left"):
-        return "it scans one direction, right or left, with weights as given"
-    if "gate" in case.views:
-        return "it has no gate"
-    for name, view in case.views.items():
-        if view.w != 1:
-            return f"columns of {name} are {view.w} elements apart, not adjacent"
-    if alignment_of(case) < VECTOR_BYTES or problem.width * case.itemsize % VECTOR_BYTES:
-        return f"rows do not start and end at multiples of {VECTOR_BYTES} bytes"
     vector = VECTOR_BYTES // case.itemsize
     if problem.chunk is not None and problem.chunk < problem.width and problem.chunk % vector:
         return f"it restarts at multiples of {vector} columns only"

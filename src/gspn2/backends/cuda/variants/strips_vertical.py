@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from ..geometry import Case, Kernel, Launch, Plan, options
-from .planes_layout import LANES, RESERVED, VECTOR_BYTES, alignment_of
+from .planes_layout import LANES, RESERVED, VECTOR_BYTES
+from .strips_common import cannot
 
 CAPABILITY = (9, 0)
 """States go from block to block by counted stores."""
@@ -135,22 +136,11 @@ class Layout:
 
 def why_not(case: Case) -> str | None:
     """It needs one direction, down or up, given weights, aligned rows, and few planes."""
-    if case.device.capability < CAPABILITY:
-        return "it needs compute capability 9.0"
-    if case.backward:
-        return "it has no backward"
-    problem = case.problem
-    if problem.normalize or len(problem.directions) > 1 or problem.directions[0] not in ("down", "up"):
-        return "it scans one direction, down or up, with weights as given"
-    if "gate" in case.views:
-        return "it has no gate"
-    for name, view in case.views.items():
-        if view.w != 1:
-            return f"columns of {name} are {view.w} elements apart, not adjacent"
-    if alignment_of(case) < VECTOR_BYTES or problem.width * case.itemsize % VECTOR_BYTES:
-        return f"rows do not start and end at multiples of {VECTOR_BYTES} bytes"
+    reason = cannot(case, CAPABILITY, ("down", "up"))
+    if reason is not None:
+        return reason
     if best_layout(case) is None:
-        planes = problem.batch * problem.channels
+        problem, planes = case.problem, case.problem.batch * case.problem.channels
         return f"others are faster for {planes} planes of {problem.height} x {problem.width}"
     return None
 
