@@ -80,6 +80,7 @@ CASES = (
     ),
     # Planes: a cluster for the directions of a task, rows that are no words, a scan that writes y itself.
     Small(13, 11, channels=3, groups=3, dtype=BF16),
+    Small(13, 11, channels=3, batch=2, chunk=4, nan="logits", backward=False),
     Small(16, 16, channels=4, groups=4, directions=("up", "down"), dtype=FP16),
     Small(32, 24, channels=4, groups=4, directions=("up",), normalize=False, gate=False, dtype=BF16, chunk=9),
     # A block for each direction: vectors of channels, of two groups; blocks that take several planes.
