@@ -1,4 +1,4 @@
-// The instructions that resident_exchange_forward.cu needs beside those of ptx.cuh.
+// What resident_exchange_forward.cu and resident_straight_forward.cu need beside the instructions of ptx.cuh.
 #pragma once
 #include "ptx.cuh"
 

@@ -1,4 +1,4 @@
-// The instruction that strips need beside those of ptx.cuh.
+// The instruction that strips, and resident_alone.cuh, need beside those of ptx.cuh.
 #pragma once
 #include "ptx.cuh"
 
