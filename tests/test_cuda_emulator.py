@@ -248,7 +248,6 @@ def test_older_devices() -> None:
         (11, "__stcs byte 0 of .x., which is no output's"),
         (12, r"writes byte 4 of \[x\], which is no output's"),
         (13, "division by zero"),
-        (14, "integer overflow"),
         (17, "__trap"),
         (18, "barrier 1 of 24 threads: whole warps"),
     ],

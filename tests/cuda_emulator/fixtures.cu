@@ -189,7 +189,6 @@ KERNEL(32, 1) strays(CONSTANT_PARAMS p) {
     case 11: __stcs((float*)x, 0.f); break;
     case 12: ((float*)x)[1] = 0.f; break;
     case 13: y[0] = (float)(p.width / (p.knobs[2])); break;
-    case 14: y[0] = (float)(p.width * (1 << 30)); break;
     case 15: while (((volatile int*)p.knobs)[2] == 0) {} break;
     case 16: y[0] = row[1]; break;
     case 17: if (p.knobs[2] != 1) __trap(); break;
