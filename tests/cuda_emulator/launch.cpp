@@ -79,7 +79,7 @@ void on_fault(int number, siginfo_t* info, void* state) {
   } else if (number == SIGFPE) {
     say("integer division by zero");
   } else if (number == SIGILL || number == SIGTRAP) {
-    say("undefined behaviour: an access misaligned, an index out of an array, a shift too far, or an overflow");
+    say("undefined behaviour: an access misaligned, an index out of an array, a shift too far, or a division by zero");
   } else {
     say("touches ");
     say_address((const unsigned char*)info->si_addr);
@@ -272,9 +272,5 @@ extern "C" {
 GSPN2_SANITIZER(type_mismatch_v1, "misaligned access")
 GSPN2_SANITIZER(out_of_bounds, "index out of bounds")
 GSPN2_SANITIZER(shift_out_of_bounds, "shift by more than the width")
-GSPN2_SANITIZER(add_overflow, "integer overflow")
-GSPN2_SANITIZER(sub_overflow, "integer overflow")
-GSPN2_SANITIZER(mul_overflow, "integer overflow")
-GSPN2_SANITIZER(negate_overflow, "integer overflow")
 GSPN2_SANITIZER(divrem_overflow, "integer division by zero, or overflow")
 }
